@@ -1,0 +1,341 @@
+"""What each library needs: load by name, tell where a model came from, rebuild it without weights.
+
+timm, transformers and torchvision are imported only inside the functions that need them, and
+their own functions, caches and offline switches do the loading. Every ``source`` function returns
+``None`` for a model that is not its library's; every ``build`` function is called under
+``torch.device("meta")`` by ``models.skeleton``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import json
+import re
+import urllib.error
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from blockfit.errors import BlockfitError
+from blockfit.preprocess import (
+    Preprocessing,
+    timm_preprocessing,
+    torchvision_preprocessing,
+    transformers_preprocessing,
+)
+from blockfit.source import Source, attach
+
+# -- transformers -------------------------------------------------------------------------------
+
+
+def load_folder(folder: Path, trust_remote_code: bool, options: dict[str, Any]) -> nn.Module:
+    if (folder / "blockfit.json").is_file():
+        raise BlockfitError(f"{folder} was saved by blockfit; load it with blockfit.load")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise BlockfitError(
+            f"{folder} is no model folder: it has no config.json; give a folder that "
+            "transformers or timm saved"
+        )
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BlockfitError(f"{config} is not valid JSON: {error}") from error
+    if isinstance(values, dict) and "architecture" in values:
+        return load_timm(f"local-dir:{folder}", options)
+    if not isinstance(values, dict) or not {"model_type", "auto_map"} & values.keys():
+        raise BlockfitError(
+            f"{config} names neither a model_type (transformers) nor an architecture (timm)"
+        )
+    return load_transformers(str(folder), trust_remote_code, options)
+
+
+def load_transformers(name: str, trust_remote_code: bool, options: dict[str, Any]) -> nn.Module:
+    transformers = _library("transformers", "transformers")
+    remote = {"trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **remote, **options)
+        model_class = _transformers_class(config, name, trust_remote_code)
+        if not model_class.__module__.startswith("transformers.models.auto."):
+            remote = {}
+        model, info = model_class.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **remote, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, BlockfitError):
+            raise
+        raise BlockfitError(_cannot_load(name, error)) from error
+    if missing := sorted(info["missing_keys"]):
+        raise BlockfitError(
+            f"{name} does not hold the weights of {type(model).__name__}: {len(missing)} are "
+            f"missing, the first is {missing[0]}; give a folder or id whose weights are complete"
+        )
+    source = transformers_source(model) or Source("module", name, {})
+    files = {k: v for k, v in options.items() if k in ("revision", "cache_dir", "token")}
+    attach(
+        model,
+        replace(
+            source,
+            name=name,
+            licence=_licence(Path(name)),
+            preprocessing=transformers_preprocessing(name, **files),
+        ),
+    )
+    return cast(nn.Module, model)
+
+
+def _transformers_class(config: Any, name: str, trust_remote_code: bool) -> Any:
+    transformers = _library("transformers", "transformers")
+    architectures = getattr(config, "architectures", None) or []
+    found = getattr(transformers, architectures[0], None) if architectures else None
+    if found is not None:
+        return found
+    remote = getattr(config, "auto_map", None) or {}
+    if not architectures and not remote:
+        return transformers.AutoModel
+    if not trust_remote_code or not remote:
+        raise BlockfitError(
+            f"{name} needs the class {(architectures or ['of its own'])[0]}, which the installed "
+            "transformers does not have; update transformers, or allow the checkpoint's own code "
+            "with trust_remote_code (--trust-remote-code) if you trust its author"
+        )
+    autos = [key for key in remote if key.startswith("AutoModel") and hasattr(transformers, key)]
+    return getattr(transformers, autos[0] if autos else "AutoModel")
+
+
+def transformers_source(model: nn.Module) -> Source | None:
+    cls, config = type(model), getattr(model, "config", None)
+    if not cls.__module__.startswith("transformers.models.") or not hasattr(config, "to_dict"):
+        return None
+    if getattr(importlib.import_module("transformers"), cls.__name__, None) is not cls:
+        return None
+    values = json.loads(json.dumps(cast(Any, config).to_dict(), default=str))
+    name = values.pop("_name_or_path", "") or cls.__name__
+    arguments = {"class": cls.__name__, "config": values}
+    attention = getattr(config, "_attn_implementation", None)
+    if attention in ("eager", "sdpa"):  # the others depend on the machine
+        arguments["attention"] = attention
+    return Source("transformers", name, arguments, _licence(Path(name)))
+
+
+def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
+    transformers = _library("transformers", "transformers")
+    values, name = dict(arguments["config"]), arguments["class"]
+    model_class = getattr(transformers, name, None)
+    if not (
+        isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    ):
+        raise BlockfitError(f"{name!r} is no model class of the installed transformers")
+    config_class = transformers.CONFIG_MAPPING[values["model_type"]]
+    chosen = {"attn_implementation": a} if (a := arguments.get("attention")) else {}
+    return cast(nn.Module, cast(Any, model_class)(config_class.from_dict(values, **chosen)))
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    if Path(name).is_dir():
+        return f"transformers cannot load the folder {name}: {first_line(error)}"
+    return (
+        f"cannot get {name} from the Hugging Face Hub ({first_line(error)}); where there is no "
+        f"network, download it elsewhere (hf download {name} --local-dir FOLDER) and give FOLDER"
+    )
+
+
+def _licence(folder: Path) -> str | None:
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    header = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+    line = header and re.search(r"^license:[ \t]*['\"]?([^'\"\n]+)", header.group(1), re.MULTILINE)
+    return line.group(1).strip() if line else None
+
+
+# -- timm ---------------------------------------------------------------------------------------
+
+
+def is_timm_name(name: str) -> bool:
+    try:
+        import timm
+    except ImportError:
+        return False
+    return bool(timm.is_model(name.partition(".")[0]))
+
+
+def load_timm(name: str, options: dict[str, Any]) -> nn.Module:
+    timm = _library("timm", "timm")
+    architecture = name.partition(".")[0]
+    if ":" not in name and not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        raise BlockfitError(f"timm has no model {architecture!r}; {hint}")
+    try:
+        model = timm.create_model(name, **{"pretrained": True, **options})
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise BlockfitError(
+            f"timm cannot load {name} ({first_line(error)}); where there is no network, download "
+            f"it elsewhere (hf download timm/{name} --local-dir FOLDER) and give FOLDER"
+        ) from error
+    source = timm_source(model) or Source("module", name, {})
+    own = timm_preprocessing(model)
+    attach(model, replace(source, name=name.removeprefix("local-dir:"), preprocessing=own))
+    return cast(nn.Module, model)
+
+
+def timm_source(model: nn.Module) -> Source | None:
+    config = getattr(model, "pretrained_cfg", None)
+    if not type(model).__module__.startswith("timm.models.") or not isinstance(config, dict):
+        return None
+    architecture, tag = config.get("architecture"), config.get("tag")
+    kept = {k: v for k, v in config.items() if k not in _NOT_ARCHITECTURE}
+    arguments = {"architecture": architecture, "config": kept, "options": _timm_options(model)}
+    try:
+        arguments = json.loads(json.dumps(arguments))
+    except TypeError:  # built with a function or a class, which JSON cannot hold
+        return None
+    name = f"{architecture}.{tag}" if tag else str(architecture)
+    return Source("timm", name, arguments, config.get("license"))
+
+
+_NOT_ARCHITECTURE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+
+
+def _timm_options(model: nn.Module) -> dict[str, Any]:
+    get_model_args = getattr(importlib.import_module("timm.models"), "get_model_args", None)
+    if get_model_args is not None:
+        return cast(dict[str, Any], get_model_args(model))
+    embed = getattr(model, "patch_embed", None)  # timm before 1.0.31 keeps no record
+    options = {
+        "num_classes": getattr(model, "num_classes", None),
+        "global_pool": getattr(model, "global_pool", None),
+        "img_size": getattr(embed, "img_size", None),
+        "in_chans": getattr(getattr(embed, "proj", None), "in_channels", None),
+    }
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def build_timm(arguments: Mapping[str, Any]) -> nn.Module:
+    timm = _library("timm", "timm")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments["options"].items()}
+    return cast(
+        nn.Module,
+        timm.create_model(
+            arguments["architecture"],
+            pretrained=False,
+            pretrained_cfg=dict(arguments["config"]),
+            **options,
+        ),
+    )
+
+
+# -- torchvision --------------------------------------------------------------------------------
+
+
+def load_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+    models = _library("torchvision.models", "timm")
+    builder, _, tag = name.partition(".")
+    if builder not in models.list_models():
+        near = difflib.get_close_matches(builder, models.list_models(), 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see torchvision.models"
+        raise BlockfitError(f"torchvision has no model {builder!r}; {hint}")
+    try:
+        known = models.get_model_weights(builder)
+        weights = options.pop("weights", None) if "weights" in options else known["DEFAULT"]
+        if tag:
+            weights = known[tag]
+        model = models.get_model(builder, weights=weights, **options)
+    except KeyError as error:
+        raise BlockfitError(
+            f"torchvision has no weights {error} for {builder}; "
+            f"choose one of {', '.join(known.__members__)}"
+        ) from error
+    except (urllib.error.URLError, OSError, ValueError, TypeError) as error:
+        raise BlockfitError(
+            f"torchvision cannot load {name} ({first_line(error)}); where there is no network, "
+            "download the weights elsewhere into ~/.cache/torch/hub/checkpoints"
+        ) from error
+    source = torchvision_source(model) or Source("module", f"torchvision/{name}", {})
+    own = None if weights is None else torchvision_preprocessing(weights)
+    licence = None if weights is None else weights.meta.get("license")
+    attach(model, replace(source, name=f"torchvision/{name}", preprocessing=own, licence=licence))
+    return cast(nn.Module, model)
+
+
+_TORCHVISION_VALUES = (
+    "image_size",
+    "patch_size",
+    "hidden_dim",
+    "mlp_dim",
+    "num_classes",
+    "representation_size",
+    "dropout",
+    "attention_dropout",
+)
+
+
+def torchvision_source(model: nn.Module) -> Source | None:
+    cls = type(model)
+    if (cls.__module__, cls.__name__) != (
+        "torchvision.models.vision_transformer",
+        "VisionTransformer",
+    ):
+        return None
+    vit = cast(Any, model)
+    norm = vit.norm_layer
+    plain_norm = isinstance(norm, functools.partial) and norm.func is nn.LayerNorm
+    if not plain_norm or set(norm.keywords) != {"eps"} or not isinstance(vit.conv_proj, nn.Conv2d):
+        return None
+    arguments = {key: getattr(vit, key) for key in _TORCHVISION_VALUES}
+    arguments["num_layers"] = len(vit.encoder.layers)
+    arguments["num_heads"] = vit.encoder.layers[0].num_heads
+    arguments["norm_eps"] = norm.keywords["eps"]
+    return Source("torchvision", "torchvision/VisionTransformer", arguments)
+
+
+def build_torchvision(arguments: Mapping[str, Any]) -> nn.Module:
+    module = _library("torchvision.models.vision_transformer", "timm")
+    values = dict(arguments)
+    norm = functools.partial(nn.LayerNorm, eps=values.pop("norm_eps"))
+    return cast(nn.Module, module.VisionTransformer(norm_layer=norm, **values))
+
+
+# -- the shipped demo ---------------------------------------------------------------------------
+
+
+def load_demo() -> nn.Module:
+    from blockfit import demo
+
+    model = demo.load_demo()
+    own = Preprocessing.plain(8, channels=1, mean=[0.5], std=[0.5], interpolation="box")
+    attach(model, Source("demo", "demo", demo.demo_arguments(), "MIT", own))
+    return model
+
+
+def demo_source(model: nn.Module) -> Source | None:
+    from blockfit.demo import DigitsViT, demo_arguments
+
+    return Source("demo", "demo", demo_arguments(), "MIT") if type(model) is DigitsViT else None
+
+
+def build_demo(arguments: Mapping[str, Any]) -> nn.Module:
+    from blockfit.demo import DigitsViT
+
+    return DigitsViT(**arguments)
+
+
+def _library(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BlockfitError(
+            f'{module.partition(".")[0]} is not installed; pip install "blockfit[{extra}]"'
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
