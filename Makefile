@@ -1,0 +1,50 @@
+# Every target sets up all that it needs; nothing has to be installed by hand but Python 3.10+.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench bench-quality clean
+
+help:
+	@echo "make demo           compress the shipped model, print a table of before and after"
+	@echo "make test           lint, types and all tests"
+	@echo "make lint           ruff (lint, format) and mypy"
+	@echo "make format         let ruff rewrite the files"
+	@echo "make bench          cost of the calibration pass; speed of the small model"
+	@echo "make bench-quality  accuracy of the small models on the real model and images"
+	@echo "make clean          remove .venv, builds and caches"
+
+# The stamp is written last: an install that broke off is done again.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/blockfit demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/speed.py
+
+bench-quality: $(STAMP)
+	$(BIN)/python benchmarks/quality.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
