@@ -147,13 +147,20 @@ def hidden_argument(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor | None, str]:
     """The hidden state among a block's arguments, and the name of the parameter that takes it."""
-    parameters = list(inspect.signature(block_class(module).forward).parameters.values())[1:]
-    named = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
-    name = named[0] if named else ""
-    if not args and name not in kwargs:
-        name = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim == 3), name)
-    hidden = args[0] if args else kwargs.get(name)
-    return (hidden if isinstance(hidden, Tensor) and hidden.ndim == 3 else None), name
+    try:
+        parameters = [*inspect.signature(block_class(module).forward).parameters.values()][1:]
+    except (TypeError, ValueError):  # compiled code has no signature
+        parameters = []
+    name = next((p.name for p in parameters if p.kind is not p.VAR_POSITIONAL), "")
+    if args:
+        return (args[0] if _is_hidden(args[0]) else None), name
+    if not _is_hidden(kwargs.get(name)):
+        name = next((key for key, value in kwargs.items() if _is_hidden(value)), name)
+    return (kwargs[name] if _is_hidden(kwargs.get(name)) else None), name
+
+
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -176,9 +183,17 @@ def watch_forward(model: nn.Module, watches: Sequence[Watch], inputs: Batch) -> 
     try:
         for watch in watches:
             watch.listen()
-        with evaluating(model), torch.inference_mode():
+        # Not inference_mode: a model may keep tensors that it made here and train with them later.
+        with evaluating(model), torch.no_grad():
             call(model, inputs)
-    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         raise BlockfitError(
             f"the model cannot be run on the example ({describe(inputs)}): {error}; "
             "pass an example of what it is called with"
