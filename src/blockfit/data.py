@@ -1,0 +1,363 @@
+"""Images for calibration and evaluation: from anywhere, drawn with a seed, decoded when needed.
+
+``images`` turns a folder, files, a table, a data set, arrays, tensors or any re-iterable into
+``Images``: batches that can be walked again and again, in the same order, with flat memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from blockfit.decode import Unreadable, decode
+from blockfit.errors import BlockfitError
+from blockfit.models import label_names
+from blockfit.preprocess import Preprocessing, preprocessing_of
+from blockfit.probe import Batch
+from blockfit.records import (
+    Records,
+    from_arrays,
+    from_dataset,
+    from_files,
+    from_items,
+    from_path,
+    one_split,
+)
+from blockfit.stream import Stream, stream_of
+
+MOST_UNREADABLE = 0.1
+"""The share of unreadable images beyond which a run stops."""
+
+Prepare = Callable[[Image.Image], Tensor]
+
+
+@dataclass
+class LabelledBatch:
+    """Some images, ready for the model.
+
+    Args:
+        inputs: a tensor (B, C, H, W), or a mapping of tensors that the model takes by name.
+        labels: int64 (B,), in the order of the model's classes; ``None`` where there are none.
+        names: B names, of files or positions.
+    """
+
+    inputs: Batch
+    labels: Tensor | None
+    names: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images that can be walked any number of times, in the same order; made by ``images``.
+
+    Nothing is decoded before a walk and nothing is kept after it. An unreadable image is skipped,
+    counted and named in ``skipped`` as soon as a walk has met it, and its batch is one shorter;
+    which others are drawn does not depend on it.
+    """
+
+    records: Records | Stream
+    positions: np.ndarray
+    preprocessing: Preprocessing | Prepare | None
+    batch_size: int
+    seed: int
+    workers: int
+    drawn: int
+    class_names: list[str] | None
+    new_label: dict[int, int] | None = None
+    unreadable: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """The number of images, without those that a walk has found to be unreadable."""
+        return len(self.positions) - len(self.skipped)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch.inputs for batch in self.batches())
+
+    @property
+    def skipped(self) -> list[str]:
+        """The names of the unreadable images met so far."""
+        if not self.unreadable:
+            return []
+        return [self.unreadable[i] for i in self.positions.tolist() if i in self.unreadable]
+
+    def batches(self) -> Iterator[LabelledBatch]:
+        """The images in batches, with labels and names.
+
+        Raises:
+            BlockfitError: where more than ``MOST_UNREADABLE`` of the images cannot be read.
+        """
+        if isinstance(self.records, Stream):
+            for inputs, labels, names in self.records.batches(self.positions, self.batch_size):
+                yield LabelledBatch(inputs, self._relabelled(labels), names)
+            return
+        for samples in self._samples():
+            for sample in samples:
+                if sample.fault is not None:
+                    raise BlockfitError(sample.fault)
+                if sample.inputs is None:
+                    self.unreadable[sample.position] = sample.name
+                    self._stop_if_too_many(sample)
+            good = [sample for sample in samples if sample.inputs is not None]
+            if good:
+                yield self._batch(good)
+
+    def take(self, count: int) -> Images:
+        """The first ``count`` images of this order."""
+        return self._part(self.positions[:count])
+
+    def split(self, fraction: float, seed: int | None = None) -> tuple[Images, Images]:
+        """Two disjoint parts, drawn with the seed; the second holds ``fraction`` of the images.
+
+        Raises:
+            BlockfitError: where ``fraction`` is not between 0 and 1 or a part would be empty.
+        """
+        count = len(self.positions)
+        held_out = round(fraction * count)
+        if not 0 < held_out < count:
+            raise BlockfitError(
+                f"cannot hold out a share of {fraction:g} of {count} images; "
+                "give more images or a share between 0 and 1"
+            )
+        drawn = np.random.default_rng(self.seed if seed is None else seed).permutation(count)
+        second = np.zeros(count, dtype=bool)
+        second[drawn[:held_out]] = True
+        return self._part(self.positions[~second]), self._part(self.positions[second])
+
+    def description(self) -> dict[str, Any]:
+        """What was used, as JSON values: source, numbers, seed, skipped images, preprocessing."""
+        own = self.preprocessing
+        if isinstance(own, Preprocessing):
+            preprocessing = own.describe()
+        else:
+            preprocessing = "none, tensors as given" if own is None else "custom"
+        return {
+            "source": self.records.source,
+            "total": self.records.size,
+            "used": len(self),
+            "seed": self.seed,
+            "skipped": self.skipped,
+            "columns": dict(self.records.columns),
+            "preprocessing": preprocessing,
+        }
+
+    def _part(self, positions: np.ndarray) -> Images:
+        return replace(self, positions=positions)  # shares what is known to be unreadable
+
+    def _samples(self) -> Iterator[list[_Sample]]:
+        reader = _Reader(cast(Records, self.records), self.preprocessing)
+        chunks = [
+            self.positions[start : start + self.batch_size].tolist()
+            for start in range(0, len(self.positions), self.batch_size)
+        ]
+        if self.workers == 0:
+            return ([reader[i] for i in chunk] for chunk in chunks)
+        loader = DataLoader(
+            reader,
+            batch_sampler=chunks,
+            num_workers=self.workers,
+            collate_fn=list,
+            generator=torch.Generator().manual_seed(self.seed),  # the global one stays as it is
+        )
+        return iter(loader)
+
+    def _stop_if_too_many(self, last: _Sample) -> None:
+        if len(self.unreadable) <= MOST_UNREADABLE * self.drawn:
+            return
+        names = list(self.unreadable.values())
+        more = ", …" if len(names) > 3 else ""
+        raise BlockfitError(
+            f"{len(names)} or more of {self.drawn} images of {self.records.source} cannot be "
+            f"read: {', '.join(names[:3])}{more} ({last.reason}); remove or repair them"
+        )
+
+    def _batch(self, samples: Sequence[_Sample]) -> LabelledBatch:
+        tensors = [cast(Tensor, s.inputs) for s in samples]
+        shapes = {tuple(t.shape) for t in tensors}
+        if len(shapes) > 1:
+            raise BlockfitError(
+                f"the prepared images differ in shape, {' and '.join(map(str, sorted(shapes)[:2]))}"
+                "; use a preprocessing that cuts them to one size, or batch_size=1"
+            )
+        numbers = [s.label for s in samples]
+        labels = None
+        if all(number is not None for number in numbers):
+            labels = torch.tensor(numbers, dtype=torch.int64)
+        return LabelledBatch(
+            torch.stack(tensors), self._relabelled(labels), [s.name for s in samples]
+        )
+
+    def _relabelled(self, labels: Tensor | None) -> Tensor | None:
+        if labels is None or self.new_label is None:
+            return labels
+        known = self.new_label
+        return torch.tensor([known[int(label)] for label in labels], dtype=torch.int64)
+
+
+def images(
+    source: Any,
+    model: nn.Module | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    preprocessing: Preprocessing | Prepare | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+    workers: int = 0,
+) -> Images:
+    """Images from anywhere, prepared for a model.
+
+    Args:
+        source: a folder (flat, or one folder per class), an image, parquet or arrow file, a list
+            or pattern of them, a ``datasets`` folder or Hub id (``NAME:SPLIT`` names a split),
+            ``digits`` or ``digits:test`` (the demo's); a uint8 array (N, H, W[, C]); a tensor
+            (N, C, H, W) that is already prepared, or a pair (array or tensor, labels); a data set
+            with positions; a ``DataLoader`` or any re-iterable of tensors, (tensor, label) pairs
+            or dictionaries.
+        model: the model whose preprocessing and class names are used.
+        limit: how many images to draw with the seed over the whole set; all, in their order,
+            by default.
+        seed: of the draw.
+        batch_size: images per batch; a stream's own batches stay as they are.
+        preprocessing: a ``Preprocessing`` or any function from a Pillow image to a tensor
+            (C, H, W), instead of the model's own.
+        image_column: of a table; found by its type by default.
+        label_column: likewise.
+        split: of a data set with several.
+        workers: processes that decode; 0 decodes in this one.
+
+    Raises:
+        BlockfitError: where there are no images, or it is not clear how to prepare them.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1) or workers < 0:
+        raise BlockfitError("batch_size and limit must be at least 1, workers at least 0")
+    records = _records(source, image_column, label_column, split)
+    if records.size == 0:
+        raise BlockfitError(f"{records.source} holds no images")
+    prepare = _prepare(records, model, preprocessing)
+    positions = np.arange(records.size)
+    if limit is not None:
+        positions = np.random.default_rng(seed).permutation(records.size)[:limit]
+    names, new_label = _model_labels(records.class_names, model)
+    drawn = len(positions)
+    return Images(records, positions, prepare, batch_size, seed, workers, drawn, names, new_label)
+
+
+def _records(
+    source: Any, image_column: str | None, label_column: str | None, split: str | None
+) -> Records | Stream:
+    kind = type(source).__name__
+    if isinstance(source, str) and source in ("digits", "digits:test"):
+        return _digits(source)
+    if isinstance(source, str | Path):
+        return from_path(str(source), image_column, label_column, split)
+    if isinstance(source, np.ndarray | Tensor):
+        return from_arrays(source)
+    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "shape"):
+        return from_arrays(*source)
+    if type(source).__module__.partition(".")[0] == "datasets":
+        table, kind = one_split(source, kind, split)
+        return from_dataset(table, kind, image_column, label_column)
+    if isinstance(source, Sequence) and source and isinstance(source[0], str | Path):
+        return from_files(source, image_column, label_column, split)
+    return stream_of(source) or from_items(source, kind, image_column, label_column)
+
+
+def _digits(source: str) -> Records:
+    from blockfit.demo import digits
+
+    pictures = digits("test" if source.endswith(":test") else "calibration")
+    names = [str(digit) for digit in range(10)]
+    return replace(from_arrays(*pictures), source=source, class_names=names)
+
+
+def _prepare(
+    records: Records | Stream, model: nn.Module | None, given: Preprocessing | Prepare | None
+) -> Prepare | None:
+    if isinstance(records, Stream) or records.prepared:
+        if given is not None:
+            raise BlockfitError(f"{records.source} is prepared already; leave preprocessing= away")
+        return None
+    if given is not None:
+        return given
+    if model is None:
+        raise BlockfitError(
+            f"how are the images of {records.source} prepared? give the model, or preprocessing="
+        )
+    return preprocessing_of(model)
+
+
+def _model_labels(
+    names: list[str] | None, model: nn.Module | None
+) -> tuple[list[str] | None, dict[int, int] | None]:
+    """Class names in the model's order, and the model's number for each label of the data set.
+
+    Where every class of the data set has a namesake among the model's, labels go by name;
+    otherwise by position.
+    """
+    known = label_names(model) if model is not None else None
+    if names is None or known is None:
+        return names, None
+    if [_plain(name) for name in names] == [_plain(name) for name in known]:
+        return known, None
+    number = _numbers(known, lambda name: [name])
+    number = {**_numbers(known, lambda name: name.split(",")), **number}
+    if not all(_plain(name) in number for name in names):
+        return names, None
+    return known, {i: number[_plain(name)] for i, name in enumerate(names)}
+
+
+def _numbers(known: list[str], aliases: Callable[[str], list[str]]) -> dict[str, int]:
+    """The model's number of each name; names that two classes share are left out."""
+    pairs = [(_plain(alias), i) for i, name in enumerate(known) for alias in aliases(name)]
+    shared = {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+    return {name: i for name, i in pairs if name not in shared}
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold().replace("_", " ")
+
+
+@dataclass(frozen=True)
+class _Sample:
+    position: int
+    name: str
+    inputs: Tensor | None
+    label: int | None = None
+    reason: str = ""
+    fault: str | None = None  # a BlockfitError's message, carried out of a worker process
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader(Dataset[_Sample]):
+    """Reads, decodes and prepares one image; what runs in the worker processes."""
+
+    records: Records
+    prepare: Prepare | None
+
+    def __getitem__(self, position: int) -> _Sample:
+        name = self.records.name(position)
+        try:
+            picture, label = self.records.read(position)
+            if isinstance(picture, Tensor) or self.prepare is None:
+                return _Sample(position, name, cast(Tensor, picture), label)
+            tensor = self.prepare(decode(picture))
+        except Unreadable as error:
+            return _Sample(position, name, None, reason=str(error))
+        except BlockfitError as error:
+            return _Sample(position, name, None, fault=str(error))
+        if not isinstance(tensor, Tensor) or tensor.ndim != 3:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            fault = f"the preprocessing must return tensors (channels, height, width), got {got}"
+            return _Sample(position, name, None, fault=fault)
+        return _Sample(position, name, tensor, label)
