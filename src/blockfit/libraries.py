@@ -1,9 +1,9 @@
 """What each library needs: load by name, tell where a model came from, rebuild it without weights.
 
 timm, transformers and torchvision are imported only inside the functions that need them, and
-their own functions, caches and offline switches do the loading. Every ``source`` function returns
-``None`` for a model that is not its library's; every ``build`` function is called under
-``torch.device("meta")`` by ``models.skeleton``.
+their own functions, caches and offline switches do the loading. Every ``sources`` function yields
+what may have built a model, and nothing for other libraries' models; every ``build`` function is
+called under ``torch.device("meta")`` by ``models.skeleton``.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
+import itertools
 import json
 import re
-import urllib.error
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from blockfit.errors import BlockfitError
@@ -29,12 +30,24 @@ from blockfit.preprocess import (
     torchvision_preprocessing,
     transformers_preprocessing,
 )
-from blockfit.source import Source, attach
+from blockfit.source import Source
+
+
+class Loaded(NamedTuple):
+    """A model with its weights, and what its library says about the checkpoint."""
+
+    model: nn.Module
+    name: str
+    licence: str | None
+    preprocessing: Preprocessing | None
+
 
 # -- transformers -------------------------------------------------------------------------------
 
 
-def load_folder(folder: Path, trust_remote_code: bool, options: dict[str, Any]) -> nn.Module:
+def load_folder(
+    folder: Path, trust_remote_code: bool, dtype: torch.dtype, options: dict[str, Any]
+) -> Loaded:
     if (folder / "blockfit.json").is_file():
         raise BlockfitError(f"{folder} was saved by blockfit; load it with blockfit.load")
     config = folder / "config.json"
@@ -53,10 +66,12 @@ def load_folder(folder: Path, trust_remote_code: bool, options: dict[str, Any]) 
         raise BlockfitError(
             f"{config} names neither a model_type (transformers) nor an architecture (timm)"
         )
-    return load_transformers(str(folder), trust_remote_code, options)
+    return load_transformers(str(folder), trust_remote_code, dtype, options)
 
 
-def load_transformers(name: str, trust_remote_code: bool, options: dict[str, Any]) -> nn.Module:
+def load_transformers(
+    name: str, trust_remote_code: bool, dtype: torch.dtype, options: dict[str, Any]
+) -> Loaded:
     transformers = _library("transformers", "transformers")
     remote = {"trust_remote_code": trust_remote_code}
     try:
@@ -65,36 +80,27 @@ def load_transformers(name: str, trust_remote_code: bool, options: dict[str, Any
         if not model_class.__module__.startswith("transformers.models.auto."):
             remote = {}
         model, info = model_class.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **remote, **options
+            name, dtype=dtype, output_loading_info=True, **remote, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, BlockfitError):
-            raise
+    except BlockfitError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise BlockfitError(_cannot_load(name, error)) from error
     if missing := sorted(info["missing_keys"]):
         raise BlockfitError(
             f"{name} does not hold the weights of {type(model).__name__}: {len(missing)} are "
             f"missing, the first is {missing[0]}; give a folder or id whose weights are complete"
         )
-    source = transformers_source(model) or Source("module", name, {})
     files = {k: v for k, v in options.items() if k in ("revision", "cache_dir", "token")}
-    attach(
-        model,
-        replace(
-            source,
-            name=name,
-            licence=_licence(Path(name)),
-            preprocessing=transformers_preprocessing(name, **files),
-        ),
-    )
-    return cast(nn.Module, model)
+    own = transformers_preprocessing(name, **files)
+    return Loaded(model, name, _licence(Path(name)), own)
 
 
 def _transformers_class(config: Any, name: str, trust_remote_code: bool) -> Any:
     transformers = _library("transformers", "transformers")
     architectures = getattr(config, "architectures", None) or []
     found = getattr(transformers, architectures[0], None) if architectures else None
-    if found is not None:
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     remote = getattr(config, "auto_map", None) or {}
     if not architectures and not remote:
@@ -109,19 +115,35 @@ def _transformers_class(config: Any, name: str, trust_remote_code: bool) -> Any:
     return getattr(transformers, autos[0] if autos else "AutoModel")
 
 
-def transformers_source(model: nn.Module) -> Source | None:
+def transformers_sources(model: nn.Module) -> Iterator[Source]:
     cls, config = type(model), getattr(model, "config", None)
     if not cls.__module__.startswith("transformers.models.") or not hasattr(config, "to_dict"):
-        return None
+        return
     if getattr(importlib.import_module("transformers"), cls.__name__, None) is not cls:
-        return None
-    values = json.loads(json.dumps(cast(Any, config).to_dict(), default=str))
+        return
+    values = _json(cast(Any, config).to_dict())
+    if values is None:
+        return
     name = values.pop("_name_or_path", "") or cls.__name__
     arguments = {"class": cls.__name__, "config": values}
     attention = getattr(config, "_attn_implementation", None)
     if attention in ("eager", "sdpa"):  # the others depend on the machine
         arguments["attention"] = attention
-    return Source("transformers", name, arguments, _licence(Path(name)))
+    for options in _switches(cls):
+        yield Source("transformers", name, {**arguments, "options": options}, _licence(Path(name)))
+
+
+def _switches(cls: type) -> Iterator[dict[str, bool]]:
+    """Every setting of the switches that a class takes beside its config, defaults first.
+
+    They add or leave out parts, as ``add_pooling_layer=False`` does; nothing in the model records
+    them, so the caller looks which setting gives the model's tensors.
+    """
+    parameters = inspect.signature(cls).parameters.values()
+    switches = {p.name: p.default for p in parameters if isinstance(p.default, bool)}
+    for flips in itertools.product((False, True), repeat=len(switches)):
+        flipped = dict(zip(switches, flips, strict=True))
+        yield {name: not switches[name] for name, flip in flipped.items() if flip}
 
 
 def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
@@ -134,15 +156,18 @@ def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
         raise BlockfitError(f"{name!r} is no model class of the installed transformers")
     config_class = transformers.CONFIG_MAPPING[values["model_type"]]
     chosen = {"attn_implementation": a} if (a := arguments.get("attention")) else {}
-    return cast(nn.Module, cast(Any, model_class)(config_class.from_dict(values, **chosen)))
+    config = config_class.from_dict(values, **chosen)
+    return cast(nn.Module, cast(Any, model_class)(config, **arguments.get("options", {})))
 
 
 def _cannot_load(name: str, error: Exception) -> str:
     if Path(name).is_dir():
         return f"transformers cannot load the folder {name}: {first_line(error)}"
     return (
-        f"cannot get {name} from the Hugging Face Hub ({first_line(error)}); where there is no "
-        f"network, download it elsewhere (hf download {name} --local-dir FOLDER) and give FOLDER"
+        f"there is no folder {name}, and it cannot be had from the Hugging Face Hub "
+        f"({first_line(error)}); "
+        f"where there is no network, download it elsewhere (hf download {name} --local-dir FOLDER) "
+        "and give FOLDER"
     )
 
 
@@ -166,7 +191,7 @@ def is_timm_name(name: str) -> bool:
     return bool(timm.is_model(name.partition(".")[0]))
 
 
-def load_timm(name: str, options: dict[str, Any]) -> nn.Module:
+def load_timm(name: str, options: dict[str, Any]) -> Loaded:
     timm = _library("timm", "timm")
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
@@ -175,30 +200,33 @@ def load_timm(name: str, options: dict[str, Any]) -> nn.Module:
         raise BlockfitError(f"timm has no model {architecture!r}; {hint}")
     try:
         model = timm.create_model(name, **{"pretrained": True, **options})
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        config = timm.models.get_pretrained_cfg(name) if ":" not in name else None
+        hub_id = getattr(config, "hf_hub_id", None) or f"timm/{name}"
+        hint = (
+            f"; where there is no network, download it elsewhere (hf download {hub_id} "
+            "--local-dir FOLDER) and give FOLDER"
+        )
         raise BlockfitError(
-            f"timm cannot load {name} ({first_line(error)}); where there is no network, download "
-            f"it elsewhere (hf download timm/{name} --local-dir FOLDER) and give FOLDER"
+            f"timm cannot load {name}: {first_line(error)}"
+            + (hint if isinstance(error, OSError) and config is not None else "")
         ) from error
-    source = timm_source(model) or Source("module", name, {})
-    own = timm_preprocessing(model)
-    attach(model, replace(source, name=name.removeprefix("local-dir:"), preprocessing=own))
-    return cast(nn.Module, model)
+    licence = model.pretrained_cfg.get("license")
+    return Loaded(model, name.removeprefix("local-dir:"), licence, timm_preprocessing(model))
 
 
-def timm_source(model: nn.Module) -> Source | None:
+def timm_sources(model: nn.Module) -> Iterator[Source]:
     config = getattr(model, "pretrained_cfg", None)
     if not type(model).__module__.startswith("timm.models.") or not isinstance(config, dict):
-        return None
+        return
     architecture, tag = config.get("architecture"), config.get("tag")
     kept = {k: v for k, v in config.items() if k not in _NOT_ARCHITECTURE}
-    arguments = {"architecture": architecture, "config": kept, "options": _timm_options(model)}
-    try:
-        arguments = json.loads(json.dumps(arguments))
-    except TypeError:  # built with a function or a class, which JSON cannot hold
-        return None
-    name = f"{architecture}.{tag}" if tag else str(architecture)
-    return Source("timm", name, arguments, config.get("license"))
+    arguments = _json(
+        {"architecture": architecture, "config": kept, "options": _timm_options(model)}
+    )
+    if arguments is not None:
+        name = f"{architecture}.{tag}" if tag else str(architecture)
+        yield Source("timm", name, arguments, config.get("license"))
 
 
 _NOT_ARCHITECTURE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
@@ -235,7 +263,7 @@ def build_timm(arguments: Mapping[str, Any]) -> nn.Module:
 # -- torchvision --------------------------------------------------------------------------------
 
 
-def load_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+def load_torchvision(name: str, options: dict[str, Any]) -> Loaded:
     models = _library("torchvision.models", "timm")
     builder, _, tag = name.partition(".")
     if builder not in models.list_models():
@@ -244,27 +272,27 @@ def load_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
         raise BlockfitError(f"torchvision has no model {builder!r}; {hint}")
     try:
         known = models.get_model_weights(builder)
-        weights = options.pop("weights", None) if "weights" in options else known["DEFAULT"]
-        if tag:
-            weights = known[tag]
+        weights = options.pop("weights", tag or "DEFAULT")
+        weights = known[weights] if isinstance(weights, str) else weights
         model = models.get_model(builder, weights=weights, **options)
     except KeyError as error:
         raise BlockfitError(
             f"torchvision has no weights {error} for {builder}; "
             f"choose one of {', '.join(known.__members__)}"
         ) from error
-    except (urllib.error.URLError, OSError, ValueError, TypeError) as error:
+    except OSError as error:  # urllib's errors are among them
         raise BlockfitError(
-            f"torchvision cannot load {name} ({first_line(error)}); where there is no network, "
-            "download the weights elsewhere into ~/.cache/torch/hub/checkpoints"
+            f"torchvision cannot load {name}: {first_line(error)}; where there is no network, "
+            f"download {weights.url} elsewhere and put it into {torch.hub.get_dir()}/checkpoints"
         ) from error
-    source = torchvision_source(model) or Source("module", f"torchvision/{name}", {})
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BlockfitError(f"torchvision cannot load {name}: {first_line(error)}") from error
     own = None if weights is None else torchvision_preprocessing(weights)
     licence = None if weights is None else weights.meta.get("license")
-    attach(model, replace(source, name=f"torchvision/{name}", preprocessing=own, licence=licence))
-    return cast(nn.Module, model)
+    return Loaded(model, f"torchvision/{name}", licence, own)
 
 
+_TORCHVISION_CLASS = "torchvision.models.vision_transformer.VisionTransformer"
 _TORCHVISION_VALUES = (
     "image_size",
     "patch_size",
@@ -277,23 +305,20 @@ _TORCHVISION_VALUES = (
 )
 
 
-def torchvision_source(model: nn.Module) -> Source | None:
+def torchvision_sources(model: nn.Module) -> Iterator[Source]:
     cls = type(model)
-    if (cls.__module__, cls.__name__) != (
-        "torchvision.models.vision_transformer",
-        "VisionTransformer",
-    ):
-        return None
+    if f"{cls.__module__}.{cls.__name__}" != _TORCHVISION_CLASS:
+        return
     vit = cast(Any, model)
     norm = vit.norm_layer
     plain_norm = isinstance(norm, functools.partial) and norm.func is nn.LayerNorm
     if not plain_norm or set(norm.keywords) != {"eps"} or not isinstance(vit.conv_proj, nn.Conv2d):
-        return None
+        return
     arguments = {key: getattr(vit, key) for key in _TORCHVISION_VALUES}
     arguments["num_layers"] = len(vit.encoder.layers)
     arguments["num_heads"] = vit.encoder.layers[0].num_heads
     arguments["norm_eps"] = norm.keywords["eps"]
-    return Source("torchvision", "torchvision/VisionTransformer", arguments)
+    yield Source("torchvision", "torchvision/VisionTransformer", arguments)
 
 
 def build_torchvision(arguments: Mapping[str, Any]) -> nn.Module:
@@ -306,25 +331,32 @@ def build_torchvision(arguments: Mapping[str, Any]) -> nn.Module:
 # -- the shipped demo ---------------------------------------------------------------------------
 
 
-def load_demo() -> nn.Module:
+def load_demo() -> Loaded:
     from blockfit import demo
 
-    model = demo.load_demo()
     own = Preprocessing.plain(8, channels=1, mean=[0.5], std=[0.5], interpolation="box")
-    attach(model, Source("demo", "demo", demo.demo_arguments(), "MIT", own))
-    return model
+    return Loaded(demo.load_demo(), "demo", "MIT", own)
 
 
-def demo_source(model: nn.Module) -> Source | None:
+def demo_sources(model: nn.Module) -> Iterator[Source]:
     from blockfit.demo import DigitsViT, demo_arguments
 
-    return Source("demo", "demo", demo_arguments(), "MIT") if type(model) is DigitsViT else None
+    if type(model) is DigitsViT:
+        yield Source("demo", "demo", demo_arguments(), "MIT")
 
 
 def build_demo(arguments: Mapping[str, Any]) -> nn.Module:
     from blockfit.demo import DigitsViT
 
     return DigitsViT(**arguments)
+
+
+def _json(values: Any) -> dict[str, Any] | None:
+    """The values as JSON holds them; ``None`` where a function or a class is among them."""
+    try:
+        return cast(dict[str, Any], json.loads(json.dumps(values)))
+    except TypeError:
+        return None
 
 
 def _library(module: str, extra: str) -> Any:

@@ -46,20 +46,25 @@ def load_model(
     text = str(name)
     wanted = _dtype(dtype)
     if text == "demo":
-        model = libraries.load_demo()
+        loaded = libraries.load_demo()
     elif (folder := Path(text).expanduser()).is_dir():
-        model = libraries.load_folder(folder, trust_remote_code, options)
+        loaded = libraries.load_folder(folder, trust_remote_code, wanted, options)
     elif text.startswith("torchvision/"):
-        model = libraries.load_torchvision(text.removeprefix("torchvision/"), options)
+        loaded = libraries.load_torchvision(text.removeprefix("torchvision/"), options)
     elif text.startswith("timm/") or ("/" not in text and libraries.is_timm_name(text)):
-        model = libraries.load_timm(text.removeprefix("timm/"), options)
+        loaded = libraries.load_timm(text.removeprefix("timm/"), options)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith("."):
-        model = libraries.load_transformers(text, trust_remote_code, options)
+        loaded = libraries.load_transformers(text, trust_remote_code, wanted, options)
     else:
         raise BlockfitError(
             f"there is no folder {text}; give a model folder, a Hub id (owner/name), timm/NAME, "
             "torchvision/NAME or demo"
         )
+    model, told_name, licence, preprocessing = loaded
+    source = replace(
+        _worked_out(model), name=told_name, licence=licence, preprocessing=preprocessing
+    )
+    attach(model, source)
     return model.to(device=device, dtype=wanted).eval()
 
 
@@ -72,15 +77,24 @@ def source_of(model: nn.Module) -> Source:
     attached = getattr(model, "blockfit_source", None)
     if isinstance(attached, Source):
         return attached
-    for work_out in (
-        libraries.transformers_source,
-        libraries.timm_source,
-        libraries.torchvision_source,
-        libraries.demo_source,
+    return replace(_worked_out(model), preprocessing=own_preprocessing(model))
+
+
+def _worked_out(model: nn.Module) -> Source:
+    shapes = _shapes(model)
+    for sources in (
+        libraries.transformers_sources,
+        libraries.timm_sources,
+        libraries.torchvision_sources,
+        libraries.demo_sources,
     ):
-        source = work_out(model)
-        if source is not None and _shapes(skeleton(source)) == _shapes(model):
-            return replace(source, preprocessing=own_preprocessing(model))
+        for source in sources(model):
+            try:
+                rebuilt = skeleton(source)
+            except BlockfitError:  # arguments that its library refuses are not its own
+                continue
+            if _shapes(rebuilt) == shapes:
+                return source
     cls = type(model)
     return Source("module", f"{cls.__module__}.{cls.__qualname__}", {})
 
