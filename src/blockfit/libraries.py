@@ -161,6 +161,11 @@ def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _cannot_load(name: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name} comes with code of its own; allow it with trust_remote_code "
+            "(--trust-remote-code) if you trust its author"
+        )
     if Path(name).is_dir():
         return f"transformers cannot load the folder {name}: {first_line(error)}"
     return (
