@@ -21,6 +21,7 @@ from blockfit.probe import (
     candidates,
     container_at,
     example_input,
+    place,
     runs_in,
     two_different,
     watch_forward,
@@ -89,7 +90,7 @@ def named_blocks(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
             return run
     found = max(map(len, runs), default=0)
     raise BlockfitError(
-        f"expected {blocks.depth} blocks at {blocks.path!r} and found {found}; "
+        f"expected {blocks.depth} blocks at {place(blocks.path)} and found {found}; "
         "the model has changed since its blocks were looked up, so find them again"
     )
 
@@ -192,7 +193,7 @@ def find_blocks(
         runs = runs_in(container_at(model, path))
         if not runs:
             raise BlockfitError(
-                f"{path!r} holds no two modules of one class in a row; correct --blocks"
+                f"{place(path)} holds no two modules of one class in a row; correct --blocks"
             )
         watches = [Watch(path, run) for run in runs]
     watch_forward(
@@ -200,7 +201,12 @@ def find_blocks(
     )
     watch = _choose(watches, path)
     assert watch.first is not None
-    tokens = watch.first.shape[1]
+    images, tokens, width = watch.first.shape
+    if tokens == 2 != images:
+        raise BlockfitError(
+            f"the blocks at {place(watch.path)} take (tokens, batch, width); only blocks that take "
+            "(batch, tokens, width) are supported"
+        )
     if prefix_tokens is None:
         prefix_tokens = _count_prefix_tokens(watch.first)
     elif not 0 <= prefix_tokens < tokens:
@@ -208,14 +214,14 @@ def find_blocks(
     blocks = Blocks(
         path=watch.path,
         depth=len(watch.run),
-        width=watch.first.shape[2],
+        width=width,
         prefix_tokens=prefix_tokens,
         input_name=watch.input_name,
         output_items=watch.output_items,
     )
     if named_blocks(model, blocks) != watch.run:
         raise BlockfitError(
-            f"{watch.path!r} holds two lists of {blocks.depth} modules and only one is its blocks; "
+            f"{place(watch.path)} holds two lists of {blocks.depth} modules, one of them blocks; "
             "keep the blocks in an nn.ModuleList of their own"
         )
     return blocks
@@ -225,7 +231,7 @@ def _choose(watches: Sequence[Watch], path: str | None) -> Watch:
     good = [watch for watch in watches if not watch.problem]
     if not good:
         tried = max(watches, key=lambda watch: len(watch.run))
-        where = f"{tried.path!r} with {len(tried.run)} modules"
+        where = f"{place(tried.path)} with {len(tried.run)} modules"
         if path is not None:
             raise BlockfitError(f"{where} is no list of blocks: {tried.problem}; correct --blocks")
         raise BlockfitError(
@@ -235,7 +241,7 @@ def _choose(watches: Sequence[Watch], path: str | None) -> Watch:
     longest = max(len(watch.run) for watch in outer)
     best = [watch for watch in outer if len(watch.run) == longest]
     if len(best) > 1:
-        names = " and ".join(repr(watch.path) for watch in best)
+        names = " and ".join(place(watch.path) for watch in best)
         raise BlockfitError(f"found {len(best)} lists of {longest} blocks, {names}; {HINT}")
     return best[0]
 

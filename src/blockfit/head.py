@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
         primary = primary_output(call(model, inputs))
         heads = _heads(primary, seen)
     if not heads:
-        return Observation(primary.detach().flatten(1), None)
+        return Observation(primary.detach().reshape(len(primary), -1), None)
     features = torch.cat([read.flatten(1) for read in heads], dim=1)
     return Observation(features.detach(), primary.detach())
 
@@ -77,27 +77,23 @@ def primary_output(output: Any) -> Tensor:
     Raises:
         BlockfitError: where there is none.
     """
-    for name in ("logits", "last_hidden_state"):
-        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(value, Tensor):
+    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    items: Iterable[Any] = (output,)
+    if isinstance(output, Mapping):
+        items = output.values()
+    elif isinstance(output, (tuple, list)):
+        items = output if isinstance(output, tuple) else reversed(output)
+    for value in (named.get("logits"), named.get("last_hidden_state"), *items):
+        if isinstance(value, (tuple, list)) and value:
+            value = value[-1]
+        if isinstance(value, Tensor) and value.ndim > 0:
             return value
-    if isinstance(output, Tensor):
-        return output
-    items = output.values() if isinstance(output, Mapping) else output
-    if isinstance(output, list):
-        items = reversed(output)
-    for value in items if isinstance(items, (tuple, list)) or items is not output else ():
-        if isinstance(value, Tensor):
-            return value
-        if isinstance(value, (tuple, list)) and value and isinstance(value[-1], Tensor):
-            tensor: Tensor = value[-1]
-            return tensor
     raise BlockfitError(f"the model returned {type(output).__name__}, which holds no tensor")
 
 
 def _heads(primary: Tensor, seen: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """What the linear layers read that made ``primary``; empty where none did."""
-    if primary.ndim != 2:
+    if primary.ndim != 2 or not primary.is_floating_point():
         return []
     fitting = [(read, wrote) for read, wrote in seen if wrote.shape == primary.shape]
     for read, wrote in reversed(fitting):

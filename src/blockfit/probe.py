@@ -61,6 +61,11 @@ def runs_in(container: nn.Module) -> list[dict[str, nn.Module]]:
     return [run for run in runs if len(run) > 1]
 
 
+def place(path: str) -> str:
+    """A path as messages write it."""
+    return repr(path) if path else "the model itself"
+
+
 def container_at(model: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path.
 

@@ -24,6 +24,9 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 
+# A replacement has none of its base class's parts, which the base class's own versions may expect.
+_OWN = ("train", "_apply", "_save_to_state_dict", "_load_from_state_dict", "__setstate__")
+
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -47,6 +50,8 @@ def _replacement_class(replaced: type[nn.Module]) -> type[nn.Module]:
         "__doc__": f"Stands where a {replaced.__name__} stood.",
         "__module__": replaced.__module__,
         "_blockfit_replaces": replaced,
+        "extra_repr": lambda self: str(self._blockfit_replacement),
+        **{name: getattr(nn.Module, name) for name in _OWN},
     }
     made = type(f"Replaced{replaced.__name__}", (replaced,), members)
     # Set after the class exists: some libraries wrap the forward of every new subclass.
