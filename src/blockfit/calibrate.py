@@ -1,0 +1,143 @@
+"""The one pass: calibration images through the original model, moments at every boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.blocks import Batch, Blocks, block_modules, call, record
+from blockfit.data import Images
+from blockfit.errors import BlockfitError
+from blockfit.moments import Moments
+from blockfit.probe import evaluating
+from blockfit.residual import Writer, find_writers, need_writer
+from blockfit.spans import Span
+from blockfit.trace import check_finite, trace
+
+TOKENS_PER_IMAGE = 24
+"""Patch tokens taken of each image where the moments of *all* spans are wanted.
+
+All tokens of an image say much the same, and the products of 70 pairs of 12 blocks cost as much
+as the forward pass itself; measured in docs/measurements.md. Final fits use every token.
+"""
+
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
+
+
+def calibrate(
+    model: nn.Module,
+    blocks: Blocks,
+    images: Images,
+    spans: Iterable[Span],
+    *,
+    tokens_per_image: int | None = None,
+    seed: int = 0,
+    contributions: bool = False,
+    progress: Progress | None = None,
+) -> Moments:
+    """Run the images through ``model`` once and return the moments of all ``spans``.
+
+    Memory above the model is that of the sums and of one batch, whatever the number of images.
+    The model is run in eval mode without gradients and left as it was.
+
+    Args:
+        model: the original model.
+        blocks: where its blocks are.
+        images: the calibration images.
+        spans: what maps may be fitted for.
+        tokens_per_image: take this many patch tokens of each image, drawn with ``seed`` and the
+            image's number; all where ``None``. Prefix tokens are always taken.
+        contributions: also sum the MLPs' contributions, for ``folded`` maps.
+
+    Raises:
+        BlockfitError: no image, NaN or infinite hidden states (block and image are named).
+    """
+    moments = Moments(spans, blocks.width, blocks.prefix_tokens, contributions)
+    starts = sorted({s.start for s in moments.spans if s.start > 0}) if contributions else []
+    done = 0
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        writers: dict[int, Writer] = {}
+        states = stack.enter_context(record(model, blocks))
+        mlp_inputs: dict[int, Tensor] = {}
+        for batch in images.batches():
+            if starts and not writers:
+                writers = mlp_writers(model, blocks, batch.inputs, starts)
+                _listen(stack, block_modules(model, blocks), writers, mlp_inputs)
+            call(model, batch.inputs)
+            _check_all(states, batch.names)
+            picked = _pick(states, blocks.prefix_tokens, tokens_per_image, seed, done)
+            hidden = {b: picked(states[b]) for b in moments.boundaries}
+            moments.add(hidden, {b: picked(m) for b, m in mlp_inputs.items()})
+            done += len(states[0])
+            if progress is not None:
+                progress(done, len(images))
+    if done == 0:
+        raise BlockfitError("there are no calibration images; give a folder or file that holds some")
+    return moments
+
+
+def mlp_writers(
+    model: nn.Module, blocks: Blocks, inputs: Batch, starts: Iterable[int]
+) -> dict[int, Writer]:
+    """The MLP writer of the block before each boundary in ``starts``."""
+    modules = block_modules(model, blocks)
+    wanted = list(starts)
+    seen = trace(model, blocks, inputs, [start - 1 for start in wanted])
+    found = {}
+    for start in wanted:
+        index = start - 1
+        state = seen.states[index]
+        run = seen.runner(modules[index], index)
+        found[start] = need_writer(
+            find_writers(modules[index], run, state), index, "a folded map"
+        )
+    return found
+
+
+def _listen(
+    stack: ExitStack,
+    modules: list[nn.Module],
+    writers: dict[int, Writer],
+    contributions: dict[int, Tensor],
+) -> None:
+    """Keep what the MLP before each boundary adds to the residual stream."""
+
+    def listener(start: int, writer: Writer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            contributions[start] = output.detach() * writer.gain.to(output)
+
+        return hook
+
+    for start, writer in writers.items():
+        linear = writer.linear(modules[start - 1])
+        stack.callback(linear.register_forward_hook(listener(start, writer)).remove)
+
+
+def _check_all(states: list[Tensor], names: list[str]) -> None:
+    for index, hidden in enumerate(states):
+        check_finite(hidden, index, names)
+
+
+def _pick(
+    states: list[Tensor], prefix_tokens: int, tokens_per_image: int | None, seed: int, done: int
+) -> Callable[[Tensor], Tensor]:
+    """Takes the prefix tokens and some patch tokens; the choice depends on the image's number."""
+    images, tokens = states[0].shape[:2]
+    patches = tokens - prefix_tokens
+    if tokens_per_image is None or tokens_per_image >= patches:
+        return lambda hidden: hidden
+    generator = torch.Generator()
+    rows = []
+    for image in range(images):
+        generator.manual_seed((seed << 32) + done + image)
+        drawn = torch.randperm(patches, generator=generator)[:tokens_per_image] + prefix_tokens
+        rows.append(torch.cat([torch.arange(prefix_tokens), drawn]))
+    index = torch.stack(rows).to(states[0].device)
+    take = torch.arange(images, device=index.device)[:, None]
+    return lambda hidden: hidden[take, index]

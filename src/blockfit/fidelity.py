@@ -1,0 +1,75 @@
+"""How close a small model's output is to the original's, without labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockfit.head import Observation
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over images; ``kl`` and ``agreement`` are ``None`` where the model has no head.
+
+    Args:
+        images: how many images were compared.
+        kl: KL(original ‖ compressed) of the head's softmax, in nats.
+        agreement: fraction of images with the same top-1 class.
+        feature_cosine: cosine of the final features.
+        feature_relative_error: ‖f' − f‖ / ‖f‖ of the final features.
+    """
+
+    images: int
+    kl: float | None
+    agreement: float | None
+    feature_cosine: float
+    feature_relative_error: float
+
+    @property
+    def loss(self) -> float:
+        """What searches minimise: the KL, or the features' relative error where there is no head."""
+        return self.feature_relative_error if self.kl is None else self.kl
+
+
+class FidelityMeter:
+    """Sums over batches, in float64."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self._kl = self._same = self._cosine = self._error = 0.0
+        self._has_head = True
+
+    def add(self, original: Observation, compressed: Observation) -> None:
+        """Compare two observations of the same images, of equal shapes."""
+        before, after = original.features.double(), compressed.features.double()
+        self.images += len(before)
+        self._cosine += float(torch.cosine_similarity(before, after, dim=1).sum())
+        size = before.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        self._error += float(((after - before).norm(dim=1) / size).sum())
+        if original.logits is None or compressed.logits is None:
+            self._has_head = False
+            return
+        self._kl += float(kl_divergence(original.logits, compressed.logits).sum())
+        same = original.logits.argmax(1) == compressed.logits.argmax(1)
+        self._same += float(same.sum())
+
+    def result(self) -> Fidelity:
+        """The means so far."""
+        n = max(self.images, 1)
+        return Fidelity(
+            images=self.images,
+            kl=self._kl / n if self._has_head else None,
+            agreement=self._same / n if self._has_head else None,
+            feature_cosine=self._cosine / n,
+            feature_relative_error=self._error / n,
+        )
+
+
+def kl_divergence(original: Tensor, compressed: Tensor) -> Tensor:
+    """KL(softmax(original) ‖ softmax(compressed)) per image, in nats; logits of shape (n, classes)."""
+    p = original.double().log_softmax(1)
+    q = compressed.double().log_softmax(1)
+    return (p.exp() * (p - q)).sum(1).clamp_min(0)

@@ -1,0 +1,166 @@
+"""Held-out images: the judge of maps and plans, by their true effect on the model's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.blocks import Blocks, overridden
+from blockfit.data import Images
+from blockfit.errors import BlockfitError
+from blockfit.fidelity import Fidelity, FidelityMeter
+from blockfit.head import Observation, observe
+from blockfit.probe import evaluating
+from blockfit.repair import Solution, swapped
+from blockfit.spans import Plan, Replacement
+from blockfit.trace import Trace, trace
+
+
+@dataclass(frozen=True)
+class MapError:
+    """The local error of one map on held-out images, beside identity's and per token type.
+
+    Each is Σ‖T(x) − h[stop]‖² / Σ‖h[stop] − mean‖², with x what the compressed prefix feeds it;
+    ``None`` where there are no tokens of the type.
+    """
+
+    span: str
+    map: str
+    error: float
+    identity_error: float
+    prefix: float | None
+    patch: float | None
+    identity_prefix: float | None
+    identity_patch: float | None
+
+
+class HeldOut:
+    """Held-out images with their hidden states cached at every boundary.
+
+    A candidate runs only the blocks behind its first span; everything before it is taken from
+    the cache, and the model's own forward does the rest.
+
+    Args:
+        model: the original model.
+        blocks: where its blocks are.
+        images: images that no map is fitted on; their batch size is the unit of ``batches``.
+
+    Raises:
+        BlockfitError: no image, NaN or infinite hidden states.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks, images: Images) -> None:
+        self.model, self.blocks = model, blocks
+        self.traces: list[Trace] = []
+        self.labels: list[Tensor | None] = []
+        with evaluating(model):
+            for batch in images.batches():
+                keep = range(blocks.depth + 1)
+                self.traces.append(trace(model, blocks, batch.inputs, keep, batch.names))
+                self.labels.append(batch.labels)
+        if not self.traces:
+            raise BlockfitError("there are no held-out images to judge by; give more images")
+        whole = Solution(Plan(), ())
+        self.original = [self._observe(seen, whole) for seen in self.traces]
+        self.passes = 0.0
+        """Work done by ``score`` so far, in forward passes of one image through all blocks."""
+
+    def __len__(self) -> int:
+        return sum(len(seen.states[0]) for seen in self.traces)
+
+    def score(self, solution: Solution, batches: Sequence[int] | None = None) -> Fidelity:
+        """Fidelity of a solved plan, on all held-out images or on some batches of them."""
+        meter = FidelityMeter()
+        for number in range(len(self.traces)) if batches is None else batches:
+            meter.add(self.original[number], self._observe(self.traces[number], solution))
+        first, gone = _first(solution, self.blocks.depth), len(solution.plan.removed_blocks)
+        self.passes += meter.images * (self.blocks.depth - first - gone) / self.blocks.depth
+        return meter.result()
+
+    def accuracy(self, solution: Solution) -> float | None:
+        """Top-1 of the model's own head; ``None`` without labels or without a head."""
+        right = total = 0
+        for seen, labels in zip(self.traces, self.labels, strict=True):
+            logits = self._observe(seen, solution).logits
+            if labels is None or logits is None:
+                return None
+            right += int((logits.argmax(1).cpu() == labels.cpu()).sum())
+            total += len(labels)
+        return right / total
+
+    def map_errors(self, solution: Solution) -> list[MapError]:
+        """The local held-out error of every map of ``solution``, beside identity's."""
+        k = self.blocks.prefix_tokens
+        sums = {entry: torch.zeros(3, 2, dtype=torch.float64) for entry in solution.plan}
+
+        def note(entry: Replacement, seen: Trace, before: Tensor, after: Tensor) -> None:
+            target = seen.states[entry.span.stop].double()
+            spread = target - target.mean(dim=(0, 1))
+            for column, tokens in enumerate((slice(0, k), slice(k, None))):
+                for row, gap in enumerate((after - target, before - target, spread)):
+                    sums[entry][row, column] += gap[:, tokens].square().sum().cpu()
+
+        for seen in self.traces:
+            self._observe(seen, solution, lambda e, x, y, seen=seen: note(e, seen, x, y))
+        return [
+            MapError(
+                span=str(entry.span),
+                map=entry.map,
+                error=_ratio(total[0].sum(), total[2].sum()),
+                identity_error=_ratio(total[1].sum(), total[2].sum()),
+                prefix=_ratio(total[0, 0], total[2, 0]) if k else None,
+                patch=_ratio(total[0, 1], total[2, 1]),
+                identity_prefix=_ratio(total[1, 0], total[2, 0]) if k else None,
+                identity_patch=_ratio(total[1, 1], total[2, 1]),
+            )
+            for entry, total in sums.items()
+        ]
+
+    def _observe(
+        self,
+        seen: Trace,
+        solution: Solution,
+        listen: Callable[..., None] | None = None,
+    ) -> Observation:
+        depth = self.blocks.depth
+        first = _first(solution, depth)
+        functions: dict[int, Callable[[Tensor], Tensor]] = {}
+        start = seen.states[first]
+        for index in range(first - 1):
+            functions[index] = _same
+        if first > 0:
+            functions[first - 1] = lambda hidden: start
+        for entry, module in zip(solution.plan, solution.maps, strict=True):
+            for index in range(entry.span.start, entry.span.stop - 1):
+                functions[index] = _same
+            own = module.to(start)
+
+            def apply(hidden: Tensor, own: nn.Module = own, entry: object = entry) -> Tensor:
+                # With no block before it, the model itself hands over h[0].
+                out: Tensor = own(hidden)
+                if listen is not None:
+                    listen(entry, hidden.double(), out.double())
+                return out
+
+            functions[entry.span.stop - 1] = apply
+        if first == depth:
+            functions[depth - 1] = lambda hidden: start
+        with swapped(self.model, solution.weights), overridden(self.model, self.blocks, functions):
+            return observe(self.model, self.blocks, seen.inputs)
+
+
+def _same(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _first(solution: Solution, depth: int) -> int:
+    """The first block that is not the original's; the depth where nothing was changed."""
+    starts = [e.span.start - (e.map == "folded") for e in solution.plan]
+    return min(starts, default=depth)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if float(whole) > 0 else float(part)

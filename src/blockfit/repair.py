@@ -1,0 +1,382 @@
+"""Solving a plan block by block: maps refitted on the compressed prefix, kept blocks repaired.
+
+Everything is closed-form: no gradients, no labels, no added parameters beyond the maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.blocks import Blocks, block_modules, named_blocks
+from blockfit.data import Images
+from blockfit.errors import BlockfitError
+from blockfit.fit import RIDGE, fit_affine, fit_map
+from blockfit.maps import empty_map
+from blockfit.moments import Moments, Regression
+from blockfit.probe import evaluating
+from blockfit.residual import Writer, find_writers, input_of, inputs_of, need_writer, written
+from blockfit.spans import Plan, Replacement
+from blockfit.surgery import apply_plan
+from blockfit.trace import Trace, trace
+
+REPAIRS = ("none", "mlp", "mlp+attention")
+
+REPAIR_RIDGE = 0.3
+"""Default λ of the repairs, towards the original weights; measured in docs/measurements.md."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How maps and repairs are solved.
+
+    Args:
+        ridge: λ of the maps, relative to the mean diagonal, towards the identity.
+        prefix_weight: weight of a prefix token in every fit, where a patch token weighs 1.
+        refit: fit each map on what the compressed prefix really feeds it.
+        repair: which output weights of kept blocks behind the first span are solved anew.
+        repair_ridge: λ of the repairs, towards the original weights.
+
+    Raises:
+        BlockfitError: for a negative λ or weight, or an unknown repair.
+    """
+
+    ridge: float = RIDGE
+    prefix_weight: float = 1.0
+    refit: bool = True
+    repair: str = "mlp+attention"
+    repair_ridge: float = REPAIR_RIDGE
+
+    def __post_init__(self) -> None:
+        if self.repair not in REPAIRS:
+            raise BlockfitError(
+                f"unknown repair {self.repair!r}; choose one of {', '.join(REPAIRS)}"
+            )
+        for name in ("ridge", "repair_ridge"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise BlockfitError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 < self.prefix_weight < float("inf"):
+            raise BlockfitError(f"prefix_weight must be above 0, got {self.prefix_weight}")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan with everything that was solved for it.
+
+    Args:
+        plan: what goes.
+        maps: one float32 module per replacement, in the plan's order.
+        weights: parameters of kept blocks that were solved anew, by their names in the model.
+    """
+
+    plan: Plan
+    maps: tuple[nn.Module, ...]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module, blocks: Blocks) -> None:
+        """Put it into ``model``, in place; refused before anything is changed if it does not fit.
+
+        Raises:
+            BlockfitError: where plan, maps or weights do not fit the model.
+        """
+        known = dict(model.named_parameters(remove_duplicate=False))
+        for name, value in self.weights.items():
+            if name not in known or known[name].shape != value.shape:
+                raise BlockfitError(f"the model has no parameter {name!r} of the repaired shape")
+        apply_plan(model, blocks, self.plan, self.maps)
+        for name, value in self.weights.items():
+            known[name].data = value.to(known[name]).clone()
+
+
+@contextmanager
+def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the named parameters of ``model`` hold other values until the ``with`` ends."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: known[name].data for name in weights}
+    try:
+        for name, value in weights.items():
+            known[name].data = value.to(known[name])
+        yield
+    finally:
+        for name, value in before.items():
+            known[name].data = value
+
+
+class Originals:
+    """What the original model computes on the fit images: the targets of every refit and repair.
+
+    Hidden states at all boundaries are kept while they fit into ``limit_bytes``; beyond it, only
+    h[0] is, and the others are computed again when they are asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        images: Images,
+        limit_bytes: int = 2 << 30,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.modules = block_modules(model, blocks)
+        self.traces: list[Trace] = []
+        self._writers: dict[int, list[Writer]] = {}
+        self._middles: dict[int, list[Tensor]] = {}
+        self._held = 0
+        self._limit = limit_bytes
+        done = 0
+        with evaluating(model):
+            for batch in images.batches():
+                seen = trace(model, blocks, batch.inputs, range(blocks.depth + 1), batch.names)
+                self.traces.append(seen)
+                size = sum(s.nbytes for s in seen.states.values())
+                if self._held + size > limit_bytes:
+                    seen.states = {0: seen.states[0]}
+                else:
+                    self._held += size
+                done += len(seen.states[0])
+                if progress is not None:
+                    progress(done, len(images))
+        if not self.traces:
+            raise BlockfitError("there are no images to fit on; give a folder or file with some")
+
+    def state(self, batch: int, boundary: int) -> Tensor:
+        """h[boundary] of one batch."""
+        seen = self.traces[batch]
+        known = max(b for b in seen.states if b <= boundary)
+        hidden = seen.states[known]
+        for index in range(known, boundary):
+            hidden = seen.run(self.modules[index], index, hidden)
+        if boundary != known:
+            # Boundaries are asked for in order: keep the last one to go on from.
+            seen.states = {0: seen.states[0], boundary: hidden}
+        return hidden
+
+    def writers(self, index: int) -> list[Writer]:
+        """The residual writers of block ``index``; found once."""
+        if index not in self._writers:
+            run = self.traces[0].runner(self.modules[index], index)
+            self._writers[index] = find_writers(self.modules[index], run, self.state(0, index))
+        return self._writers[index]
+
+    def middle(self, batch: int, index: int) -> Tensor:
+        """The state of block ``index`` before its MLP's contribution, on the original's input."""
+        kept = self._middles.get(index)
+        if kept is not None:
+            return kept[batch]
+        block = self.modules[index]
+        silenced = {self.writers(index)[-1].name: 0.0}
+        out = []
+        for number, seen in enumerate(self.traces):
+            with written(block, silenced):
+                out.append(seen.run(block, index, self.state(number, index)))
+        size = sum(s.nbytes for s in out)
+        if self._held + size > self._limit:
+            self._middles = {index: out}
+        else:
+            self._middles[index] = out
+            self._held += size
+        return out[batch]
+
+
+def solve(
+    originals: Originals,
+    plan: Plan,
+    options: Options | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Solution:
+    """Fit a plan's maps one after the other and repair the kept blocks behind the first span.
+
+    Each map and each repair is solved on what the compressed part before it produces, towards
+    the original's hidden states, so that errors are corrected instead of passed on. Every fit
+    uses all tokens of all images of ``originals``.
+
+    Args:
+        originals: the fit images as the original saw them.
+        plan: what goes.
+        options: how to solve; defaults to ``Options()``.
+        progress: called with (blocks done, blocks in all).
+    """
+    plan.check(originals.blocks.depth)
+    with evaluating(originals.model), torch.no_grad():
+        return _Walk(originals, plan, options or Options()).solution(progress)
+
+
+class _Walk:
+    """One walk through the blocks; ``hidden[b]`` is batch b's compressed state at ``at``."""
+
+    def __init__(self, originals: Originals, plan: Plan, options: Options) -> None:
+        self.originals, self.plan, self.options = originals, plan, options
+        self.blocks = originals.blocks
+        self.by_start = {entry.span.start: entry for entry in plan}
+        self.names = list(named_blocks(originals.model, originals.blocks))
+        self.maps: dict[Replacement, nn.Module] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.hidden: list[Tensor] | None = None
+
+    def solution(self, progress: Callable[[int, int], None] | None) -> Solution:
+        if not len(self.plan):
+            return Solution(self.plan, ())
+        first = min(e.span.start - (e.map == "folded") for e in self.plan)
+        last = max(e.span.stop for e in self.plan)
+        end = self.blocks.depth if self.options.repair != "none" else last
+        index = first
+        self.hidden = [self.originals.state(b, first) for b in range(len(self.originals.traces))]
+        while index < end:
+            entry = self.by_start.get(index)
+            if entry is None:
+                self._keep(index, repair=index >= self.plan.spans[0].start)
+                index += 1
+            else:
+                self._replace(entry)
+                index = entry.span.stop
+            if progress is not None:
+                progress(index - first, end - first)
+        return Solution(self.plan, tuple(self.maps[e] for e in self.plan), self.weights)
+
+    def _replace(self, entry: Replacement) -> None:
+        assert self.hidden is not None
+        span = entry.span
+        if entry.map in ("identity", "folded"):
+            self.maps[entry] = empty_map(entry, self.blocks.width)
+            return
+        moments = Moments([span], self.blocks.width, self.blocks.prefix_tokens)
+        for b, hidden in enumerate(self.hidden):
+            source = hidden if self.options.refit else self.originals.state(b, span.start)
+            target = self.originals.state(b, span.stop)
+            moments.add({span.start: source, span.stop: target})
+        fitted = fit_map(entry, moments, self.options.ridge, self.options.prefix_weight)
+        self.maps[entry] = fitted
+        on_device = fitted.to(self.hidden[0])
+        self.hidden = [on_device(hidden) for hidden in self.hidden]
+        fitted.to(device="cpu", dtype=torch.float32)
+
+    def _keep(self, index: int, repair: bool) -> None:
+        """Pass a kept block, folding the span behind it into it and repairing it where asked."""
+        assert self.hidden is not None
+        behind = self.by_start.get(index + 1)
+        folded = behind if behind is not None and behind.map == "folded" else None
+        what = self.options.repair if repair else "none"
+        writers = self.originals.writers(index) if what != "none" or folded else []
+        block = self.originals.modules[index]
+        if folded:
+            need_writer(writers, index, f"the folded map of span {folded.span}")
+        solved: dict[str, Tensor] = {}
+        if what == "mlp+attention" and len(writers) == 2:
+            solved |= self._repair_attention(index, writers)
+        with swapped(block, solved):
+            if writers and (folded or what != "none"):
+                target = folded.span.stop if folded else index + 1
+                solved |= self._solve_mlp(index, writers[-1], target, folded, what != "none")
+            else:
+                self.hidden = [
+                    seen.run(block, index, hidden)
+                    for seen, hidden in zip(self.originals.traces, self.hidden, strict=True)
+                ]
+        prefix = ".".join(filter(None, (self.blocks.path, self.names[index])))
+        self.weights.update({f"{prefix}.{name}": value for name, value in solved.items()})
+
+    def _repair_attention(self, index: int, writers: list[Writer]) -> dict[str, Tensor]:
+        """Solve the attention's output weights towards the original's state before the MLP."""
+        assert self.hidden is not None
+        block, attention, mlp = self.originals.modules[index], writers[0], writers[-1]
+        silent = {attention.name: 0.0, mlp.name: 0.0}
+        total = None
+        for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
+            run = seen.runner(block, index)
+            regressors = input_of(block, attention.name, run, hidden)
+            with written(block, silent):
+                base = run(hidden)
+            target = self.originals.middle(b, index) - base
+            part = self._sums(regressors, target)
+            total = part if total is None else total + part
+        assert total is not None
+        return self._solved(block, attention, total, attention.effective(block))
+
+    def _solve_mlp(
+        self, index: int, mlp: Writer, target: int, folded: Replacement | None, repair: bool
+    ) -> dict[str, Tensor]:
+        """Solve the MLP's output weights so that the block's output meets h[target]."""
+        assert self.hidden is not None
+        block = self.originals.modules[index]
+        weight, bias = mlp.effective(block)
+        bases, regressors = [], []
+        for seen, hidden in zip(self.originals.traces, self.hidden, strict=True):
+            with inputs_of(block, mlp.name) as inputs, written(block, {mlp.name: 0.0}):
+                bases.append(seen.run(block, index, hidden))
+            regressors.append(inputs[0])
+        prior = (weight, bias)
+        if folded:
+            prior = self._fold(target, weight, bias, bases, regressors)
+        if repair:
+            total = None
+            for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
+                part = self._sums(x, self.originals.state(b, target) - base)
+                total = part if total is None else total + part
+            assert total is not None
+            solved = self._solved(block, mlp, total, prior)
+        else:
+            solved = mlp.stored(block, *prior)
+        with swapped(block, solved):
+            linear = mlp.linear(block)
+            gain = mlp.gain.to(bases[0])
+            self.hidden = [
+                base + gain * nn.functional.linear(x, linear.weight, linear.bias)
+                for base, x in zip(bases, regressors, strict=True)
+            ]
+        return solved
+
+    def _fold(
+        self,
+        target: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        bases: list[Tensor],
+        regressors: list[Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """``A`` and ``b`` of a folded map, multiplied into the effective weight and bias.
+
+        ``r + A m + b`` approximates h[target], with r the state before the MLP's contribution m
+        (ReplaceMe, arXiv 2505.02819, maps the MLP's output in the same place).
+        """
+        total = None
+        for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
+            contribution = nn.functional.linear(
+                x, weight.to(x), None if bias is None else bias.to(x)
+            )
+            part = self._sums(contribution, self.originals.state(b, target) - base, torch.float64)
+            total = part if total is None else total + part
+        assert total is not None
+        fitted = fit_affine(total, self.options.ridge, bias=bias is not None)
+        if bias is not None:
+            bias = fitted.weight @ bias + fitted.bias
+        return fitted.weight @ weight, bias
+
+    def _sums(
+        self, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Regression:
+        """Sums over a batch, prefix tokens weighted. The repairs' ridge allows float32 products."""
+        k, weight = self.blocks.prefix_tokens, self.options.prefix_weight
+        if weight == 1.0 or k == 0:
+            return Regression.of(x, y, dtype)
+        return Regression.of(x[:, :k], y[:, :k], dtype) * weight + Regression.of(
+            x[:, k:], y[:, k:], dtype
+        )
+
+    def _solved(
+        self,
+        block: nn.Module,
+        writer: Writer,
+        problem: Regression,
+        prior: tuple[Tensor, Tensor | None],
+    ) -> dict[str, Tensor]:
+        weight, bias = prior
+        fitted = fit_affine(
+            problem, self.options.repair_ridge, prior=weight, bias=bias is not None
+        )
+        return writer.stored(block, fitted.weight, fitted.bias)

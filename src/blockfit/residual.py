@@ -1,0 +1,208 @@
+"""The linear layers that write into a block's residual stream, found by probing the block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.errors import BlockfitError
+
+RunBlock = Callable[[Tensor], Tensor]
+"""Runs one block on a hidden state with the arguments that its model gives it."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A linear layer of a block whose output z enters the block's output as ``gain ∘ z``.
+
+    Args:
+        name: dotted path inside the block (``mlp.fc2``).
+        gain: shape (width,); LayerScale's factors, ones where there is none.
+    """
+
+    name: str
+    gain: Tensor
+
+    def linear(self, block: nn.Module) -> nn.Linear:
+        """The layer in ``block``."""
+        found = block.get_submodule(self.name)
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def effective(self, block: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight (width, inputs) and bias (width,) with the gain multiplied in, float64, CPU."""
+        linear = self.linear(block)
+        gain = self.gain.double().cpu()
+        weight = linear.weight.detach().double().cpu() * gain[:, None]
+        bias = None if linear.bias is None else linear.bias.detach().double().cpu() * gain
+        return weight, bias
+
+    def stored(
+        self, block: nn.Module, weight: Tensor, bias: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Parameters of the layer that give the effective ``weight`` and ``bias``.
+
+        Channels whose gain vanishes keep the parameters that they have.
+        """
+        linear = self.linear(block)
+        gain = self.gain.double().cpu()
+        usable = gain.abs() > 1e-6 * gain.abs().max()
+        safe = torch.where(usable, gain, torch.ones_like(gain))
+        old = linear.weight.detach()
+        new = torch.where(usable[:, None], weight / safe[:, None], old.double().cpu())
+        out = {f"{self.name}.weight": new.to(device=old.device, dtype=old.dtype)}
+        if linear.bias is not None and bias is not None:
+            shift = torch.where(usable, bias / safe, linear.bias.detach().double().cpu())
+            out[f"{self.name}.bias"] = shift.to(device=old.device, dtype=old.dtype)
+        return out
+
+
+@contextmanager
+def written(block: nn.Module, outputs: Mapping[str, Tensor | float]) -> Iterator[None]:
+    """Let the named linear layers of ``block`` return these values instead of their own."""
+
+    def replace_by(value: Tensor | float) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return value if isinstance(value, Tensor) else torch.full_like(output, value)
+
+        return hook
+
+    with ExitStack() as undo:
+        for name, value in outputs.items():
+            handle = block.get_submodule(name).register_forward_hook(replace_by(value))
+            undo.callback(handle.remove)
+        yield
+
+
+class _Enough(Exception):
+    """Ends a block's forward as soon as what was looked for has been seen."""
+
+
+def input_of(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) -> Tensor:
+    """What the named linear layer of ``block`` is given; the rest of the block is not run."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach())
+        raise _Enough
+
+    handle = block.get_submodule(name).register_forward_pre_hook(hook)
+    try:
+        run(hidden)
+    except _Enough:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise BlockfitError(f"the block did not run its layer {name}")
+
+
+@contextmanager
+def inputs_of(block: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Listen to what the named linear layer of ``block`` is given."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach())
+
+    handle = block.get_submodule(name).register_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def find_writers(block: nn.Module, run: RunBlock, hidden: Tensor) -> list[Writer]:
+    """Find the linear layers that write into the residual stream, in order of execution.
+
+    By probing: a layer counts where the block's output is ``base + gain ∘ z`` of the layer's
+    output z, with one gain per channel for all tokens and images, once the layers that write
+    after it are silenced. In a pre-norm block these are the attention's output projection and
+    the MLP's second layer; a block whose layers are applied otherwise (post-norm, fused
+    ``nn.MultiheadAttention``) has fewer or none.
+
+    Args:
+        block: the block.
+        run: calls it as its model does.
+        hidden: a hidden state that reaches it, shape (batch, tokens, width), at least two tokens.
+
+    Returns:
+        At most two writers: of the attention (first) and of the MLP (last).
+    """
+    width = hidden.shape[-1]
+    order: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.shape == hidden.shape:
+                order.append((name, output.detach().clone()))
+
+        return hook
+
+    linears = [
+        name
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == width
+    ]
+    with ExitStack() as undo, torch.no_grad():
+        for name in linears:
+            undo.callback(block.get_submodule(name).register_forward_hook(note(name)).remove)
+        run(hidden)
+    names = [name for name, _ in order]
+    silenced: dict[str, Tensor | float] = {}
+    found: list[Writer] = []
+    for name, output in reversed(order):
+        if names.count(name) != 1:
+            continue
+        gain = _gain(block, run, hidden, name, output, silenced)
+        if gain is not None:
+            found.insert(0, Writer(name, gain))
+            silenced[name] = 0.0
+            if len(found) == 2:
+                break
+    return found
+
+
+def _gain(
+    block: nn.Module,
+    run: RunBlock,
+    hidden: Tensor,
+    name: str,
+    output: Tensor,
+    silenced: Mapping[str, Tensor | float],
+) -> Tensor | None:
+    """The gain of one layer; ``None`` where its output is not simply added."""
+
+    def out(value: Tensor | float) -> Tensor:
+        with torch.no_grad(), written(block, {**silenced, name: value}):
+            return run(hidden).double()
+
+    base, real = out(0.0), out(output)
+    # A unit of the size of the state itself, so that the difference stands clear of rounding.
+    unit = float(base.abs().max().clamp_min(1.0))
+    slope = (out(unit) - base) / unit
+    gain = slope.mean(dim=(0, 1))
+    change = real - base
+    scale = change.abs().max()
+    if not torch.isfinite(scale) or scale == 0:
+        return None
+    tolerance = 2e-3 if hidden.dtype == torch.float32 else 5e-2
+    predicted = gain * output.double()
+    if (predicted - change).abs().max() > tolerance * scale:
+        return None
+    # Rounding must not look like a LayerScale.
+    return torch.ones_like(gain).float() if (gain - 1).abs().max() < 1e-4 else gain.float()
+
+
+def need_writer(writers: list[Writer], block: int, why: str) -> Writer:
+    """The MLP's writer, or one clear sentence."""
+    if not writers:
+        raise BlockfitError(
+            f"block {block} has no linear layer whose output is simply added to the hidden "
+            f"state, which {why} needs; choose another map or --repair none"
+        )
+    return writers[-1]

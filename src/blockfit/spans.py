@@ -1,0 +1,233 @@
+"""Spans of blocks and plans made of them: frozen values, their checks and their JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blockfit.errors import BlockfitError
+
+MAP_KINDS = ("identity", "scale", "orthogonal", "linear", "affine", "low-rank", "folded")
+"""The kinds of map that can stand where a span stood, from nothing to most (``maps.py``)."""
+
+
+def _whole(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BlockfitError(f"{name} must be a whole number, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Blocks ``start`` … ``stop - 1`` of a model, numbered from 0.
+
+    The span reads the hidden state ``h[start]`` and must produce ``h[stop]``. The paper's code
+    writes ``Span(2, 5)`` as the skip (1, 4).
+
+    Raises:
+        BlockfitError: where ``0 <= start < stop`` does not hold.
+    """
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        _whole(self.start, "the start of a span")
+        _whole(self.stop, "the stop of a span")
+        if not 0 <= self.start < self.stop:
+            raise BlockfitError(
+                f"span {self.start}:{self.stop} is empty or negative; write start:stop with "
+                "0 <= start < stop, where stop is the first block that is kept again"
+            )
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}"
+
+    @property
+    def blocks(self) -> range:
+        """The numbers of the blocks that the span removes."""
+        return range(self.start, self.stop)
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """Read ``"9:11"``."""
+        parts = text.split(":")
+        if len(parts) != 2 or not all(p.strip().isdigit() and p.isascii() for p in parts):
+            raise BlockfitError(f"cannot read {text!r} as a span; write start:stop, as in 9:11")
+        return cls(int(parts[0]), int(parts[1]))
+
+
+def spans_up_to(depth: int, longest: int, protected: Iterable[int] = ()) -> list[Span]:
+    """Every span of a model of ``depth`` blocks with 1 … ``longest`` blocks, in order.
+
+    ``protected`` blocks are in none of them.
+    """
+    kept = set(protected)
+    for block in kept:
+        if not 0 <= block < depth:
+            raise BlockfitError(
+                f"protected block {block} does not exist; the model has blocks 0–{depth - 1}"
+            )
+    return [
+        Span(start, stop)
+        for start in range(depth)
+        for stop in range(start + 1, min(start + longest, depth) + 1)
+        if kept.isdisjoint(range(start, stop))
+    ]
+
+
+@dataclass(frozen=True, order=True)
+class Replacement:
+    """One span and the kind of the map that replaces it.
+
+    Args:
+        span: the blocks that go.
+        map: one of ``MAP_KINDS``.
+        rank: the rank of a ``low-rank`` map; ``None`` for every other kind.
+        per_token_type: one map for prefix tokens and another for patch tokens.
+    """
+
+    span: Span
+    map: str
+    rank: int | None = None
+    per_token_type: bool = False
+
+    def __post_init__(self) -> None:
+        if self.map not in MAP_KINDS:
+            raise BlockfitError(f"unknown map {self.map!r}; choose one of {', '.join(MAP_KINDS)}")
+        if self.map == "low-rank":
+            if self.rank is None or _whole(self.rank, "the rank of a low-rank map") < 1:
+                raise BlockfitError(f"the low-rank map of span {self.span} needs a rank of 1 or more")
+        elif self.rank is not None:
+            raise BlockfitError(f"only low-rank maps have a rank; span {self.span} is {self.map}")
+        if self.map == "folded" and self.span.start == 0:
+            raise BlockfitError(
+                f"span {self.span} cannot be folded: no kept block stands before it; "
+                "start the span at block 1 or later, or choose another map"
+            )
+        if self.map in ("identity", "folded") and self.per_token_type:
+            raise BlockfitError(f"{self.map} maps have no parameters to split by token type")
+
+    def __str__(self) -> str:
+        rank = f"({self.rank})" if self.rank is not None else ""
+        split = "/token type" if self.per_token_type else ""
+        return f"{self.span} {self.map}{rank}{split}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The replacement as plain JSON values; options at their defaults are left out."""
+        out: dict[str, Any] = {"start": self.span.start, "stop": self.span.stop, "map": self.map}
+        if self.rank is not None:
+            out["rank"] = self.rank
+        if self.per_token_type:
+            out["per_token_type"] = True
+        return out
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "plan") -> Replacement:
+        """Read what ``to_json`` wrote; ``where`` names the place in messages."""
+        if not isinstance(value, Mapping):
+            raise BlockfitError(f"{where}: expected an object with start, stop and map, got {value!r}")
+        unknown = sorted(set(map(str, value)) - {"start", "stop", "map", "rank", "per_token_type"})
+        if unknown:
+            raise BlockfitError(f"{where}: unknown key {unknown[0]!r}")
+        missing = [key for key in ("start", "stop", "map") if key not in value]
+        if missing:
+            raise BlockfitError(f"{where}: key {missing[0]!r} is missing")
+        split = value.get("per_token_type", False)
+        if not isinstance(split, bool):
+            raise BlockfitError(f"{where}: per_token_type must be true or false, got {split!r}")
+        span = Span(_whole(value["start"], f"{where}: start"), _whole(value["stop"], f"{where}: stop"))
+        return cls(span, value["map"], value.get("rank"), split)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Non-overlapping spans, each with the kind of its map: what a compressed model left out.
+
+    Replacements are kept in the order of their spans, whatever the order they are given in.
+
+    Raises:
+        BlockfitError: where two spans share a block.
+    """
+
+    replacements: tuple[Replacement, ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.replacements, key=lambda r: r.span))
+        object.__setattr__(self, "replacements", ordered)
+        for left, right in zip(ordered, ordered[1:], strict=False):
+            if left.span.stop > right.span.start:
+                raise BlockfitError(
+                    f"spans {left.span} and {right.span} overlap; "
+                    "spans of a plan must not share a block"
+                )
+            if right.map == "folded" and left.span.stop == right.span.start:
+                raise BlockfitError(
+                    f"span {right.span} cannot be folded: the block before it is removed by span "
+                    f"{left.span}; join the two spans or choose another map"
+                )
+
+    def __iter__(self) -> Iterator[Replacement]:
+        return iter(self.replacements)
+
+    def __len__(self) -> int:
+        return len(self.replacements)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.replacements)) or "nothing removed"
+
+    @classmethod
+    def of(cls, spans: Iterable[Span | str], map: str, **options: Any) -> Plan:
+        """One kind of map for all ``spans``; spans may be written as ``"9:11"``."""
+        parsed = [Span.parse(s) if isinstance(s, str) else s for s in spans]
+        return cls(tuple(Replacement(span, map, **options) for span in parsed))
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The spans in order."""
+        return tuple(r.span for r in self.replacements)
+
+    @property
+    def removed_blocks(self) -> tuple[int, ...]:
+        """The numbers of all blocks that go, in order."""
+        return tuple(block for r in self.replacements for block in r.span.blocks)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a stock checkpoint with fewer layers can express it (identity and folded only)."""
+        return all(r.map in ("identity", "folded") for r in self.replacements)
+
+    def check(self, depth: int, protected: Iterable[int] = ()) -> None:
+        """Refuse a plan that does not fit a model of ``depth`` blocks.
+
+        Raises:
+            BlockfitError: where a span leaves the model, removes a protected block, or nothing
+                of the model would be kept.
+        """
+        kept = set(protected)
+        for r in self.replacements:
+            if r.span.stop > depth:
+                raise BlockfitError(
+                    f"span {r.span} leaves the model, which has blocks 0–{depth - 1}; "
+                    f"stop may be at most {depth}"
+                )
+            hit = sorted(kept.intersection(r.span.blocks))
+            if hit:
+                raise BlockfitError(f"span {r.span} removes block {hit[0]}, which is protected")
+        if len(self.removed_blocks) >= depth:
+            raise BlockfitError(f"the plan removes all {depth} blocks; keep at least one")
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The plan as plain JSON values."""
+        return [r.to_json() for r in self.replacements]
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "plan") -> Plan:
+        """Read what ``to_json`` wrote. Unknown keys are refused."""
+        if not isinstance(value, list):
+            raise BlockfitError(f"{where}: expected a list of replacements, got {value!r}")
+        return cls(tuple(Replacement.from_json(v, f"{where}[{i}]") for i, v in enumerate(value)))
