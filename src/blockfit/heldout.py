@@ -64,7 +64,7 @@ class HeldOut:
         if not self.traces:
             raise BlockfitError("there are no held-out images to judge by; give more images")
         whole = Solution(Plan(), ())
-        self.original = [self._observe(seen, whole) for seen in self.traces]
+        self.original = [observe_solution(model, blocks, seen, whole) for seen in self.traces]
         self.passes = 0.0
         """Work done by ``score`` so far, in forward passes of one image through all blocks."""
 
@@ -75,16 +75,16 @@ class HeldOut:
         """Fidelity of a solved plan, on all held-out images or on some batches of them."""
         meter = FidelityMeter()
         for number in range(len(self.traces)) if batches is None else batches:
-            meter.add(self.original[number], self._observe(self.traces[number], solution))
-        first, gone = _first(solution, self.blocks.depth), len(solution.plan.removed_blocks)
+            meter.add(self.original[number], self._observe(number, solution))
+        first, gone = first_touched(solution, self.blocks.depth), len(solution.plan.removed_blocks)
         self.passes += meter.images * (self.blocks.depth - first - gone) / self.blocks.depth
         return meter.result()
 
     def accuracy(self, solution: Solution) -> float | None:
         """Top-1 of the model's own head; ``None`` without labels or without a head."""
         right = total = 0
-        for seen, labels in zip(self.traces, self.labels, strict=True):
-            logits = self._observe(seen, solution).logits
+        for number, labels in enumerate(self.labels):
+            logits = self._observe(number, solution).logits
             if labels is None or logits is None:
                 return None
             right += int((logits.argmax(1).cpu() == labels.cpu()).sum())
@@ -104,7 +104,13 @@ class HeldOut:
                     sums[entry][row, column] += gap[:, tokens].square().sum().cpu()
 
         for seen in self.traces:
-            self._observe(seen, solution, lambda e, x, y, seen=seen: note(e, seen, x, y))
+            observe_solution(
+                self.model,
+                self.blocks,
+                seen,
+                solution,
+                lambda entry, x, y, seen=seen: note(entry, seen, x, y),  # type: ignore[misc]
+            )
         return [
             MapError(
                 span=str(entry.span),
@@ -119,47 +125,56 @@ class HeldOut:
             for entry, total in sums.items()
         ]
 
-    def _observe(
-        self,
-        seen: Trace,
-        solution: Solution,
-        listen: Callable[..., None] | None = None,
-    ) -> Observation:
-        depth = self.blocks.depth
-        first = _first(solution, depth)
-        functions: dict[int, Callable[[Tensor], Tensor]] = {}
-        start = seen.states[first]
-        for index in range(first - 1):
+    def _observe(self, number: int, solution: Solution) -> Observation:
+        return observe_solution(self.model, self.blocks, self.traces[number], solution)
+
+
+def observe_solution(
+    model: nn.Module,
+    blocks: Blocks,
+    seen: Trace,
+    solution: Solution,
+    listen: Callable[[Replacement, Tensor, Tensor], None] | None = None,
+) -> Observation:
+    """What ``model`` says of a traced batch with ``solution`` in it, without changing the model.
+
+    Only the blocks behind the first one that the solution touches are run; ``seen`` must hold
+    the state at ``first_touched``. ``listen`` gets every replacement with its map's input and
+    output in float64.
+    """
+    first = first_touched(solution, blocks.depth)
+    functions: dict[int, Callable[[Tensor], Tensor]] = {}
+    start = seen.states[first]
+    for index in range(first - 1):
+        functions[index] = _same
+    if first > 0:
+        # A copy: the block that reads it may write into its input.
+        functions[first - 1] = lambda hidden: start.clone()
+    for entry, module in zip(solution.plan, solution.maps, strict=True):
+        for index in range(entry.span.start, entry.span.stop - 1):
             functions[index] = _same
-        if first > 0:
-            functions[first - 1] = lambda hidden: start
-        for entry, module in zip(solution.plan, solution.maps, strict=True):
-            for index in range(entry.span.start, entry.span.stop - 1):
-                functions[index] = _same
-            own = module.to(start)
+        own = module.to(start)
 
-            def apply(hidden: Tensor, own: nn.Module = own, entry: object = entry) -> Tensor:
-                # With no block before it, the model itself hands over h[0].
-                out: Tensor = own(hidden)
-                if listen is not None:
-                    listen(entry, hidden.double(), out.double())
-                return out
+        def apply(hidden: Tensor, own: nn.Module = own, entry: Replacement = entry) -> Tensor:
+            # With no block before it, the model itself hands over h[0].
+            out: Tensor = own(hidden)
+            if listen is not None:
+                listen(entry, hidden.double(), out.double())
+            return out
 
-            functions[entry.span.stop - 1] = apply
-        if first == depth:
-            functions[depth - 1] = lambda hidden: start
-        with swapped(self.model, solution.weights), overridden(self.model, self.blocks, functions):
-            return observe(self.model, self.blocks, seen.inputs)
+        functions[entry.span.stop - 1] = apply
+    with swapped(model, solution.weights), overridden(model, blocks, functions):
+        return observe(model, blocks, seen.inputs)
+
+
+def first_touched(solution: Solution, depth: int) -> int:
+    """The first block that is not the original's; the depth where nothing was changed."""
+    starts = [e.span.start - (e.map == "folded") for e in solution.plan]
+    return min(starts, default=depth)
 
 
 def _same(hidden: Tensor) -> Tensor:
     return hidden
-
-
-def _first(solution: Solution, depth: int) -> int:
-    """The first block that is not the original's; the depth where nothing was changed."""
-    starts = [e.span.start - (e.map == "folded") for e in solution.plan]
-    return min(starts, default=depth)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
