@@ -31,7 +31,7 @@ ROWS = (
     ("decode", "records", "stream", "data"),
     ("calibrate",),
     ("repair",),
-    ("fidelity", "heldout", "search"),
+    ("fidelity", "recipes", "heldout", "search"),
     ("evaluate",),
     ("store",),
     ("export",),

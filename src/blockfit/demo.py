@@ -96,21 +96,13 @@ class DigitsViT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images to the first hidden state, (B, 1 + patches, width)."""
+    def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
         class_token = self.cls_token.expand(len(images), -1, -1)
-        return torch.cat([class_token, patches], dim=1) + self.pos_embed
-
-    def classify(self, hidden: Tensor) -> Tensor:
-        """The last hidden state to logits, (B, classes)."""
-        return self.head(self.norm(hidden)[:, 0])
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = self.embed(images)
+        hidden = torch.cat([class_token, patches], dim=1) + self.pos_embed
         for block in self.blocks:
             hidden = block(hidden)
-        return self.classify(hidden)
+        return self.head(self.norm(hidden)[:, 0])
 
 
 def demo_arguments() -> dict[str, Any]:
