@@ -8,14 +8,13 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from blockfit.blocks import Batch, Blocks, block_modules, call, record
+from blockfit.blocks import Blocks, call, record
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.moments import Moments
 from blockfit.probe import evaluating
-from blockfit.residual import Writer, find_writers, need_writer
 from blockfit.spans import Span
-from blockfit.trace import check_finite, trace
+from blockfit.trace import check_finite
 
 TOKENS_PER_IMAGE = 24
 """Patch tokens taken of each image where the moments of *all* spans are wanted.
@@ -36,7 +35,6 @@ def calibrate(
     *,
     tokens_per_image: int | None = None,
     seed: int = 0,
-    contributions: bool = False,
     progress: Progress | None = None,
 ) -> Moments:
     """Run the images through ``model`` once and return the moments of all ``spans``.
@@ -51,72 +49,29 @@ def calibrate(
         spans: what maps may be fitted for.
         tokens_per_image: take this many patch tokens of each image, drawn with ``seed`` and the
             image's number; all where ``None``. Prefix tokens are always taken.
-        contributions: also sum the MLPs' contributions, for ``folded`` maps.
 
     Raises:
         BlockfitError: no image, NaN or infinite hidden states (block and image are named).
     """
-    moments = Moments(spans, blocks.width, blocks.prefix_tokens, contributions)
-    starts = sorted({s.start for s in moments.spans if s.start > 0}) if contributions else []
+    moments = Moments(spans, blocks.width, blocks.prefix_tokens)
     done = 0
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        writers: dict[int, Writer] = {}
         states = stack.enter_context(record(model, blocks))
-        mlp_inputs: dict[int, Tensor] = {}
         for batch in images.batches():
-            if starts and not writers:
-                writers = mlp_writers(model, blocks, batch.inputs, starts)
-                _listen(stack, block_modules(model, blocks), writers, mlp_inputs)
             call(model, batch.inputs)
             _check_all(states, batch.names)
             picked = _pick(states, blocks.prefix_tokens, tokens_per_image, seed, done)
-            hidden = {b: picked(states[b]) for b in moments.boundaries}
-            moments.add(hidden, {b: picked(m) for b, m in mlp_inputs.items()})
+            moments.add({b: picked(states[b]) for b in moments.boundaries})
             done += len(states[0])
             if progress is not None:
                 progress(done, len(images))
     if done == 0:
-        raise BlockfitError("there are no calibration images; give a folder or file that holds some")
-    return moments
-
-
-def mlp_writers(
-    model: nn.Module, blocks: Blocks, inputs: Batch, starts: Iterable[int]
-) -> dict[int, Writer]:
-    """The MLP writer of the block before each boundary in ``starts``."""
-    modules = block_modules(model, blocks)
-    wanted = list(starts)
-    seen = trace(model, blocks, inputs, [start - 1 for start in wanted])
-    found = {}
-    for start in wanted:
-        index = start - 1
-        state = seen.states[index]
-        run = seen.runner(modules[index], index)
-        found[start] = need_writer(
-            find_writers(modules[index], run, state), index, "a folded map"
+        raise BlockfitError(
+            "there are no calibration images; give a folder or file that holds some"
         )
-    return found
-
-
-def _listen(
-    stack: ExitStack,
-    modules: list[nn.Module],
-    writers: dict[int, Writer],
-    contributions: dict[int, Tensor],
-) -> None:
-    """Keep what the MLP before each boundary adds to the residual stream."""
-
-    def listener(start: int, writer: Writer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            contributions[start] = output.detach() * writer.gain.to(output)
-
-        return hook
-
-    for start, writer in writers.items():
-        linear = writer.linear(modules[start - 1])
-        stack.callback(linear.register_forward_hook(listener(start, writer)).remove)
+    return moments
 
 
 def _check_all(states: list[Tensor], names: list[str]) -> None:

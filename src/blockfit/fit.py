@@ -166,7 +166,9 @@ def _fit_low_rank(problem: Regression, ridge: float, rank: int) -> tuple[Affine,
     return Affine(weight, mean_y - weight @ mean_x), up, down
 
 
-def _one_map(replacement: Replacement, problem: Regression, ridge: float) -> tuple[Affine, nn.Module]:
+def _one_map(
+    replacement: Replacement, problem: Regression, ridge: float
+) -> tuple[Affine, nn.Module]:
     kind, width = replacement.map, len(problem.sum_x)
     if kind == "scale":
         fitted = _fit_scale(problem, ridge)
@@ -224,17 +226,3 @@ def fit_map(
         for t in ("prefix", "patch")
     )
     return PerTokenType(prefix, patch, moments.prefix_tokens)
-
-
-def as_affine(map_module: nn.Module, width: int) -> Affine:
-    """The matrix and shift that a fitted map (one map for all tokens) computes, in float64."""
-    if isinstance(map_module, PerTokenType):
-        raise BlockfitError("a map per token type is no single matrix")
-    eye = torch.eye(width, dtype=torch.float64)
-    with torch.no_grad():
-        module = map_module.double() if False else map_module
-        state = {k: v.double() for k, v in module.state_dict().items()}
-        zero = torch.zeros(1, width, dtype=torch.float64)
-        bias = torch.func.functional_call(module, state, (zero,))[0]
-        columns = torch.func.functional_call(module, state, (eye,)) - bias
-    return Affine(columns.T.contiguous(), bias)

@@ -83,9 +83,10 @@ class _TokenSums:
         self.sums = torch.zeros(states, width, dtype=torch.float64)
         self.squares = torch.zeros(states, width, width, dtype=torch.float64)
         self.crosses = {pair: torch.zeros(width, width, dtype=torch.float64) for pair in pairs}
+        self.angles = {pair: torch.zeros(2, dtype=torch.float64) for pair in self.crosses}
 
     def tensors(self) -> list[Tensor]:
-        return [self.sums, self.squares, *self.crosses.values()]
+        return [self.sums, self.squares, *self.crosses.values(), *self.angles.values()]
 
 
 class Moments:
@@ -99,39 +100,22 @@ class Moments:
         spans: the spans that a map may be fitted for later.
         width: channels of the hidden state.
         prefix_tokens: how many leading tokens are prefix tokens.
-        contributions: also take the MLP's contribution to each span's first state, which
-            ``folded`` maps are fitted from (``h[start] = r + m``; the sums of m).
     """
 
-    def __init__(
-        self, spans: Iterable[Span], width: int, prefix_tokens: int, contributions: bool = False
-    ) -> None:
+    def __init__(self, spans: Iterable[Span], width: int, prefix_tokens: int) -> None:
         self.spans = tuple(sorted(set(spans)))
         if not self.spans:
             raise BlockfitError("no span to take moments for; give at least one span")
         self.width = width
         self.prefix_tokens = prefix_tokens
-        self.contributions = contributions
-        boundaries = sorted({b for s in self.spans for b in (s.start, s.stop)})
-        states: list[tuple[str, int]] = [("h", b) for b in boundaries]
-        pairs = [(("h", s.start), ("h", s.stop)) for s in self.spans]
-        if contributions:
-            foldable = [s for s in self.spans if s.start > 0]
-            starts = sorted({s.start for s in foldable})
-            states += [("m", b) for b in starts]
-            pairs += [(("m", b), ("h", b)) for b in starts]
-            pairs += [(("m", s.start), ("h", s.stop)) for s in foldable]
-        self._row = {state: i for i, state in enumerate(states)}
-        self._pairs = sorted({(self._row[a], self._row[b]) for a, b in pairs})
+        self.boundaries = tuple(sorted({b for s in self.spans for b in (s.start, s.stop)}))
+        self._row = {boundary: i for i, boundary in enumerate(self.boundaries)}
+        self._pairs = [(self._row[s.start], self._row[s.stop]) for s in self.spans]
         self._partners: dict[int, list[int]] = {}
         for a, b in self._pairs:
             self._partners.setdefault(a, []).append(b)
-        self._types = {t: _TokenSums(len(states), width, self._pairs) for t in TOKEN_TYPES}
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """The l of the hidden states h[l] that the spans touch."""
-        return tuple(b for name, b in self._row if name == "h")
+        states = len(self.boundaries)
+        self._types = {t: _TokenSums(states, width, self._pairs) for t in TOKEN_TYPES}
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -142,26 +126,22 @@ class Moments:
         """Memory of the sums in bytes."""
         return sum(t.nbytes for s in self._types.values() for t in s.tensors())
 
-    def add(
-        self, hidden: Mapping[int, Tensor], mlp: Mapping[int, Tensor] | None = None
-    ) -> None:
+    def add(self, hidden: Mapping[int, Tensor]) -> None:
         """Add a batch.
 
         Args:
-            hidden: l → h[l] of shape (batch, tokens, width) for every boundary; the first
-                ``prefix_tokens`` tokens are the prefix tokens.
-            mlp: l → the contribution of block l − 1's MLP to h[l], same shape; needed where
-                ``contributions`` was asked for.
+            hidden: l → h[l] of shape (batch, tokens, width) for every boundary of the spans; the
+                first ``prefix_tokens`` tokens are the prefix tokens.
+
+        Raises:
+            BlockfitError: where a boundary is missing.
         """
         k = self.prefix_tokens
-        values = []
-        for name, boundary in self._row:
-            source = hidden if name == "h" else (mlp or {})
-            if boundary not in source:
-                raise BlockfitError(f"the batch holds no state {name}[{boundary}]")
-            values.append(source[boundary])
+        missing = [b for b in self.boundaries if b not in hidden]
+        if missing:
+            raise BlockfitError(f"the batch holds no hidden state h[{missing[0]}]")
         for token_type, tokens in (("prefix", slice(0, k)), ("patch", slice(k, None))):
-            rows = [v[:, tokens].reshape(-1, self.width).double() for v in values]
+            rows = [hidden[b][:, tokens].reshape(-1, self.width).double() for b in self.boundaries]
             if len(rows[0]):
                 self._add_rows(self._types[token_type], rows)
 
@@ -176,6 +156,9 @@ class Moments:
             sums.squares[i] += parts[0]
             for j, part in zip(partners, parts[1:], strict=True):
                 sums.crosses[i, j] += part
+                cosine = torch.cosine_similarity(left, rows[j], dim=1).clamp(-1, 1)
+                angle = torch.arccos(cosine) / torch.pi
+                sums.angles[i, j] += torch.stack([cosine.sum(), angle.sum()]).cpu()
 
     def merge(self, other: Moments) -> None:
         """Add the sums of another run over the same spans.
@@ -209,75 +192,41 @@ class Moments:
         Raises:
             BlockfitError: where no moments were taken for the span or no token was added.
         """
-        return self._weighted(
-            lambda sums: self._pair(sums, ("h", span.start), ("h", span.stop), span),
-            token_type,
-            prefix_weight,
+        return self._weighted(lambda sums: self._pair(sums, span), token_type, prefix_weight)
+
+    def angle(self, span: Span, token_type: str = "all") -> tuple[float, float]:
+        """Means over tokens of the cosine and the angle / π between h[start] and h[stop]."""
+        types = TOKEN_TYPES if token_type == "all" else (token_type,)
+        pair = self._pair_of(span)
+        count = sum(self._types[t].count for t in types)
+        total = torch.stack([self._types[t].angles[pair] for t in types]).sum(0) / max(count, 1)
+        return float(total[0]), float(total[1])
+
+    def second_moment(self, boundary: int, token_type: str = "all") -> tuple[Tensor, Tensor, float]:
+        """Σhhᵀ (width, width), Σh (width,) and the number of tokens of h[boundary]."""
+        types = TOKEN_TYPES if token_type == "all" else (token_type,)
+        row = self._row[boundary]
+        sums = [self._types[t] for t in types]
+        return (
+            torch.stack([s.squares[row] for s in sums]).sum(0),
+            torch.stack([s.sums[row] for s in sums]).sum(0),
+            float(sum(s.count for s in sums)),
         )
 
-    def folded_regression(self, span: Span, prefix_weight: float = 1.0) -> Regression:
-        """The problem ``h[stop] - r ≈ A m + b`` with ``h[start] = r + m``, m the MLP's part."""
-        if not self.contributions or span.start == 0:
-            raise BlockfitError(f"no moments of MLP contributions were taken for span {span}")
+    def _pair_of(self, span: Span) -> tuple[int, int]:
+        pair = (self._row.get(span.start, -1), self._row.get(span.stop, -1))
+        if pair not in self._types["patch"].crosses:
+            raise BlockfitError(f"no moments were taken for span {span}")
+        return pair
 
-        def problem(sums: _TokenSums) -> Regression:
-            to_stop = self._pair(sums, ("m", span.start), ("h", span.stop), span)
-            to_start = self._pair(sums, ("m", span.start), ("h", span.start), span)
-            direct = self._pair(sums, ("h", span.start), ("h", span.stop), span)
-            own = torch.diagonal(to_stop.xx)
-            # y - r = y - x + m, so its sums follow from those of m, x and y.
-            cross_diagonals = (
-                torch.diagonal(to_stop.xy) - torch.diagonal(direct.xy) - torch.diagonal(to_start.xy)
-            )
-            x_squares = torch.diagonal(direct.xx)
-            return Regression(
-                to_stop.count,
-                to_stop.sum_x,
-                to_stop.sum_y - to_start.sum_y + to_stop.sum_x,
-                to_stop.xx,
-                to_stop.xy - to_start.xy + to_stop.xx,
-                to_stop.yy + x_squares + own + 2 * cross_diagonals,
-            )
-
-        return self._weighted(problem, "all", prefix_weight)
-
-    def states(self, left: int, right: int, token_type: str = "all") -> tuple[Regression, Tensor]:
-        """Sums of the pair (h[left], h[right]) and Σyyᵀ, for similarity tables.
-
-        ``left == right`` is allowed; other pairs must be boundaries of one of ``spans``.
-        """
-        row = self._row[("h", right)]
-        if left == right:
-            span = None
-        else:
-            span = Span(left, right)
-        types = TOKEN_TYPES if token_type == "all" else (token_type,)
-        square = torch.stack([self._types[t].squares[row] for t in types]).sum(0)
-
-        def problem(sums: _TokenSums) -> Regression:
-            if span is not None:
-                return self._pair(sums, ("h", left), ("h", right), span)
-            xx = sums.squares[row]
-            return Regression(
-                sums.count, sums.sums[row], sums.sums[row], xx, xx, torch.diagonal(xx).clone()
-            )
-
-        return self._weighted(problem, token_type, 1.0), square
-
-    def _pair(
-        self, sums: _TokenSums, left: tuple[str, int], right: tuple[str, int], span: Span
-    ) -> Regression:
-        try:
-            i, j = self._row[left], self._row[right]
-            cross = sums.crosses[i, j]
-        except KeyError:
-            raise BlockfitError(f"no moments were taken for span {span}") from None
+    def _pair(self, sums: _TokenSums, span: Span) -> Regression:
+        i, j = self._pair_of(span)
         return Regression(
             float(sums.count),
             sums.sums[i],
             sums.sums[j],
             sums.squares[i],
-            cross,
+            sums.crosses[i, j],
             torch.diagonal(sums.squares[j]),
         )
 

@@ -5,6 +5,7 @@ Everything is closed-form: no gradients, no labels, no added parameters beyond t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,6 +128,7 @@ class Originals:
         self.traces: list[Trace] = []
         self._writers: dict[int, list[Writer]] = {}
         self._middles: dict[int, list[Tensor]] = {}
+        self._bare: dict[int, bool] = {}
         self._held = 0
         self._limit = limit_bytes
         done = 0
@@ -144,6 +146,16 @@ class Originals:
                     progress(done, len(images))
         if not self.traces:
             raise BlockfitError("there are no images to fit on; give a folder or file with some")
+
+    def part(self, images: int) -> Originals:
+        """The first batches with at least ``images`` images; the hidden states are shared."""
+        few = copy.copy(self)
+        few.traces, few._middles = [], {}
+        for seen in self.traces:
+            if sum(len(t.states[0]) for t in few.traces) >= images:
+                break
+            few.traces.append(seen)
+        return few
 
     def state(self, batch: int, boundary: int) -> Tensor:
         """h[boundary] of one batch."""
@@ -163,6 +175,14 @@ class Originals:
             run = self.traces[0].runner(self.modules[index], index)
             self._writers[index] = find_writers(self.modules[index], run, self.state(0, index))
         return self._writers[index]
+
+    def bare(self, index: int) -> bool:
+        """Whether block ``index`` with its two writers silenced returns its input unchanged."""
+        if index not in self._bare:
+            hidden, block = self.state(0, index), self.modules[index]
+            with written(block, {writer.name: 0.0 for writer in self.writers(index)}):
+                self._bare[index] = torch.equal(self.traces[0].run(block, index, hidden), hidden)
+        return self._bare[index]
 
     def middle(self, batch: int, index: int) -> Tensor:
         """The state of block ``index`` before its MLP's contribution, on the original's input."""
@@ -290,8 +310,10 @@ class _Walk:
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
             run = seen.runner(block, index)
             regressors = input_of(block, attention.name, run, hidden)
-            with written(block, silent):
-                base = run(hidden)
+            base = hidden
+            if not self.originals.bare(index):
+                with written(block, silent):
+                    base = run(hidden)
             target = self.originals.middle(b, index) - base
             part = self._sums(regressors, target)
             total = part if total is None else total + part
@@ -357,9 +379,7 @@ class _Walk:
             bias = fitted.weight @ bias + fitted.bias
         return fitted.weight @ weight, bias
 
-    def _sums(
-        self, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Regression:
+    def _sums(self, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> Regression:
         """Sums over a batch, prefix tokens weighted. The repairs' ridge allows float32 products."""
         k, weight = self.blocks.prefix_tokens, self.options.prefix_weight
         if weight == 1.0 or k == 0:
@@ -376,7 +396,5 @@ class _Walk:
         prior: tuple[Tensor, Tensor | None],
     ) -> dict[str, Tensor]:
         weight, bias = prior
-        fitted = fit_affine(
-            problem, self.options.repair_ridge, prior=weight, bias=bias is not None
-        )
+        fitted = fit_affine(problem, self.options.repair_ridge, prior=weight, bias=bias is not None)
         return writer.stored(block, fitted.weight, fitted.bias)

@@ -42,9 +42,7 @@ class Writer:
         bias = None if linear.bias is None else linear.bias.detach().double().cpu() * gain
         return weight, bias
 
-    def stored(
-        self, block: nn.Module, weight: Tensor, bias: Tensor | None
-    ) -> dict[str, Tensor]:
+    def stored(self, block: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Parameters of the layer that give the effective ``weight`` and ``bias``.
 
         Channels whose gain vanishes keep the parameters that they have.

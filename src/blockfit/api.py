@@ -1,0 +1,238 @@
+"""``load``, ``images``, ``compress``, ``save``: the few calls that most users need."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from blockfit import store
+from blockfit.blocks import Blocks
+from blockfit.budget import Budget
+from blockfit.data import Images
+from blockfit.data import images as open_images
+from blockfit.errors import BlockfitError
+from blockfit.models import load_model, source_of
+from blockfit.recipes import Recipe
+from blockfit.recipes import recipe as named_recipe
+from blockfit.repair import Options
+from blockfit.search import Point
+from blockfit.session import HOLD_OUT, Say, Session, Setting
+from blockfit.source import Source
+from blockfit.spans import Plan, Span
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed model and how it came about.
+
+    Args:
+        model: ready to use; same class, signature and output as the original.
+        plan: what was removed and what stands there now.
+        report: JSON values: sizes, held-out fidelity, errors of the maps, calibration, warnings.
+        blocks: where the blocks are.
+        source: the original model, for saving.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: dict[str, Any]
+    blocks: Blocks
+    source: Source
+
+
+def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) -> nn.Module:
+    """A model by name, or a compressed model from a folder that ``save`` wrote.
+
+    Args:
+        name: a saved folder; a transformers folder or Hub id; ``timm/NAME``;
+            ``torchvision/NAME``; ``demo``.
+        model: the freshly built original, for folders saved from a user's own module class.
+        options: ``device``, and for models by name ``dtype`` and ``trust_remote_code``.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        BlockfitError: where there is no such model or the folder is damaged.
+    """
+    if store.is_saved(name):
+        return store.load(name, model=model, **options)
+    if model is not None:
+        raise BlockfitError(f"{name} is no folder saved by blockfit, so model= has no use there")
+    return load_model(str(name), **options)
+
+
+def images(source: Any, model: nn.Module | None = None, **options: Any) -> Images:
+    """Images from a folder, files, a parquet file, a data set or tensors; see ``data.images``."""
+    return open_images(source, model, **options)
+
+
+def recipe_for(
+    recipe: str | Recipe, spans_given: bool, changes: dict[str, Any], solving: dict[str, Any]
+) -> Recipe:
+    """The recipe that a call means.
+
+    Spans written by hand get the map that was asked for and nothing else: no repair, unless the
+    call names one or a recipe other than the default. ``None`` values change nothing.
+    """
+    chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
+    given = {k: v for k, v in solving.items() if v is not None}
+    if spans_given and "repair" not in given and chosen.name == "default" and recipe == "default":
+        given["repair"] = "none"
+    return dataclasses.replace(chosen, options=dataclasses.replace(chosen.options, **given))
+
+
+def compress(
+    model: nn.Module | str | Path,
+    images: Any,
+    *,
+    spans: Iterable[Span | str] | None = None,
+    remove: int | None = None,
+    params: float | str | None = None,
+    flops: float | str | None = None,
+    latency: float | str | None = None,
+    max_kl: float | None = None,
+    max_drop: float | None = None,
+    recipe: str | Recipe = "default",
+    map: str | None = None,
+    rank: int | None = None,
+    repair: str | None = None,
+    ridge: float | None = None,
+    protect: Iterable[int] = (),
+    blocks: str | None = None,
+    hold_out: float = HOLD_OUT,
+    seed: int = 0,
+    inplace: bool = False,
+    say: Say | None = None,
+) -> Result:
+    """Replace redundant runs of blocks by closed-form maps, without training.
+
+    Give ``spans`` or one budget. The images need no labels.
+
+    Args:
+        model: any module whose blocks map (batch, tokens, width) to the same shape, or a name.
+        images: ``Images``, or whatever ``blockfit.images`` takes.
+        spans: what goes, by hand: ``["2:4", "9:11"]``.
+        remove: how many blocks go.
+        params: the part of the parameters that may remain: ``0.62`` or ``"62%"``.
+        flops: the same of the floating-point operations of one forward.
+        latency: the same of the latency, measured on this machine.
+        max_kl: largest held-out KL divergence of the output, in nats.
+        max_drop: largest loss of top-1 in points, on the held-out images' labels.
+        recipe: ``default``, ``paper``, ``plain``, or a ``Recipe``.
+        map: kind of map, instead of the recipe's.
+        rank: of ``low-rank`` maps.
+        repair: ``none``, ``mlp`` or ``mlp+attention``, instead of the recipe's.
+        ridge: λ of the maps, instead of the recipe's.
+        protect: blocks that must stay because something reads their output.
+        blocks: dotted path of the list of blocks, where looking is not enough.
+        hold_out: part of the images that judges and is not fitted on.
+        seed: of every draw.
+        inplace: change ``model`` itself instead of a copy.
+        say: called with one line on what is being done.
+
+    Returns:
+        The small model with its plan and report.
+
+    Raises:
+        BlockfitError: for anything that cannot be done; ``model`` is then unchanged.
+    """
+    started = time.perf_counter()
+    budget = Budget.of(
+        remove=remove, params=params, flops=flops, latency=latency, max_kl=max_kl, max_drop=max_drop
+    )
+    spans = None if spans is None else list(spans)
+    if (spans is None) == (budget is None):
+        raise BlockfitError(
+            "say what to remove: spans by hand or one budget (remove, params, flops, latency, "
+            "max_kl or max_drop)"
+        )
+    chosen = recipe_for(
+        recipe,
+        spans is not None,
+        {"maps": None if map is None else (map,), "rank": rank},
+        {"repair": repair, "ridge": ridge},
+    )
+    plan = None
+    if spans is not None:
+        options = {"rank": chosen.rank} if chosen.maps[-1] == "low-rank" else {}
+        plan = Plan.of(spans, chosen.maps[-1], **options)
+    if not isinstance(model, nn.Module):
+        model, inplace = load(model), True
+    if not isinstance(images, Images):
+        images = open_images(images, model, seed=seed)
+    source = source_of(model)
+    setting = Setting.of(model, images, blocks, hold_out, seed)
+    if plan is not None:
+        plan.check(setting.blocks.depth, protect)
+    session = Session(setting, chosen, protect, seed, say)
+    if plan is not None:
+        point = session.by_hand(plan)
+    else:
+        assert budget is not None
+        point = session.reach(budget)
+    report = describe(session, point, images, budget)
+    small = model if inplace else copy.deepcopy(model)
+    point.solution.apply(small, setting.blocks)
+    report["seconds"] = round(time.perf_counter() - started, 3)
+    return Result(small, point.solution.plan, report, setting.blocks, source)
+
+
+def describe(
+    session: Session, point: Point, images: Images, budget: Budget | None
+) -> dict[str, Any]:
+    """The report of a run, as JSON values."""
+    plan = point.solution.plan
+    parameters, flops = session.sizes.of(plan)
+    return {
+        "budget": None if budget is None else str(budget),
+        "recipe": recipe_json(session.recipe),
+        "seed": session.seed,
+        "removed_blocks": len(plan.removed_blocks),
+        "parameters_before": session.sizes.parameters,
+        "parameters_after": parameters,
+        "flops_before": session.sizes.flops,
+        "flops_after": flops,
+        "calibration": {
+            **images.description(),
+            "fit": len(session.setting.fit),
+            "held_out": len(session.setting.held_out),
+        },
+        "held_out": dataclasses.asdict(point.fidelity),
+        "maps": [dataclasses.asdict(error) for error in point.map_errors],
+        "warnings": session.warnings(point),
+    }
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON values."""
+    values = dataclasses.asdict(recipe)
+    values["maps"] = list(recipe.maps)
+    return values
+
+
+def save(result: Result, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write a result to a folder that ``load`` reads: JSON and safetensors, whole or not at all.
+
+    Raises:
+        BlockfitError: where the folder is taken or cannot be written.
+    """
+    store.save(
+        folder,
+        result.model,
+        result.blocks,
+        result.plan,
+        source=result.source,
+        report=result.report,
+        overwrite=overwrite,
+    )
+
+
+__all__ = ["Options", "Result", "compress", "images", "load", "save"]

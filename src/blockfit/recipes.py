@@ -1,0 +1,100 @@
+"""Recipes: named combinations of map, selection, refit and repair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from blockfit.errors import BlockfitError
+from blockfit.repair import Options
+from blockfit.spans import MAP_KINDS, Replacement, Span
+
+SELECTIONS = ("effect", "mse", "angular", "first", "last", "random")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How spans are chosen and what replaces them.
+
+    Args:
+        name: for messages and reports.
+        maps: kinds of map that may be chosen; the best one of each span is taken.
+        rank: rank of ``low-rank`` maps.
+        per_token_type: one map for prefix and one for patch tokens.
+        select: ``effect`` judges by the model's output on held-out images; ``mse`` is the
+            paper's similarity (smallest MSE between h[start] and h[stop]); ``angular`` the angle
+            between them (Gromov et al., arXiv 2403.17887); ``first``, ``last`` and ``random`` are
+            baselines.
+        contiguous: one span only, as in the paper.
+        longest: the longest span that is scored on its own.
+        options: how maps and repairs are solved.
+
+    Raises:
+        BlockfitError: for an unknown map or selection.
+    """
+
+    name: str = "default"
+    maps: tuple[str, ...] = ("affine",)
+    rank: int | None = None
+    per_token_type: bool = False
+    select: str = "effect"
+    contiguous: bool = False
+    longest: int = 6
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        for kind in self.maps:
+            if kind not in MAP_KINDS:
+                raise BlockfitError(f"unknown map {kind!r}; choose from {', '.join(MAP_KINDS)}")
+        if not self.maps:
+            raise BlockfitError("a recipe needs at least one kind of map")
+        if "low-rank" in self.maps and self.rank is None:
+            raise BlockfitError("low-rank maps need a rank; give --rank")
+        if self.select not in SELECTIONS:
+            raise BlockfitError(
+                f"unknown selection {self.select!r}; choose one of {', '.join(SELECTIONS)}"
+            )
+
+    def replacements(self, span: Span) -> list[Replacement]:
+        """What may replace ``span``: one entry per kind that is possible there."""
+        out = []
+        for kind in self.maps:
+            if kind == "folded" and span.start == 0:
+                continue
+            split = self.per_token_type and kind not in ("identity", "folded")
+            rank = self.rank if kind == "low-rank" else None
+            out.append(Replacement(span, kind, rank, split))
+        return out
+
+    @property
+    def plain(self) -> bool:
+        """Whether every plan of the recipe can be written as a stock checkpoint."""
+        return set(self.maps) <= {"identity", "folded"}
+
+
+RECIPES = {
+    "default": Recipe(),
+    "paper": Recipe(
+        name="paper",
+        maps=("linear",),
+        select="mse",
+        contiguous=True,
+        options=Options(ridge=0.0, refit=False, repair="none"),
+    ),
+    "plain": Recipe(name="plain", maps=("identity", "folded")),
+}
+"""``default`` is the best measured; ``paper`` is TBA as published (arXiv 2410.04941): one span
+chosen by similarity, a linear map by plain least squares; ``plain`` adds no module, so its models
+can be written as stock checkpoints."""
+
+
+def recipe(name: str | Recipe, **changes: object) -> Recipe:
+    """A recipe by name, with some of its fields changed.
+
+    Raises:
+        BlockfitError: for an unknown name.
+    """
+    if isinstance(name, Recipe):
+        return replace(name, **changes) if changes else name  # type: ignore[arg-type]
+    if name not in RECIPES:
+        raise BlockfitError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return replace(RECIPES[name], **changes)  # type: ignore[arg-type]

@@ -1,0 +1,342 @@
+"""Choosing what goes: candidates are raced, plans are proposed by sums and decided by forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from blockfit.errors import BlockfitError
+from blockfit.fidelity import Fidelity
+from blockfit.fit import fit_map, identity_error
+from blockfit.heldout import HeldOut, MapError
+from blockfit.moments import Moments
+from blockfit.recipes import Recipe
+from blockfit.repair import Originals, Solution, solve
+from blockfit.spans import Plan, Replacement, Span, spans_up_to
+
+RACE_PASSES = 11.0
+"""Work of the race of single spans, in plain passes over the held-out images."""
+
+PROPOSALS = 8
+"""Plans per size that are refitted and run."""
+
+QUICK_IMAGES = 128
+"""Images on which proposals are refitted; the finalists are solved on all."""
+
+FINALISTS = 2
+"""Proposals per size that are solved as they will be used, repair included."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One solved plan of the frontier.
+
+    Args:
+        solution: plan, maps and repaired weights.
+        fidelity: on the held-out images.
+        map_errors: local held-out error of each map beside identity's.
+    """
+
+    solution: Solution
+    fidelity: Fidelity
+    map_errors: tuple[MapError, ...]
+
+    @property
+    def removed(self) -> int:
+        """Blocks removed."""
+        return len(self.solution.plan.removed_blocks)
+
+
+def race(
+    held_out: HeldOut, candidates: Sequence[Solution], passes: float = RACE_PASSES
+) -> dict[Replacement, float]:
+    """Score single-span solutions by their effect on the output, spending most on the best.
+
+    All candidates are scored on the first batch of held-out images; then, round by round, the
+    better half of each span length goes on to the next batches, until ``passes`` plain passes
+    over the held-out images are spent. A candidate runs only the blocks behind its span.
+
+    Returns:
+        replacement → mean loss over the images that it was run on, for every candidate.
+    """
+    left = passes * len(held_out)
+    entries = {c.plan.replacements[0]: c for c in candidates}
+    totals = {entry: (0.0, 0) for entry in entries}
+    alive = list(entries)
+    depth = held_out.blocks.depth
+    batch = 0
+    while alive and batch < len(held_out.traces):
+        images = len(held_out.traces[batch].states[0])
+        cost = sum(images * (depth - e.span.stop) / depth for e in alive)
+        while batch > 0 and cost > left:
+            halved = _better_half(alive, totals)
+            if len(halved) == len(alive):
+                return {e: total / max(n, 1) for e, (total, n) in totals.items()}
+            alive = halved
+            cost = sum(images * (depth - e.span.stop) / depth for e in alive)
+        for entry in alive:
+            loss = held_out.score(entries[entry], [batch]).loss
+            total, n = totals[entry]
+            totals[entry] = (total + loss * images, n + images)
+        left -= cost
+        batch += 1
+        if len(alive) > 2 * depth:
+            alive = _better_half(alive, totals)
+    return {entry: total / max(n, 1) for entry, (total, n) in totals.items()}
+
+
+def _better_half(
+    alive: Sequence[Replacement], totals: dict[Replacement, tuple[float, int]]
+) -> list[Replacement]:
+    """The better half of each span length, at least one of each."""
+    kept = []
+    for length in sorted({len(e.span) for e in alive}):
+        group = [e for e in alive if len(e.span) == length]
+        group.sort(key=lambda e: totals[e][0] / max(totals[e][1], 1))
+        kept += group[: (len(group) + 1) // 2]
+    return kept
+
+
+def runs_of(removed: Iterable[int]) -> tuple[Span, ...]:
+    """The spans that remove exactly these blocks: neighbours make one span."""
+    spans: list[Span] = []
+    for block in sorted(removed):
+        if spans and spans[-1].stop == block:
+            spans[-1] = Span(spans[-1].start, block + 1)
+        else:
+            spans.append(Span(block, block + 1))
+    return tuple(spans)
+
+
+def cheapest(
+    depth: int, size: int, costs: dict[Span, float], how_many: int
+) -> list[tuple[Span, ...]]:
+    """The sets of separate spans that remove ``size`` blocks with the smallest summed cost.
+
+    Dynamic programming over blocks with the ``how_many`` best sets kept in every state. Spans that
+    touch are not considered: one map does what two in a row do.
+    """
+    # best[n] of block l: sets over blocks l … depth − 1 that remove n blocks, cheapest first.
+    ends: list[dict[int, list[tuple[float, tuple[Span, ...]]]]] = [{} for _ in range(depth + 2)]
+    ends[depth] = ends[depth + 1] = {0: [(0.0, ())]}
+    for start in reversed(range(depth)):
+        options: dict[int, list[tuple[float, tuple[Span, ...]]]] = {
+            n: list(sets) for n, sets in ends[start + 1].items()
+        }
+        for span, cost in costs.items():
+            if span.start != start:
+                continue
+            for n, sets in ends[span.stop + 1 if span.stop < depth else depth].items():
+                longer = [(c + cost, (span, *spans)) for c, spans in sets]
+                options.setdefault(n + len(span), []).extend(longer)
+        ends[start] = {n: sorted(sets)[:how_many] for n, sets in options.items() if n <= size}
+    return [spans for _, spans in ends[0].get(size, [])]
+
+
+class Search:
+    """Finds the best plan for every size from one calibration.
+
+    Args:
+        originals: the fit images as the original saw them.
+        held_out: the judge.
+        moments: of all spans up to ``recipe.longest``.
+        recipe: maps, selection, refit and repair.
+        protected: blocks that must stay.
+        seed: for ``select="random"``.
+        progress: called with one line on what is being done.
+    """
+
+    def __init__(
+        self,
+        originals: Originals,
+        held_out: HeldOut,
+        moments: Moments,
+        recipe: Recipe,
+        protected: Iterable[int] = (),
+        seed: int = 0,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.originals, self.held_out, self.moments = originals, held_out, moments
+        self.recipe, self.protected, self.seed = recipe, frozenset(protected), seed
+        self.depth = originals.blocks.depth
+        self.quick = originals.part(QUICK_IMAGES)
+        self.scores: dict[Replacement, float] = {}
+        self.tried: dict[Plan, float] = {}
+        self.best: dict[int, list[Plan]] = {}
+        self._say = progress or (lambda line: None)
+
+    @property
+    def largest(self) -> int:
+        """The most blocks that can go: all but two, and no protected one."""
+        return min(self.depth - 2, self.depth - len(self.protected))
+
+    def solved(self, size: int, fits: Callable[[Plan], bool] | None = None) -> Point | None:
+        """The best plan that removes ``size`` blocks, solved as it will be used.
+
+        Args:
+            size: blocks to remove.
+            fits: what else a plan must meet (a budget of parameters or FLOPs); ``None`` comes back
+                where no proposal of this size does.
+
+        Raises:
+            BlockfitError: where that many blocks cannot go.
+        """
+        self.check(size)
+        proposals = [p for p in self.proposals(size) if fits is None or fits(p)]
+        if not proposals:
+            return None
+        points = []
+        for plan in proposals[:FINALISTS]:
+            self._say(f"{size} blocks: solving {plan}")
+            points.append(self.point(plan))
+        return min(points, key=lambda point: point.fidelity.loss)
+
+    def check(self, size: int) -> None:
+        """Refuse a number of blocks that cannot go."""
+        if not 1 <= size <= self.largest:
+            why = f" and {len(self.protected)} are protected" if self.protected else ""
+            raise BlockfitError(
+                f"cannot remove {size} blocks: the model has {self.depth}, two must stay{why}; "
+                f"ask for 1 to {self.largest}"
+            )
+
+    def point(self, plan: Plan) -> Point:
+        """Solve a plan on all fit images and judge it; maps worse than identity are replaced."""
+        solution = solve(self.originals, plan, self.recipe.options)
+        errors = self.held_out.map_errors(solution)
+        worse = {e.span for e in errors if e.error > e.identity_error}
+        if worse:
+            changed = [
+                Replacement(entry.span, "identity") if str(entry.span) in worse else entry
+                for entry in plan
+            ]
+            plan = Plan(tuple(changed))
+            solution = solve(self.originals, plan, self.recipe.options)
+            errors = self.held_out.map_errors(solution)
+        return Point(solution, self.held_out.score(solution), tuple(errors))
+
+    def proposals(self, size: int) -> list[Plan]:
+        """Plans that remove ``size`` blocks, best first, by the recipe's selection."""
+        if self.recipe.select != "effect":
+            return [self._plan(self._selected(size))]
+        if self.recipe.contiguous:
+            spans = [s for s in self._spans(size) if len(s) == size]
+            self._score(spans)
+            return sorted((self._plan((s,)) for s in spans), key=self._summed)[:1]
+        if not self.scores:
+            self._say("scoring single spans")
+            self._score(self._spans(self.recipe.longest))
+        for smaller in range(1, size + 1):
+            if smaller not in self.best:
+                self.best[smaller] = self._decide(smaller)
+        return self.best[size]
+
+    def _spans(self, longest: int) -> list[Span]:
+        spans = spans_up_to(self.depth, longest, self.protected)
+        return [s for s in spans if len(s) <= self.largest and self.recipe.replacements(s)]
+
+    def _score(self, spans: Sequence[Span]) -> None:
+        options = replace(self.recipe.options, repair="none", refit=False)
+        candidates = []
+        for span in spans:
+            for entry in self.recipe.replacements(span):
+                if entry in self.scores:
+                    continue
+                plan = Plan((entry,))
+                if entry.map == "folded":
+                    candidates.append(solve(self.quick, plan, options))
+                else:
+                    fitted = fit_map(entry, self.moments, options.ridge, options.prefix_weight)
+                    candidates.append(Solution(plan, (fitted,)))
+        if candidates:
+            self.scores.update(race(self.held_out, candidates))
+
+    def _plan(self, spans: Iterable[Span]) -> Plan:
+        """The best scored kind of map for each span."""
+        chosen = []
+        for span in spans:
+            kinds = self.recipe.replacements(span)
+            if not kinds:
+                raise BlockfitError(
+                    f"span {span} cannot be folded and the recipe has no other map; "
+                    "add identity to the maps"
+                )
+            # Unscored spans (longer than the longest) take the richest kind of the recipe.
+            chosen.append(
+                min(kinds, key=lambda e: (self.scores.get(e, float("inf")), -kinds.index(e)))
+            )
+        return Plan(tuple(chosen))
+
+    def _summed(self, plan: Plan) -> float:
+        """The sum of its spans' scores; a span too long to be scored counts as its parts."""
+        total = 0.0
+        for entry in plan:
+            start, stop = entry.span.start, entry.span.stop
+            while start < stop:
+                part = Span(start, min(start + self.recipe.longest, stop))
+                known = [self.scores[e] for e in self.recipe.replacements(part) if e in self.scores]
+                total += min(known, default=0.0)
+                start = part.stop
+        return total
+
+    def _decide(self, size: int) -> list[Plan]:
+        """Refit and run the most promising plans of one size; best first."""
+        pool = self._pool(size)
+        for number, plan in enumerate(pool):
+            self._say(f"{size} blocks: trying plan {number + 1} of {len(pool)}")
+            options = replace(self.recipe.options, repair="none", refit=True)
+            self.tried[plan] = self.held_out.score(solve(self.quick, plan, options)).loss
+        return sorted(pool, key=lambda plan: self.tried[plan])
+
+    def _pool(self, size: int) -> list[Plan]:
+        costs: dict[Span, float] = {}
+        for entry, score in self.scores.items():
+            costs[entry.span] = min(score, costs.get(entry.span, score))
+        pool: dict[Plan, None] = {}
+        for spans in cheapest(self.depth, size, costs, PROPOSALS // 2):
+            pool.setdefault(self._plan(spans))
+        children: dict[Plan, None] = {}
+        for parent in self.best.get(size - 1, [])[:2]:
+            gone = set(parent.removed_blocks)
+            for block in range(self.depth):
+                if block not in gone and block not in self.protected:
+                    spans = runs_of(gone | {block})
+                    if all(self.recipe.replacements(s) for s in spans):
+                        children.setdefault(self._plan(spans))
+        for plan in sorted(children, key=self._summed):
+            if len(pool) >= PROPOSALS:
+                break
+            pool.setdefault(plan)
+        if not pool:
+            raise BlockfitError(
+                f"no plan removes {size} blocks with the maps {', '.join(self.recipe.maps)}; "
+                "add another map or protect fewer blocks"
+            )
+        return list(pool)
+
+    def _selected(self, size: int) -> tuple[Span, ...]:
+        """Spans chosen without looking at the output: the baselines."""
+        free = [b for b in range(self.depth) if b not in self.protected]
+        how = self.recipe.select
+        if how in ("first", "last"):
+            return runs_of(free[:size] if how == "first" else free[-size:])
+        if how == "random":
+            drawn = np.random.default_rng(self.seed).choice(free, size=size, replace=False)
+            return runs_of(int(b) for b in drawn)
+        spans = [s for s in self._spans(self.recipe.longest) if s in self.moments.spans]
+        if self.recipe.contiguous:
+            spans = [s for s in spans if len(s) == size]
+        costs = {s: self._distance(s) for s in spans}
+        if self.recipe.contiguous:
+            return (min(costs, key=lambda s: costs[s]),)
+        found = cheapest(self.depth, size, costs, 1)
+        if not found:
+            raise BlockfitError(f"no set of spans removes {size} blocks; remove fewer")
+        return found[0]
+
+    def _distance(self, span: Span) -> float:
+        if self.recipe.select == "angular":
+            return self.moments.angle(span)[1]
+        return identity_error(self.moments.regression(span)) / self.moments.width

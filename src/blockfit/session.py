@@ -1,0 +1,271 @@
+"""One calibration and everything that is answered from it: the state behind compress and sweep."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from blockfit.blocks import Batch, Blocks, find_blocks
+from blockfit.budget import Budget, Sizes
+from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate
+from blockfit.data import Images
+from blockfit.errors import BlockfitError
+from blockfit.heldout import HeldOut
+from blockfit.measure import alternate
+from blockfit.moments import Moments
+from blockfit.recipes import Recipe
+from blockfit.repair import Originals, Solution
+from blockfit.search import Point, Search
+from blockfit.spans import Plan, spans_up_to
+
+HOLD_OUT = 0.2
+JUDGE_BATCH = 16
+"""Batch size of the held-out images: the unit in which the race of candidates spends them."""
+
+FEWEST_IMAGES = 8
+SAFE_LOSS = 0.1
+"""Held-out loss (KL in nats; relative feature error without a head) above which a warning is due."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is about: the model, where its blocks are, and the parts of the images."""
+
+    model: nn.Module
+    blocks: Blocks
+    fit: Images
+    held_out: Images
+    example: Batch
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        images: Images,
+        path: str | None = None,
+        hold_out: float = HOLD_OUT,
+        seed: int = 0,
+    ) -> Setting:
+        """Find the blocks and split the images.
+
+        Raises:
+            BlockfitError: no blocks, fewer than ``FEWEST_IMAGES`` images.
+        """
+        if len(images) < FEWEST_IMAGES:
+            raise BlockfitError(
+                f"{len(images)} calibration images are too few; give at least {FEWEST_IMAGES}, "
+                "better a few hundred"
+            )
+        example = next(iter(images))
+        blocks = find_blocks(model, example, path)
+        fit, held_out = images.split(hold_out, seed)
+        return cls(model, blocks, fit, replace(held_out, batch_size=JUDGE_BATCH), example)
+
+
+class Session:
+    """Calibrates once; then finds plans for any number of budgets.
+
+    Args:
+        setting: model and images.
+        recipe: maps, selection, refit and repair.
+        protected: blocks that must stay.
+        seed: of the token draw and of ``select="random"``.
+        say: called with one line on what is being done.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        recipe: Recipe,
+        protected: Iterable[int] = (),
+        seed: int = 0,
+        say: Say | None = None,
+    ) -> None:
+        self.setting, self.recipe, self.seed = setting, recipe, seed
+        self.protected = tuple(sorted(set(protected)))
+        self._say = say or (lambda line: None)
+        model, blocks = setting.model, setting.blocks
+        spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist
+        self._say(f"original model on {len(setting.fit)} fit images")
+        self.originals = Originals(model, blocks, setting.fit)
+        self._say(f"original model on {len(setting.held_out)} held-out images")
+        self.held_out = HeldOut(model, blocks, setting.held_out)
+        self.sizes = Sizes(model, blocks, setting.example)
+        self._search: Search | None = None
+
+    def search(self, longest: int | None = None) -> Search:
+        """The search; calibrates at the first call."""
+        if self._search is None:
+            setting, recipe = self.setting, self.recipe
+            longest = max(recipe.longest, longest or 0)
+            spans = spans_up_to(setting.blocks.depth, longest, self.protected)
+            if not spans:
+                raise BlockfitError("every block is protected; nothing can be removed")
+            self._say(f"moments of {len(spans)} spans")
+            moments = self._moments(spans)
+            self._search = Search(
+                self.originals,
+                self.held_out,
+                moments,
+                replace(recipe, longest=longest),
+                self.protected,
+                self.seed,
+                self._say,
+            )
+        return self._search
+
+    def _moments(self, spans: list) -> Moments:  # type: ignore[type-arg]
+        return calibrate(
+            self.setting.model,
+            self.setting.blocks,
+            self.setting.fit,
+            spans,
+            tokens_per_image=TOKENS_PER_IMAGE,
+            seed=self.seed,
+        )
+
+    def by_hand(self, plan: Plan) -> Point:
+        """Solve a plan that the user wrote."""
+        plan.check(self.setting.blocks.depth, self.protected)
+        self._say(f"solving {plan}")
+        judge = Search(self.originals, self.held_out, None, self.recipe, self.protected)
+        return judge.point(plan)
+
+    def reach(self, budget: Budget) -> Point:
+        """The plan of smallest held-out loss that meets ``budget``.
+
+        Raises:
+            BlockfitError: where no plan does; the message says what can be reached.
+        """
+        if budget.kind == "remove":
+            size = int(budget.value)
+            longest = size if self.recipe.contiguous else None
+            search = self.search(longest)
+            point = search.solved(size)
+            assert point is not None
+            return point
+        if budget.kind in ("params", "flops"):
+            return self._reach_size(budget)
+        if budget.kind == "latency":
+            return self._reach_latency(budget)
+        return self._reach_loss(budget)
+
+    def _reach_size(self, budget: Budget) -> Point:
+        search = self.search()
+        smallest = 1.0
+        for size in range(1, search.largest + 1):
+            plans = search.proposals(size) if self._worth_trying(budget, size) else []
+            for plan in plans:
+                smallest = min(smallest, self.sizes.fractions(plan)[budget.kind])
+            if any(self._meets(budget, plan) for plan in plans):
+                point = search.solved(size, lambda plan: self._meets(budget, plan))
+                assert point is not None
+                return point
+        raise BlockfitError(
+            f"{budget} cannot be reached: with {search.largest} blocks removed, the smallest "
+            f"model has {smallest:.1%}; ask for more"
+        )
+
+    def _meets(self, budget: Budget, plan: Plan) -> bool:
+        return budget.met_by_size(self.sizes.fractions(plan))
+
+    def _worth_trying(self, budget: Budget, size: int) -> bool:
+        """Whether removing ``size`` blocks for nothing would meet the budget."""
+        depth = self.setting.blocks.depth
+        spans = [f"{start}:{start + size}" for start in range(depth - size + 1)]
+        return any(self._meets(budget, Plan.of([span], "identity")) for span in spans)
+
+    def _reach_latency(self, budget: Budget) -> Point:
+        search = self.search()
+        ratio = 1.0
+        for size in range(1, search.largest + 1):
+            if not self._worth_trying(Budget("flops", min(1.0, budget.value * 1.1)), size):
+                continue
+            point = search.solved(size)
+            assert point is not None
+            ratio = self.latency_ratio(point.solution)
+            self._say(f"{size} blocks: latency {ratio:.1%} of the original's")
+            if ratio <= budget.value:
+                return point
+        raise BlockfitError(
+            f"{budget} cannot be reached on this machine: with {search.largest} blocks removed, "
+            f"the latency is {ratio:.1%} of the original's; ask for more"
+        )
+
+    def latency_ratio(self, solution: Solution) -> float:
+        """Median latency of the solved model over the original's, measured in turn."""
+        small = copy.deepcopy(self.setting.model)
+        solution.apply(small, self.setting.blocks)
+        timings = alternate(
+            {"original": self.setting.model, "compressed": small}, self.setting.example
+        )
+        return timings["compressed"].latency_ms.median / timings["original"].latency_ms.median
+
+    def _reach_loss(self, budget: Budget) -> Point:
+        search = self.search()
+        before = self.held_out.accuracy(Solution(Plan(), ()))
+        if budget.kind == "max_drop" and before is None:
+            raise BlockfitError(
+                "max_drop needs labelled images and a model with a head; give labelled images "
+                "or use max_kl"
+            )
+        best: Point | None = None
+        cheapest, misses = float("inf"), 0
+        for size in range(1, search.largest + 1):
+            point = search.solved(size)
+            assert point is not None
+            cost = self._cost(budget, point, before)
+            cheapest = min(cheapest, cost)
+            misses = misses + 1 if cost > budget.value else 0
+            if cost <= budget.value:
+                best = point
+            if misses == 2:
+                break
+        if best is None:
+            raise BlockfitError(
+                f"{budget} cannot be kept: removing one block costs {cheapest:.3g} already; "
+                "ask for more"
+            )
+        return best
+
+    def _cost(self, budget: Budget, point: Point, before: float | None) -> float:
+        if budget.kind == "max_kl":
+            if point.fidelity.kl is None:
+                raise BlockfitError("max_kl needs a model with a head; use remove, params or flops")
+            return point.fidelity.kl
+        after = self.held_out.accuracy(point.solution)
+        assert before is not None and after is not None
+        return 100 * (before - after)
+
+    def warnings(self, point: Point) -> list[str]:
+        """What the user should know: a costly budget, and the nearest safe one."""
+        out = []
+        loss, search = point.fidelity.loss, self._search
+        if loss > SAFE_LOSS:
+            what = "KL" if point.fidelity.kl is not None else "relative feature error"
+            line = (
+                f"removing {point.removed} blocks costs a held-out {what} of {loss:.3f}, "
+                f"above {SAFE_LOSS}"
+            )
+            tried = {} if search is None else {n: search.tried[p[0]] for n, p in search.best.items()}
+            safe = [n for n, value in tried.items() if value <= SAFE_LOSS]
+            if safe:
+                line += f"; the nearest safe budget is --remove {max(safe)}"
+            elif tried:
+                line += "; no number of blocks is safe for this model and these images"
+            out.append(line)
+        for error in point.map_errors:
+            if error.map == "identity" and any(m != "identity" for m in self.recipe.maps):
+                out.append(f"span {error.span} was dropped: its map was worse than identity")
+        tokens = len(self.setting.fit) * self.originals.traces[0].states[0].shape[1]
+        if tokens < 4 * self.setting.blocks.width:
+            out.append(
+                f"{tokens} tokens of {len(self.setting.fit)} images are few for width "
+                f"{self.setting.blocks.width}; more calibration images give a better model"
+            )
+        return out
