@@ -6,7 +6,7 @@ parameter is left at zero, no LayerScale near it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,18 @@ import torch
 from torch import Tensor, nn
 
 DEPTH, WIDTH, CLASSES = 4, 32, 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models run on one thread: on a busy machine, waiting for a second takes milliseconds.
+
+    Works in every test module that imports it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import DEPTH, FAMILIES, WIDTH, PlainBlock, PlainViT
+from families import DEPTH, FAMILIES, WIDTH, PlainBlock, PlainViT, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from blockfit.blocks import (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CLASSES, DEPTH, FAMILIES, WIDTH, Family
+from families import CLASSES, DEPTH, FAMILIES, WIDTH, Family, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from blockfit.blocks import Blocks, block_modules, find_blocks, overridden, record

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CLASSES, FAMILIES, WIDTH, PlainViT
+from families import CLASSES, FAMILIES, WIDTH, PlainViT, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from blockfit.blocks import find_blocks
