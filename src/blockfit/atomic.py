@@ -1,0 +1,122 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from blockfit.errors import BlockfitError
+
+PARTIAL = ".blockfit-partial"
+"""How the names of unfinished folders end; they lie hidden beside the folder that they become."""
+
+
+def check_target(folder: Path, mark: str, own: Collection[str], overwrite: bool) -> None:
+    """Refuse to write where something would be lost.
+
+    A new or empty folder is free. One that holds the file ``mark`` may be replaced with
+    ``overwrite``, unless it also holds files that are not among ``own``.
+
+    Raises:
+        BlockfitError: where ``folder`` cannot be taken.
+    """
+    try:
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise BlockfitError(f"{folder} is a file; give a folder to save to")
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    if not names:
+        return
+    if mark not in names:
+        raise BlockfitError(
+            f"{folder} is not empty and was not saved by blockfit; choose a new folder"
+        )
+    if not overwrite:
+        raise BlockfitError(
+            f"{folder} holds a saved model already; choose another folder, or replace it with "
+            "--overwrite (overwrite=True in Python)"
+        )
+    if foreign := [name for name in names if name not in own]:
+        raise BlockfitError(
+            f"{folder} also holds {foreign[0]}, which overwriting would delete; "
+            "move it away or choose another folder"
+        )
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Fill a hidden folder beside ``folder``; it takes that name when the ``with`` ends well.
+
+    Everything is on the disk before the name changes, and what had the name is deleted after.
+    Whatever goes wrong, the unfinished folder is removed and ``folder`` is as it was; a process
+    that is killed leaves a folder whose name ends in ``PARTIAL``.
+
+    Raises:
+        BlockfitError: where the file system refuses; it says why.
+    """
+    target = folder.resolve()
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _hidden(target)
+        yield partial
+        for entry in (*partial.iterdir(), partial):
+            _to_disk(entry)
+        _take_name(partial, target)
+        _to_disk(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(folder, error) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)  # not there any more where all went well
+
+
+def _hidden(target: Path) -> Path:
+    made = tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=PARTIAL, dir=target.parent)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(made, 0o777 & ~umask)  # mkdtemp's folders are private
+    return Path(made)
+
+
+def _to_disk(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _take_name(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    aside = _hidden(target)
+    try:
+        target.replace(aside / "old")
+        try:
+            partial.rename(target)
+        except BaseException:
+            with suppress(OSError):
+                (aside / "old").rename(target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _cannot_write(folder: Path, error: Exception) -> BlockfitError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return BlockfitError(
+        f"cannot write {folder}: {reason}; nothing was saved, make room or choose another folder"
+    )

@@ -1,0 +1,205 @@
+"""``blockfit.json``: what a saved folder says of itself, written and read strictly."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from blockfit.blocks import Blocks
+from blockfit.errors import BlockfitError
+from blockfit.source import Source
+from blockfit.spans import Plan
+from blockfit.tensors import DTYPES
+
+FORMAT = 1
+"""The version of the folder's format that this blockfit writes and reads."""
+
+LIBRARIES = ("blockfit", "torch", "timm", "transformers", "torchvision")
+
+FLOATING = {
+    str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype.is_floating_point
+}
+"""Names of floating dtypes as ``blockfit.json`` writes them."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``blockfit.json`` holds.
+
+    Args:
+        source: the base model.
+        blocks: where its blocks are.
+        plan: what was removed.
+        report: JSON values about the run: seed, calibration images, figures.
+        dtype: of the floating tensors.
+        other_dtypes: of floating tensors that differ from ``dtype``, by name.
+        tied: names of tensors that are another one's → that one's name.
+        layout: for tensors that lie in memory in another order than that of their dimensions:
+            the dimensions from the slowest to the fastest. Sums come out the same to the last
+            bit only in the same layout.
+        versions: of the libraries that were installed when the folder was written.
+    """
+
+    source: Source
+    blocks: Blocks
+    plan: Plan
+    report: dict[str, Any]
+    dtype: str
+    other_dtypes: dict[str, str]
+    tied: dict[str, str]
+    layout: dict[str, list[int]]
+    versions: dict[str, str | None]
+
+    def dumps(self) -> str:
+        """The text of the file.
+
+        Raises:
+            BlockfitError: where the report or the source holds what JSON cannot.
+        """
+        values = {
+            "format": FORMAT,
+            "versions": self.versions,
+            "base": self.source.to_json(),
+            "blocks": asdict(self.blocks),
+            "plan": self.plan.to_json(),
+            "dtype": self.dtype,
+            "other_dtypes": self.other_dtypes,
+            "tied": self.tied,
+            "layout": self.layout,
+            "report": self.report,
+        }
+        return dumps(values, "the report")
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Library → version, ``None`` where it is not installed."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in LIBRARIES}
+
+
+def dumps(values: Any, what: str) -> str:
+    """JSON text of plain values; ``what`` names them in the message where they are none."""
+    try:
+        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BlockfitError(
+            f"{what} cannot be written as JSON: {error}; use numbers, texts, lists, objects, null"
+        ) from error
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read ``blockfit.json``, refusing whatever it should not hold.
+
+    Raises:
+        BlockfitError: names the file and the key.
+    """
+    where = str(path)
+    values = _object(_parsed(path), where)
+    version = values.get("format")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise BlockfitError(f"{where}: format must be a whole number from 1 on, got {version!r}")
+    if version > FORMAT:
+        raise BlockfitError(
+            f"{where}: format {version} is newer than {FORMAT}, the newest that this blockfit "
+            "reads; update it (pip install -U blockfit)"
+        )
+    names = ("versions", "base", "blocks", "plan", "dtype", "other_dtypes", "tied", "layout")
+    _keys(values, ("format", *names, "report"), where)
+    blocks = _blocks(values["blocks"], f"{where}: blocks")
+    plan = _within(where, lambda: Plan.from_json(values["plan"], "plan"))
+    _within(f"{where}: plan", lambda: plan.check(blocks.depth))
+    versions = _object(values["versions"], f"{where}: versions")
+    for name, value in versions.items():
+        if not isinstance(value, str | None):
+            raise BlockfitError(f"{where}: versions: {name} must be a text or null, got {value!r}")
+    other = _object(values["other_dtypes"], f"{where}: other_dtypes")
+    for name, value in {"dtype": values["dtype"], **other}.items():
+        if not isinstance(value, str) or value not in FLOATING:
+            raise BlockfitError(f"{where}: {name}: unknown dtype {value!r}")
+    tied = _object(values["tied"], f"{where}: tied")
+    for name, value in tied.items():
+        if not isinstance(value, str) or value in tied:
+            raise BlockfitError(f"{where}: tied: {name} must name a tensor, got {value!r}")
+    layout = _object(values["layout"], f"{where}: layout")
+    for name, value in layout.items():
+        whole = isinstance(value, list) and all(type(dim) is int for dim in value)
+        if not whole or sorted(value) != list(range(len(value))):
+            raise BlockfitError(f"{where}: layout: {name} must order dimensions, got {value!r}")
+    return Manifest(
+        source=_within(where, lambda: Source.from_json(values["base"], "base")),
+        blocks=blocks,
+        plan=plan,
+        report=_object(values["report"], f"{where}: report"),
+        dtype=values["dtype"],
+        other_dtypes=other,
+        tied=tied,
+        layout=layout,
+        versions=versions,
+    )
+
+
+def _parsed(path: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"key {twice!r} appears twice")
+        return values
+
+    def no_number(text: str) -> None:
+        raise ValueError(f"{text} is no number of JSON")
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
+    except OSError as error:
+        raise BlockfitError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BlockfitError(f"{path} is not valid JSON: {error}") from error
+
+
+def _blocks(value: Any, where: str) -> Blocks:
+    entries = _object(value, where)
+    kinds = {"path": str, "input_name": str}
+    least = {"depth": 1, "width": 1, "prefix_tokens": 0, "output_items": 0}
+    _keys(entries, [field.name for field in fields(Blocks)], where)
+    for name, entry in entries.items():
+        kind = kinds.get(name, int)
+        if not isinstance(entry, kind) or isinstance(entry, bool):
+            wanted = "a text" if kind is str else "a whole number"
+            raise BlockfitError(f"{where}: {name} must be {wanted}, got {entry!r}")
+        if isinstance(entry, int) and entry < least[name]:
+            raise BlockfitError(f"{where}: {name} must be at least {least[name]}, got {entry}")
+    return Blocks(**entries)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BlockfitError(f"{where} must hold an object, got {type(value).__name__}")
+    return value
+
+
+def _keys(values: Mapping[str, Any], expected: Any, where: str) -> None:
+    if unknown := [name for name in values if name not in expected]:
+        raise BlockfitError(f"{where}: unknown key {unknown[0]!r}")
+    if missing := [name for name in expected if name not in values]:
+        raise BlockfitError(f"{where}: key {missing[0]!r} is missing")
+
+
+def _within(where: str, read: Callable[[], Any]) -> Any:
+    """``read()``, with the file named in front of what it finds wrong."""
+    try:
+        return read()
+    except BlockfitError as error:
+        raise BlockfitError(f"{where}: {error}") from error

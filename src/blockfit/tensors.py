@@ -1,0 +1,199 @@
+"""Every tensor of a model by name: its parameters and all its buffers, non-persistent ones too."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.errors import BlockfitError
+from blockfit.probe import Batch
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+"""The names that safetensors files give to dtypes, in the order of the files."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, non-persistent ones too; a shared one under each of its names."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
+    return found
+
+
+def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Later names of one and the same tensor → its first name."""
+    first: dict[Any, str] = {}
+    out = {}
+    for name, tensor in tensors.items():
+        key: Any = id(tensor)
+        if not tensor.is_meta and tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            key = (*place, isinstance(tensor, nn.Parameter))
+        if first.setdefault(key, name) != name:
+            out[name] = first[key]
+    return out
+
+
+def storable(model: nn.Module) -> dict[str, Tensor]:
+    """``named_tensors`` of a model that a safetensors file can hold.
+
+    Raises:
+        BlockfitError: names the first tensor or module that it cannot hold.
+    """
+    for path, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise BlockfitError(
+                f"module {path or 'model'!r} keeps state that is no tensor (get_extra_state), "
+                "which a saved folder cannot hold"
+            )
+    tensors = named_tensors(model)
+    for name, tensor in tensors.items():
+        plain = type(tensor) in (Tensor, nn.Parameter) or type(tensor).__name__ == "Buffer"
+        if nn.parameter.is_lazy(tensor):
+            problem = "has no values yet; run the model once"
+        elif tensor.is_meta:
+            problem = "is on the meta device and has no values; load the weights first"
+        elif not plain or tensor.layout != torch.strided or tensor.dtype not in _NAMES:
+            problem = f"is a {type(tensor).__name__} of {tensor.dtype}, not a plain tensor"
+        else:
+            continue
+        raise BlockfitError(f"{name} {problem}; a saved folder cannot hold it")
+    return tensors
+
+
+def file_bytes(model: nn.Module) -> int:
+    """The size in bytes of the ``model.safetensors`` that the model is saved as.
+
+    Every tensor once, in its dtype, and the file's header.
+    """
+    tensors = named_tensors(model)
+    order = list(DTYPES)
+    unique = [(name, tensor) for name, tensor in tensors.items() if name not in tied(tensors)]
+    unique.sort(key=lambda item: (-order.index(_NAMES[item[1].dtype]), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in unique:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + len(text) + -len(text) % 8 + end
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are on the meta device; takes no memory for them.
+
+    Raises:
+        BlockfitError: where the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in named_tensors(model).values():
+        bare: Tensor = tensor.detach().to("meta")
+        if isinstance(tensor, nn.Parameter):
+            bare = nn.Parameter(bare, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = bare
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise BlockfitError(
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); "
+            "give a model as its class builds it"
+        ) from error
+
+
+def valueless(model: nn.Module) -> str | None:
+    """The name of a tensor without values that is neither parameter nor buffer, if there is one."""
+    known = {id(tensor) for tensor in named_tensors(model).values()}
+    for path, module in model.named_modules():
+        for name, value in _attributes(module):
+            if isinstance(value, Tensor) and value.is_meta and id(value) not in known:
+                return f"{path}.{name}".lstrip(".")
+    return None
+
+
+def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put ``values`` in the place of all parameters and buffers, as they are, in place.
+
+    Args:
+        model: on the meta device.
+        values: one per name in ``named_tensors``; the same object under two names becomes one
+            shared parameter.
+
+    Raises:
+        BlockfitError: where ``model`` shares a module that gets two different values.
+    """
+    made: dict[int, Tensor] = {}
+    renewed: dict[int, Tensor] = {}
+    olds = named_tensors(model)  # kept alive, so that no id is given out twice
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            entries = cast(dict[str, Any], table)
+            for key, old in entries.items():
+                if old is None:
+                    continue
+                new = values[f"{path}.{key}" if path else key]
+                if isinstance(old, nn.Parameter):
+                    trains = old.requires_grad and new.is_floating_point()
+                    new = made.setdefault(id(new), nn.Parameter(new, requires_grad=trains))
+                entries[key] = renewed[id(old)] = new
+    for module in model.modules():
+        for key, value in module.__dict__.items():
+            if isinstance(value, Tensor) and id(value) in renewed:
+                module.__dict__[key] = renewed[id(value)]
+    filled = named_tensors(model)
+    for name in olds:
+        if filled[name].data_ptr() != values[name].data_ptr():
+            raise BlockfitError(f"{name} is shared with another module and has two values")
+
+
+def placed(model: nn.Module, inputs: Batch) -> Batch:
+    """``inputs`` on the model's device; floating tensors in the model's floating dtype."""
+    floats = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    like = next(floats, torch.empty(0))
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(like) if value.is_floating_point() else value.to(like.device)
+
+    if isinstance(inputs, Tensor):
+        moved: Tensor = move(inputs)
+        return moved
+    return {name: move(value) for name, value in inputs.items()}
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in module.__dict__.items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        yield name, value
+        if isinstance(value, list | tuple):
+            yield from ((f"{name}[{index}]", item) for index, item in enumerate(value))
+        elif isinstance(value, dict):
+            yield from ((f"{name}[{key!r}]", item) for key, item in value.items())
