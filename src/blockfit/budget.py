@@ -85,9 +85,7 @@ def read_number(value: float | str, name: str) -> float:
         try:
             return float(text[:-1]) / 100 if text.endswith("%") else float(text)
         except ValueError:
-            raise BlockfitError(
-                f"cannot read {value!r} as {name}; write 0.62 or 62%"
-            ) from None
+            raise BlockfitError(f"cannot read {value!r} as {name}; write 0.62 or 62%") from None
     return float(value)
 
 
@@ -135,4 +133,3 @@ def _first_image(example: Batch) -> Batch:
     if isinstance(example, Tensor):
         return example[:1].to("meta")
     return {name: value[:1].to("meta") for name, value in example.items()}
-

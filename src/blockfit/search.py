@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from blockfit.spans import Plan, Replacement, Span, spans_up_to
 RACE_PASSES = 11.0
 """Work of the race of single spans, in plain passes over the held-out images."""
 
-PROPOSALS = 8
+PROPOSALS = 6
 """Plans per size that are refitted and run."""
 
 QUICK_IMAGES = 128
@@ -63,7 +64,7 @@ def race(
     """
     left = passes * len(held_out)
     entries = {c.plan.replacements[0]: c for c in candidates}
-    totals = {entry: (0.0, 0) for entry in entries}
+    totals: dict[Replacement, tuple[float, int]] = dict.fromkeys(entries, (0.0, 0))
     alive = list(entries)
     depth = held_out.blocks.depth
     batch = 0
@@ -135,13 +136,18 @@ def cheapest(
     return [spans for _, spans in ends[0].get(size, [])]
 
 
+def most_removed(depth: int, protected: Iterable[int] = ()) -> int:
+    """The most blocks that can go: all but two, and no protected one."""
+    return min(depth - 2, depth - len(set(protected)))
+
+
 class Search:
     """Finds the best plan for every size from one calibration.
 
     Args:
         originals: the fit images as the original saw them.
         held_out: the judge.
-        moments: of all spans up to ``recipe.longest``.
+        moments: of all spans up to ``recipe.longest``; ``None`` where only given plans are judged.
         recipe: maps, selection, refit and repair.
         protected: blocks that must stay.
         seed: for ``select="random"``.
@@ -152,13 +158,13 @@ class Search:
         self,
         originals: Originals,
         held_out: HeldOut,
-        moments: Moments,
+        moments: Moments | None,
         recipe: Recipe,
         protected: Iterable[int] = (),
         seed: int = 0,
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        self.originals, self.held_out, self.moments = originals, held_out, moments
+        self.originals, self.held_out, self._moments = originals, held_out, moments
         self.recipe, self.protected, self.seed = recipe, frozenset(protected), seed
         self.depth = originals.blocks.depth
         self.quick = originals.part(QUICK_IMAGES)
@@ -168,9 +174,15 @@ class Search:
         self._say = progress or (lambda line: None)
 
     @property
+    def moments(self) -> Moments:
+        """The sums that single spans are fitted from."""
+        assert self._moments is not None, "this search judges given plans only"
+        return self._moments
+
+    @property
     def largest(self) -> int:
         """The most blocks that can go: all but two, and no protected one."""
-        return min(self.depth - 2, self.depth - len(self.protected))
+        return most_removed(self.depth, self.protected)
 
     def solved(self, size: int, fits: Callable[[Plan], bool] | None = None) -> Point | None:
         """The best plan that removes ``size`` blocks, solved as it will be used.
@@ -216,6 +228,23 @@ class Search:
             solution = solve(self.originals, plan, self.recipe.options)
             errors = self.held_out.map_errors(solution)
         return Point(solution, self.held_out.score(solution), tuple(errors))
+
+    def state(self) -> dict[str, Any]:
+        """What was found so far, as JSON values, to go on from after a stop."""
+        return {
+            "scores": [[entry.to_json(), score] for entry, score in self.scores.items()],
+            "tried": [[plan.to_json(), loss] for plan, loss in self.tried.items()],
+            "best": [[size, [p.to_json() for p in plans]] for size, plans in self.best.items()],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` returned."""
+        for entry, score in state.get("scores", []):
+            self.scores[Replacement.from_json(entry)] = float(score)
+        for plan, loss in state.get("tried", []):
+            self.tried[Plan.from_json(plan)] = float(loss)
+        for size, plans in state.get("best", []):
+            self.best[int(size)] = [Plan.from_json(plan) for plan in plans]
 
     def proposals(self, size: int) -> list[Plan]:
         """Plans that remove ``size`` blocks, best first, by the recipe's selection."""

@@ -14,12 +14,12 @@ from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.heldout import HeldOut
-from blockfit.measure import alternate
+from blockfit.measure import alternate, speedup
 from blockfit.moments import Moments
 from blockfit.recipes import Recipe
 from blockfit.repair import Originals, Solution
 from blockfit.search import Point, Search
-from blockfit.spans import Plan, spans_up_to
+from blockfit.spans import Plan, Span, spans_up_to
 
 HOLD_OUT = 0.2
 JUDGE_BATCH = 16
@@ -27,7 +27,7 @@ JUDGE_BATCH = 16
 
 FEWEST_IMAGES = 8
 SAFE_LOSS = 0.1
-"""Held-out loss (KL in nats; relative feature error without a head) above which a warning is due."""
+"""Held-out loss above which a warning is due: KL in nats, relative feature error without a head."""
 
 Say = Callable[[str], None]
 
@@ -119,7 +119,7 @@ class Session:
             )
         return self._search
 
-    def _moments(self, spans: list) -> Moments:  # type: ignore[type-arg]
+    def _moments(self, spans: list[Span]) -> Moments:
         return calibrate(
             self.setting.model,
             self.setting.blocks,
@@ -204,7 +204,7 @@ class Session:
         timings = alternate(
             {"original": self.setting.model, "compressed": small}, self.setting.example
         )
-        return timings["compressed"].latency_ms.median / timings["original"].latency_ms.median
+        return 1 / speedup(timings["original"], timings["compressed"])
 
     def _reach_loss(self, budget: Budget) -> Point:
         search = self.search()
@@ -239,7 +239,8 @@ class Session:
                 raise BlockfitError("max_kl needs a model with a head; use remove, params or flops")
             return point.fidelity.kl
         after = self.held_out.accuracy(point.solution)
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         return 100 * (before - after)
 
     def warnings(self, point: Point) -> list[str]:
@@ -252,7 +253,9 @@ class Session:
                 f"removing {point.removed} blocks costs a held-out {what} of {loss:.3f}, "
                 f"above {SAFE_LOSS}"
             )
-            tried = {} if search is None else {n: search.tried[p[0]] for n, p in search.best.items()}
+            tried = (
+                {} if search is None else {n: search.tried[p[0]] for n, p in search.best.items()}
+            )
             safe = [n for n, value in tried.items() if value <= SAFE_LOSS]
             if safe:
                 line += f"; the nearest safe budget is --remove {max(safe)}"

@@ -1,0 +1,378 @@
+"""The frontier: one calibration, the best plan for every size, models made from it in seconds."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blockfit.api import Result, load, recipe_for, recipe_json
+from blockfit.blocks import Blocks
+from blockfit.budget import Budget
+from blockfit.data import Images
+from blockfit.data import images as open_images
+from blockfit.errors import BlockfitError
+from blockfit.maps import empty_map
+from blockfit.models import source_of
+from blockfit.recipes import Recipe
+from blockfit.repair import Solution
+from blockfit.search import Point, most_removed
+from blockfit.session import HOLD_OUT, Say, Session, Setting
+from blockfit.source import Source
+from blockfit.spans import Plan, Replacement
+
+MARK = "sweep.json"
+FORMAT = 1
+KEYS = {"format", "run", "source", "blocks", "original", "points", "search"}
+POINT_KEYS = {
+    "removed",
+    "plan",
+    "parameters",
+    "flops",
+    "held_out",
+    "maps",
+    "warnings",
+    "file",
+    "seconds",
+}
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What a sweep folder holds.
+
+    Args:
+        folder: where it lies.
+        data: the content of ``sweep.json``: the run, the original's sizes, one entry per size.
+    """
+
+    folder: Path
+    data: dict[str, Any]
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """One entry per number of removed blocks, smallest first."""
+        points: list[dict[str, Any]] = self.data["points"]
+        return sorted(points, key=lambda point: point["removed"])
+
+    def best(self, budget: Budget) -> dict[str, Any]:
+        """The point of smallest held-out loss that meets ``budget``.
+
+        For ``max_kl``, the one that removes most. A point that removes more at a smaller loss is
+        preferred, so the loss never falls from one budget to a larger one.
+
+        Raises:
+            BlockfitError: where no point meets it.
+        """
+        if budget.kind in ("latency", "max_drop"):
+            raise BlockfitError(
+                f"a sweep knows no {budget.kind}; use remove, params, flops or max_kl, or compress "
+                "from images"
+            )
+        if budget.kind == "max_kl":
+            fitting = [p for p in self.points if loss_of(p) <= budget.value]
+            if fitting:
+                return max(fitting, key=lambda p: (p["removed"], -loss_of(p)))
+        else:
+            fitting = [p for p in self.points if budget.met_by_size(self._fractions(p))]
+            if fitting:
+                return min(fitting, key=lambda p: (loss_of(p), p["removed"]))
+        raise BlockfitError(
+            f"no plan of the sweep {self.folder} meets {budget}; it removes "
+            f"{self.points[0]['removed']} to {self.points[-1]['removed']} blocks"
+        )
+
+    def _fractions(self, point: dict[str, Any]) -> dict[str, float]:
+        original = self.data["original"]
+        return {
+            "removed": point["removed"],
+            "params": point["parameters"] / original["parameters"],
+            "flops": point["flops"] / original["flops"],
+        }
+
+
+def loss_of(point: dict[str, Any]) -> float:
+    """The held-out loss of a point: KL, or relative feature error without a head."""
+    held_out = point["held_out"]
+    kl = held_out["kl"]
+    return float(held_out["feature_relative_error"] if kl is None else kl)
+
+
+def sweep(
+    model: nn.Module | str | Path,
+    images: Any,
+    folder: str | Path,
+    *,
+    recipe: str | Recipe = "default",
+    protect: Iterable[int] = (),
+    blocks: str | None = None,
+    hold_out: float = HOLD_OUT,
+    seed: int = 0,
+    say: Say | None = None,
+) -> Frontier:
+    """Find the best plan for every size, from 1 removed block to all but two.
+
+    Every finished size is written at once; a sweep that was stopped goes on where it was when it
+    is called again with the same arguments.
+
+    Args:
+        model: the original, or its name.
+        images: ``Images``, or whatever ``blockfit.images`` takes.
+        folder: new, empty, or of the same sweep.
+        recipe: as in ``compress``.
+        protect: blocks that must stay.
+        blocks: dotted path of the list of blocks, where looking is not enough.
+        hold_out: part of the images that judges.
+        seed: of every draw.
+        say: called with one line on what is being done.
+
+    Raises:
+        BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
+    """
+    target = Path(folder).expanduser()
+    if not isinstance(model, nn.Module):
+        model = load(model)
+    if not isinstance(images, Images):
+        images = open_images(images, model, seed=seed)
+    chosen = recipe_for(recipe, False, {}, {})
+    run = {
+        "recipe": recipe_json(chosen),
+        "protect": sorted(set(protect)),
+        "hold_out": hold_out,
+        "seed": seed,
+        "model": fingerprint(model),
+        "calibration": _stable(images.description()),
+    }
+    run = json.loads(json.dumps(run))
+    before = _resume(target, run)
+    setting = Setting.of(model, images, blocks, hold_out, seed)
+    if before is not None:
+        largest = most_removed(setting.blocks.depth, run["protect"])
+        if {p["removed"] for p in before["points"]} >= set(range(1, largest + 1)):
+            return Frontier(target, before)
+    session = Session(setting, chosen, protect, seed, say)
+    data = before or {
+        "format": FORMAT,
+        "run": run,
+        "source": source_of(model).to_json(),
+        "blocks": asdict(setting.blocks),
+        "original": {"parameters": session.sizes.parameters, "flops": session.sizes.flops},
+        "points": [],
+        "search": {},
+    }
+    search = session.search()
+    search.restore(data["search"])
+    done = {point["removed"] for point in data["points"]}
+    target.mkdir(parents=True, exist_ok=True)
+    for size in range(1, search.largest + 1):
+        if size in done:
+            continue
+        started = time.perf_counter()
+        point = search.solved(size)
+        assert point is not None
+        data["points"].append(_write_point(target, session, point, started))
+        data["search"] = search.state()
+        _write_json(target / MARK, data)
+    return Frontier(target, data)
+
+
+def read_sweep(folder: str | Path) -> Frontier:
+    """Read a sweep folder.
+
+    Raises:
+        BlockfitError: where it is none, or is damaged.
+    """
+    target = Path(folder).expanduser()
+    path = target / MARK
+    if not path.is_file():
+        raise BlockfitError(f"{folder} is no sweep folder (it has no {MARK}); make one with sweep")
+    data = _read_json(path)
+    if not data["points"]:
+        raise BlockfitError(f"{folder} holds an unfinished sweep without a plan; run it again")
+    return Frontier(target, data)
+
+
+def from_sweep(
+    folder: str | Path,
+    budget: Budget,
+    model: nn.Module | str | Path | None = None,
+) -> Result:
+    """Make the model of a sweep's best plan for ``budget``, without images.
+
+    Args:
+        folder: of a sweep.
+        budget: what has to be reached.
+        model: the original; loaded by the name that the sweep wrote down where ``None``.
+
+    Raises:
+        BlockfitError: where no plan meets the budget or the model is not the sweep's.
+    """
+    started = time.perf_counter()
+    frontier = read_sweep(folder)
+    data = frontier.data
+    point = frontier.best(budget)
+    given = isinstance(model, nn.Module)
+    original = model if isinstance(model, nn.Module) else load(model or _name(data))
+    if fingerprint(original) != data["run"]["model"]:
+        raise BlockfitError(
+            f"the model is not the one that the sweep {folder} was made with; give that model"
+        )
+    blocks = Blocks(**data["blocks"])
+    solution = _read_point(frontier.folder, point, blocks)
+    source = source_of(original)
+    small = copy.deepcopy(original) if given else original
+    solution.apply(small, blocks)
+    report = {
+        "budget": str(budget),
+        "recipe": data["run"]["recipe"],
+        "seed": data["run"]["seed"],
+        "removed_blocks": point["removed"],
+        "parameters_before": data["original"]["parameters"],
+        "parameters_after": point["parameters"],
+        "flops_before": data["original"]["flops"],
+        "flops_after": point["flops"],
+        "calibration": data["run"]["calibration"],
+        "held_out": point["held_out"],
+        "maps": point["maps"],
+        "warnings": point["warnings"],
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    return Result(small, solution.plan, report, blocks, source)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's parameters: names, shapes, and some of the values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        few = value.detach().flatten()[:: max(1, value.numel() // 256)][:256]
+        digest.update(few.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _name(data: dict[str, Any]) -> str:
+    source = Source.from_json(data["source"])
+    if source.library == "module":
+        raise BlockfitError("the sweep's model was built by the user; give it as MODEL (model=)")
+    prefix = {"timm": "timm/", "torchvision": "torchvision/"}.get(source.library, "")
+    return source.name if source.name.startswith(prefix) else prefix + source.name
+
+
+def _stable(description: dict[str, Any]) -> dict[str, Any]:
+    """The description without what only a walk over the images finds out."""
+    return {k: v for k, v in description.items() if k not in ("skipped", "used")}
+
+
+def _write_point(folder: Path, session: Session, point: Point, started: float) -> dict[str, Any]:
+    solution = point.solution
+    tensors: dict[str, Tensor] = {f"weights.{k}": v for k, v in solution.weights.items()}
+    for number, module in enumerate(solution.maps):
+        tensors |= {f"maps.{number}.{k}": v for k, v in module.state_dict().items()}
+    name = f"removed-{point.removed:02d}.safetensors"
+    partial = folder / f"{name}.partial"
+    try:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
+        os.replace(partial, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise BlockfitError(f"cannot write to {folder}: {error}; free some space") from error
+    parameters, flops = session.sizes.of(solution.plan)
+    return {
+        "removed": point.removed,
+        "plan": solution.plan.to_json(),
+        "parameters": parameters,
+        "flops": flops,
+        "held_out": asdict(point.fidelity),
+        "maps": [asdict(error) for error in point.map_errors],
+        "warnings": session.warnings(point),
+        "file": name,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _read_point(folder: Path, point: dict[str, Any], blocks: Blocks) -> Solution:
+    name = str(point["file"])
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        raise BlockfitError(f"{folder / MARK}: file {name!r} is missing; run the sweep again")
+    plan = Plan.from_json(point["plan"], f"{MARK}: plan")
+    plan.check(blocks.depth)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BlockfitError(f"{path} cannot be read ({error}); run the sweep again") from error
+    maps = []
+    for number, entry in enumerate(plan):
+        prefix = f"maps.{number}."
+        own = {k[len(prefix) :]: tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+        maps.append(_filled(entry, own, blocks, path))
+    weights = {k.removeprefix("weights."): v for k, v in tensors.items()}
+    return Solution(plan, tuple(maps), weights)
+
+
+def _filled(entry: Replacement, values: dict[str, Tensor], blocks: Blocks, path: Path) -> nn.Module:
+    module = empty_map(entry, blocks.width, blocks.prefix_tokens)
+    wanted = {k: v.shape for k, v in module.state_dict().items()}
+    if wanted != {k: v.shape for k, v in values.items()}:
+        raise BlockfitError(f"{path}: the tensors of the map of span {entry.span} do not fit it")
+    module.load_state_dict(values)
+    return module
+
+
+def _resume(target: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """What a stopped sweep of the same run left; refuses a folder of anything else."""
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        raise BlockfitError(f"{target} is a file; give a folder to write the sweep to")
+    if not (target / MARK).is_file():
+        if any(p for p in target.iterdir() if not p.name.endswith(".partial")) and not list(
+            target.glob("removed-*.safetensors")
+        ):
+            raise BlockfitError(f"{target} is not empty and holds no sweep; choose a new folder")
+        return None
+    data = _read_json(target / MARK)
+    if data["run"] != run:
+        different = [k for k in run if data["run"].get(k) != run[k]]
+        raise BlockfitError(
+            f"{target} holds a sweep with another {' and '.join(different)}; choose a new folder"
+        )
+    return data
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BlockfitError(f"{path} cannot be read ({error}); run the sweep again") from error
+    if not isinstance(data, dict) or set(data) != KEYS:
+        raise BlockfitError(f"{path} is no sweep of this version; run the sweep again")
+    if data["format"] != FORMAT:
+        raise BlockfitError(f"{path} has format {data['format']!r}; this version reads {FORMAT}")
+    if not isinstance(data["points"], list) or any(
+        not isinstance(point, dict) or set(point) != POINT_KEYS for point in data["points"]
+    ):
+        raise BlockfitError(f"{path}: points are damaged; run the sweep again")
+    return data
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise BlockfitError(f"cannot write {path}: {error}; free some space") from error
