@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -185,7 +186,10 @@ def plain(model: nn.Module) -> nn.Module:
 
 def _profiled_peak(model: nn.Module, inputs: Batch) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with (
+        _quiet_profiler(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profiler,
+    ):
         call(model, inputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -197,6 +201,20 @@ def _profiled_peak(model: nn.Module, inputs: Batch) -> int:
         alive += event["args"]["Bytes"]
         most = max(most, alive)
     return most
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """The profiler's library logs its starts and stops to standard error unless told not to."""
+    key = "KINETO_LOG_LEVEL"
+    if key in os.environ:
+        yield
+        return
+    os.environ[key] = "99"
+    try:
+        yield
+    finally:
+        os.environ.pop(key, None)
 
 
 @contextmanager
