@@ -31,6 +31,14 @@ REPAIR_RIDGE = 0.3
 """Default λ of the repairs, towards the original weights; measured in docs/measurements.md."""
 
 
+ROWS_PER_INPUT = 6
+"""Most tokens that a repair is solved from, per input of the layer (docs/measurements.md).
+
+The products over an MLP's hidden activations cost more than the block itself; tokens of one image
+are so alike that the prefix tokens and a part of the patch tokens say as much as all.
+"""
+
+
 @dataclass(frozen=True)
 class Options:
     """How maps and repairs are solved.
@@ -287,12 +295,15 @@ class _Walk:
         if folded:
             need_writer(writers, index, f"the folded map of span {folded.span}")
         solved: dict[str, Tensor] = {}
+        middles = None
         if what == "mlp+attention" and len(writers) == 2:
-            solved |= self._repair_attention(index, writers)
+            solved, middles = self._repair_attention(index, writers)
         with swapped(block, solved):
             if writers and (folded or what != "none"):
                 target = folded.span.stop if folded else index + 1
-                solved |= self._solve_mlp(index, writers[-1], target, folded, what != "none")
+                solved |= self._solve_mlp(
+                    index, writers[-1], target, folded, what != "none", middles
+                )
             else:
                 self.hidden = [
                     seen.run(block, index, hidden)
@@ -301,54 +312,85 @@ class _Walk:
         prefix = ".".join(filter(None, (self.blocks.path, self.names[index])))
         self.weights.update({f"{prefix}.{name}": value for name, value in solved.items()})
 
-    def _repair_attention(self, index: int, writers: list[Writer]) -> dict[str, Tensor]:
-        """Solve the attention's output weights towards the original's state before the MLP."""
+    def _repair_attention(
+        self, index: int, writers: list[Writer]
+    ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+        """Solve the attention's output weights towards the original's state before the MLP.
+
+        Returns the weights, and the states before the MLP's contribution that they give, where
+        these follow without running the block again.
+        """
         assert self.hidden is not None
         block, attention, mlp = self.originals.modules[index], writers[0], writers[-1]
         silent = {attention.name: 0.0, mlp.name: 0.0}
-        total = None
+        bare = self.originals.bare(index)
+        total, read = None, []
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
             run = seen.runner(block, index)
-            regressors = input_of(block, attention.name, run, hidden)
+            read.append(input_of(block, attention.name, run, hidden))
             base = hidden
-            if not self.originals.bare(index):
+            if not bare:
                 with written(block, silent):
                     base = run(hidden)
-            target = self.originals.middle(b, index) - base
-            part = self._sums(regressors, target)
+            part = self._sums(read[-1], self.originals.middle(b, index) - base, b)
             total = part if total is None else total + part
         assert total is not None
-        return self._solved(block, attention, total, attention.effective(block))
+        solved = self._solved(block, attention, total, attention.effective(block))
+        if not bare:
+            return solved, None
+        with swapped(block, solved):
+            return solved, [
+                hidden + self._contribution(block, attention, x)
+                for hidden, x in zip(self.hidden, read, strict=True)
+            ]
+
+    @staticmethod
+    def _contribution(block: nn.Module, writer: Writer, x: Tensor) -> Tensor:
+        """What a writer adds to the residual stream when it is given ``x``."""
+        linear = writer.linear(block)
+        return writer.gain.to(x) * nn.functional.linear(x, linear.weight, linear.bias)
 
     def _solve_mlp(
-        self, index: int, mlp: Writer, target: int, folded: Replacement | None, repair: bool
+        self,
+        index: int,
+        mlp: Writer,
+        target: int,
+        folded: Replacement | None,
+        repair: bool,
+        middles: list[Tensor] | None,
     ) -> dict[str, Tensor]:
-        """Solve the MLP's output weights so that the block's output meets h[target]."""
+        """Solve the MLP's output weights so that the block's output meets h[target].
+
+        ``middles`` are the states before the MLP's contribution, where they are known already.
+        """
         assert self.hidden is not None
         block = self.originals.modules[index]
         weight, bias = mlp.effective(block)
         bases, regressors = [], []
-        for seen, hidden in zip(self.originals.traces, self.hidden, strict=True):
-            with inputs_of(block, mlp.name) as inputs, written(block, {mlp.name: 0.0}):
-                bases.append(seen.run(block, index, hidden))
-            regressors.append(inputs[0])
+        for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
+            if middles is None:
+                with inputs_of(block, mlp.name) as inputs, written(block, {mlp.name: 0.0}):
+                    bases.append(seen.run(block, index, hidden))
+                regressors.append(inputs[0])
+            else:
+                bases.append(middles[b])
+                run = seen.runner(block, index)
+                regressors.append(input_of(block, mlp.name, run, hidden))
         prior = (weight, bias)
         if folded:
             prior = self._fold(target, weight, bias, bases, regressors)
         if repair:
             total = None
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
-                part = self._sums(x, self.originals.state(b, target) - base)
+                part = self._sums(x, self.originals.state(b, target) - base, b)
                 total = part if total is None else total + part
             assert total is not None
             solved = self._solved(block, mlp, total, prior)
         else:
             solved = mlp.stored(block, *prior)
         with swapped(block, solved):
-            linear = mlp.linear(block)
-            gain = mlp.gain.to(bases[0])
             self.hidden = [
-                base + gain * nn.functional.linear(x, linear.weight, linear.bias)
+                base + self._contribution(block, mlp, x)
                 for base, x in zip(bases, regressors, strict=True)
             ]
         return solved
@@ -371,7 +413,8 @@ class _Walk:
             contribution = nn.functional.linear(
                 x, weight.to(x), None if bias is None else bias.to(x)
             )
-            part = self._sums(contribution, self.originals.state(b, target) - base, torch.float64)
+            target_sum = self.originals.state(b, target) - base
+            part = Regression.of(contribution, target_sum, torch.float64)
             total = part if total is None else total + part
         assert total is not None
         fitted = fit_affine(total, self.options.ridge, bias=bias is not None)
@@ -379,13 +422,24 @@ class _Walk:
             bias = fitted.weight @ bias + fitted.bias
         return fitted.weight @ weight, bias
 
-    def _sums(self, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> Regression:
-        """Sums over a batch, prefix tokens weighted. The repairs' ridge allows float32 products."""
-        k, weight = self.blocks.prefix_tokens, self.options.prefix_weight
+    def _sums(self, x: Tensor, y: Tensor, batch: int) -> Regression:
+        """Sums over a batch for a repair, prefix tokens weighted; float32 suffices with a ridge.
+
+        Of the patch tokens as many are drawn as ``ROWS_PER_INPUT`` allows.
+        """
+        k, tokens = self.blocks.prefix_tokens, x.shape[1]
+        share = ROWS_PER_INPUT * x.shape[-1] / (len(x) * tokens * len(self.originals.traces))
+        if share < 1:
+            generator = torch.Generator().manual_seed(batch)
+            drawn = torch.randperm(tokens - k, generator=generator) + k
+            few = drawn[: max(1, round(share * (tokens - k)))].to(x.device)
+            picked = torch.cat([torch.arange(k, device=x.device), few])
+            x, y = x[:, picked], y[:, picked]
+        weight = self.options.prefix_weight
         if weight == 1.0 or k == 0:
-            return Regression.of(x, y, dtype)
-        return Regression.of(x[:, :k], y[:, :k], dtype) * weight + Regression.of(
-            x[:, k:], y[:, k:], dtype
+            return Regression.of(x, y, torch.float32)
+        return Regression.of(x[:, :k], y[:, :k], torch.float32) * weight + Regression.of(
+            x[:, k:], y[:, k:], torch.float32
         )
 
     def _solved(

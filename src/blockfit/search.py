@@ -20,13 +20,13 @@ from blockfit.spans import Plan, Replacement, Span, spans_up_to
 RACE_PASSES = 11.0
 """Work of the race of single spans, in plain passes over the held-out images."""
 
-PROPOSALS = 6
+PROPOSALS = 5
 """Plans per size that are refitted and run."""
 
 QUICK_IMAGES = 128
 """Images on which proposals are refitted; the finalists are solved on all."""
 
-FINALISTS = 2
+FINALISTS = 1
 """Proposals per size that are solved as they will be used, repair included."""
 
 

@@ -96,7 +96,14 @@ class Session:
         self._say(f"original model on {len(setting.held_out)} held-out images")
         self.held_out = HeldOut(model, blocks, setting.held_out)
         self.sizes = Sizes(model, blocks, setting.example)
+        self._moments: list[Moments] = []
         self._search: Search | None = None
+
+    def with_recipe(self, recipe: Recipe) -> Session:
+        """The same calibration under another recipe."""
+        other = copy.copy(self)
+        other.recipe, other._search = recipe, None
+        return other
 
     def search(self, longest: int | None = None) -> Search:
         """The search; calibrates at the first call."""
@@ -106,8 +113,10 @@ class Session:
             spans = spans_up_to(setting.blocks.depth, longest, self.protected)
             if not spans:
                 raise BlockfitError("every block is protected; nothing can be removed")
-            self._say(f"moments of {len(spans)} spans")
-            moments = self._moments(spans)
+            if not self._moments or not set(spans) <= set(self._moments[0].spans):
+                self._say(f"moments of {len(spans)} spans")
+                self._moments[:] = [self._calibrate(spans)]
+            moments = self._moments[0]
             self._search = Search(
                 self.originals,
                 self.held_out,
@@ -119,7 +128,7 @@ class Session:
             )
         return self._search
 
-    def _moments(self, spans: list[Span]) -> Moments:
+    def _calibrate(self, spans: list[Span]) -> Moments:
         return calibrate(
             self.setting.model,
             self.setting.blocks,

@@ -1,0 +1,157 @@
+"""What is lost for what is removed: blockfit beside the paper's maps and other ways to drop blocks.
+
+Every row is measured in this run: the same model, the same calibration images, the same split of
+them, the same test images. Run by ``make bench-quality``. Figures so far are written to
+``benchmarks/results/quality.json`` after every chunk of test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blockfit
+from blockfit.budget import Budget
+from blockfit.evaluate import evaluate_many
+from blockfit.models import load_model
+from blockfit.recipes import RECIPES, Recipe
+from blockfit.repair import Options, Solution
+from blockfit.session import Session, Setting
+from blockfit.spans import Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+RESULTS = ROOT / "benchmarks" / "results"
+BARE = Options(refit=False, repair="none")
+
+METHODS: dict[str, Recipe] = {
+    "paper, MSE": RECIPES["paper"],
+    "paper, effect": replace(RECIPES["paper"], select="effect"),
+    "identity": Recipe("identity", ("identity",), select="angular", contiguous=True, options=BARE),
+    "folded": Recipe("folded", ("folded",), select="angular", contiguous=True, options=BARE),
+    "blockfit": RECIPES["default"],
+}
+"""``identity`` drops the span of smallest angular distance (ShortGPT, UIDL); ``folded`` multiplies
+a linear map into the MLP before that span (ReplaceMe)."""
+
+
+def solutions(args: argparse.Namespace, model: torch.nn.Module) -> tuple[Any, dict[str, Solution]]:
+    """Solve every row from the same calibration images."""
+    images = blockfit.images(
+        args.images, model, limit=args.limit, seed=args.seed, batch_size=args.batch_size
+    )
+    setting = Setting.of(model, images, seed=args.seed)
+    session = Session(setting, RECIPES["default"], seed=args.seed, say=say)
+    found: dict[str, Solution] = {}
+    for name, recipe in METHODS.items():
+        part = session.with_recipe(recipe)
+        for removed in args.removed:
+            say(f"{name}: {removed} blocks")
+            found[f"{removed} {name}"] = part.reach(Budget("remove", removed)).solution
+    return session, found
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(SHARED / "models" / "dinov2-small-cifar10"))
+    parser.add_argument("--images", default=str(SHARED / "data" / "cifar10" / "train.parquet"))
+    parser.add_argument("--test", default=str(SHARED / "data" / "cifar10" / "test.parquet"))
+    parser.add_argument("--limit", type=int, default=512)
+    parser.add_argument("--test-limit", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--chunk", type=int, default=500)
+    parser.add_argument("--removed", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
+    args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    model = load_model(args.model)
+    session, found = solutions(args, model)
+    stored = {
+        "found": found,
+        "sizes": {name: session.sizes.of(s.plan) for name, s in found.items()},
+        "whole": (session.sizes.parameters, session.sizes.flops),
+        "chunks": [],
+    }
+    blocks = session.setting.blocks
+    del session  # and the cached hidden states with it
+    test = blockfit.images(args.test, model, limit=args.test_limit, batch_size=args.batch_size)
+    rows = {"0 original": Solution(Plan(), ()), **found}
+    done = 0
+    while done < len(test):
+        part = replace(test, positions=test.positions[done : done + args.chunk])
+        result = evaluate_many(model, blocks, rows, part)
+        stored["chunks"].append(
+            {
+                "images": len(part),
+                "rows": {
+                    n: (r.top1, r.fidelity.agreement, r.fidelity.kl) for n, r in result.items()
+                },
+            }
+        )
+        done += len(part)
+        table = json.dumps(summary(stored), indent=1)
+        (RESULTS / "quality.json").write_text(table + "\n")
+        say(f"{done} of {len(test)} test images")
+    say(markdown(summary(stored)))
+
+
+def summary(stored: dict[str, Any]) -> dict[str, Any]:
+    """Means over all test images so far."""
+    total = sum(chunk["images"] for chunk in stored["chunks"])
+    rows = []
+    for name in stored["chunks"][0]["rows"]:
+        removed, method = name.split(" ", 1)
+        means = [
+            sum(c["images"] * c["rows"][name][i] for c in stored["chunks"]) / total
+            for i in range(3)
+        ]
+        parameters, flops = stored["sizes"].get(name, stored["whole"])
+        solution = stored["found"].get(name)
+        rows.append(
+            {
+                "removed": int(removed),
+                "method": method,
+                "top1": means[0],
+                "agreement": means[1],
+                "kl": means[2],
+                "parameters": parameters / stored["whole"][0],
+                "flops": flops / stored["whole"][1],
+                "plan": str(solution.plan) if solution else "",
+            }
+        )
+    return {"test_images": total, "rows": sorted(rows, key=lambda row: row["removed"])}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table of the README: top-1 and KL, methods side by side."""
+    rows = table["rows"]
+    methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
+    lines = [
+        f"Original: {rows[0]['top1']:.2%} top-1 on {table['test_images']:,} test images.",
+        "",
+        "| removed | parameters | " + " | ".join(methods) + " | KL / best paper's |",
+        "|---|---|" + "---|" * (len(methods) + 1),
+    ]
+    for removed in sorted({r["removed"] for r in rows if r["removed"]}):
+        here = {r["method"]: r for r in rows if r["removed"] == removed}
+        best = min(here[m]["kl"] for m in here if m.startswith("paper"))
+        cells = [f"{here[m]['top1']:.2%} / {here[m]['kl']:.3f}" for m in methods]
+        lines.append(
+            f"| {removed} | {here['blockfit']['parameters'] - 1:+.1%} | "
+            + " | ".join(cells)
+            + f" | {here['blockfit']['kl'] / best:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
