@@ -30,7 +30,7 @@ class Fidelity:
 
     @property
     def loss(self) -> float:
-        """What searches minimise: the KL, or the features' relative error where there is no head."""
+        """What searches minimise: the KL, or the features' relative error without a head."""
         return self.feature_relative_error if self.kl is None else self.kl
 
 
@@ -69,7 +69,7 @@ class FidelityMeter:
 
 
 def kl_divergence(original: Tensor, compressed: Tensor) -> Tensor:
-    """KL(softmax(original) ‖ softmax(compressed)) per image, in nats; logits of shape (n, classes)."""
+    """KL(softmax(original) ‖ softmax(compressed)) per image, in nats; logits are (n, classes)."""
     p = original.double().log_softmax(1)
     q = compressed.double().log_softmax(1)
     return (p.exp() * (p - q)).sum(1).clamp_min(0)

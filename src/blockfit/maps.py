@@ -14,7 +14,7 @@ from blockfit.spans import Replacement
 
 
 class Identity(nn.Module):
-    """``T(x) = x``: the span is dropped. Also stands for ``folded``, whose weights lie elsewhere."""
+    """``T(x) = x``: the span is dropped. Also stands for ``folded``, which lies elsewhere."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden

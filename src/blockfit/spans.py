@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from blockfit.errors import BlockfitError
@@ -101,7 +102,9 @@ class Replacement:
             raise BlockfitError(f"unknown map {self.map!r}; choose one of {', '.join(MAP_KINDS)}")
         if self.map == "low-rank":
             if self.rank is None or _whole(self.rank, "the rank of a low-rank map") < 1:
-                raise BlockfitError(f"the low-rank map of span {self.span} needs a rank of 1 or more")
+                raise BlockfitError(
+                    f"the low-rank map of span {self.span} needs a rank of 1 or more"
+                )
         elif self.rank is not None:
             raise BlockfitError(f"only low-rank maps have a rank; span {self.span} is {self.map}")
         if self.map == "folded" and self.span.start == 0:
@@ -130,7 +133,9 @@ class Replacement:
     def from_json(cls, value: object, where: str = "plan") -> Replacement:
         """Read what ``to_json`` wrote; ``where`` names the place in messages."""
         if not isinstance(value, Mapping):
-            raise BlockfitError(f"{where}: expected an object with start, stop and map, got {value!r}")
+            raise BlockfitError(
+                f"{where}: expected an object with start, stop and map, got {value!r}"
+            )
         unknown = sorted(set(map(str, value)) - {"start", "stop", "map", "rank", "per_token_type"})
         if unknown:
             raise BlockfitError(f"{where}: unknown key {unknown[0]!r}")
@@ -140,7 +145,9 @@ class Replacement:
         split = value.get("per_token_type", False)
         if not isinstance(split, bool):
             raise BlockfitError(f"{where}: per_token_type must be true or false, got {split!r}")
-        span = Span(_whole(value["start"], f"{where}: start"), _whole(value["stop"], f"{where}: stop"))
+        span = Span(
+            _whole(value["start"], f"{where}: start"), _whole(value["stop"], f"{where}: stop")
+        )
         return cls(span, value["map"], value.get("rank"), split)
 
 
@@ -159,7 +166,7 @@ class Plan:
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.replacements, key=lambda r: r.span))
         object.__setattr__(self, "replacements", ordered)
-        for left, right in zip(ordered, ordered[1:], strict=False):
+        for left, right in pairwise(ordered):
             if left.span.stop > right.span.start:
                 raise BlockfitError(
                     f"spans {left.span} and {right.span} overlap; "
@@ -198,7 +205,7 @@ class Plan:
 
     @property
     def plain(self) -> bool:
-        """Whether a stock checkpoint with fewer layers can express it (identity and folded only)."""
+        """Whether a stock checkpoint with fewer layers can express it: identity and folded only."""
         return all(r.map in ("identity", "folded") for r in self.replacements)
 
     def check(self, depth: int, protected: Iterable[int] = ()) -> None:
