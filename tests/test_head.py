@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,6 +115,18 @@ def test_observing_leaves_modes_hooks_and_random_state(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_logits_that_are_not_finite_are_logits_still(images: Tensor) -> None:
+    model = FAMILIES["plain"].build()
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+        model.head.bias[1] = float("inf")
+    seen = observe(model, blocks, images)
+    assert seen.logits is not None
+    assert seen.features.shape == (3, WIDTH)
+    assert seen.logits.isfinite().sum(1).tolist() == [CLASSES - 2] * 3
+
+
 def test_a_mapping_is_observed_like_its_tensor(images: Tensor) -> None:
     model = FAMILIES["plain"].build()
     blocks = find_blocks(model)
@@ -133,6 +146,7 @@ def test_the_primary_output_is_the_most_telling_tensor() -> None:
     a, b, c = (torch.full((2, 1), value) for value in (1.0, 2.0, 3.0))
     assert primary_output({"loss": torch.tensor(0.0), "last_hidden_state": b, "logits": a}) is a
     assert primary_output(SimpleNamespace(pooler_output=a, last_hidden_state=b)) is b
+    assert primary_output(namedtuple("Output", ["features", "logits"])(a, b)) is b
     assert primary_output(a) is a
     assert primary_output((torch.tensor(0.0), a, b)) is a
     assert primary_output([a, b, c]) is c

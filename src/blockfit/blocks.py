@@ -265,7 +265,7 @@ def _count_prefix_tokens(first: Tensor) -> int:
         raise BlockfitError(
             "the input of block 0 holds NaN or infinite values; check the model's weights"
         )
-    change = (first[0].double() - first[1].double()).abs().amax(dim=-1)
+    change = (first[0].float() - first[1].float()).abs().amax(dim=-1)
     # Rounding may differ between rows of one batch; patch tokens all change about alike.
     same = (change <= 1e-3 * change.max()).tolist()
     if all(same):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,13 +78,13 @@ def primary_output(output: Any) -> Tensor:
     Raises:
         BlockfitError: where there is none.
     """
-    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    get = output.get if isinstance(output, Mapping) else partial(getattr, output)
     items: Iterable[Any] = (output,)
     if isinstance(output, Mapping):
         items = output.values()
     elif isinstance(output, (tuple, list)):
         items = output if isinstance(output, tuple) else reversed(output)
-    for value in (named.get("logits"), named.get("last_hidden_state"), *items):
+    for value in (get("logits", None), get("last_hidden_state", None), *items):
         if isinstance(value, (tuple, list)) and value:
             value = value[-1]
         if isinstance(value, Tensor) and value.ndim > 0:
@@ -109,5 +110,8 @@ def _heads(primary: Tensor, seen: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 def _equal(left: Tensor, right: Tensor) -> bool:
     """Equal up to the rounding of the coarser dtype of the two."""
     coarse = max(torch.finfo(left.dtype).eps, torch.finfo(right.dtype).eps)
-    left, right = left.double(), right.double()
-    return torch.allclose(left, right, rtol=4 * coarse, atol=coarse * float(right.abs().max()))
+    common = torch.promote_types(left.dtype, right.dtype)
+    left, right = left.to(common), right.to(common)
+    finite = right[right.isfinite()]
+    atol = coarse * float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(left, right, rtol=4 * coarse, atol=atol, equal_nan=True)
