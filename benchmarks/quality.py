@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import MODEL, ROOT, TEST, TRAIN, say
 
 import blockfit
 from blockfit.budget import Budget
@@ -24,8 +25,6 @@ from blockfit.repair import Options, Solution
 from blockfit.session import Session, Setting
 from blockfit.spans import Plan
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 RESULTS = ROOT / "benchmarks" / "results"
 BARE = Options(refit=False, repair="none")
 
@@ -48,31 +47,29 @@ def solutions(args: argparse.Namespace, model: torch.nn.Module) -> tuple[Any, di
     setting = Setting.of(model, images, seed=args.seed)
     session = Session(setting, RECIPES["default"], seed=args.seed, say=say)
     found: dict[str, Solution] = {}
-    for name, recipe in METHODS.items():
-        part = session.with_recipe(recipe)
+    for name in args.methods:
+        part = session.with_recipe(METHODS[name])
         for removed in args.removed:
             say(f"{name}: {removed} blocks")
             found[f"{removed} {name}"] = part.reach(Budget("remove", removed)).solution
     return session, found
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(SHARED / "models" / "dinov2-small-cifar10"))
-    parser.add_argument("--images", default=str(SHARED / "data" / "cifar10" / "train.parquet"))
-    parser.add_argument("--test", default=str(SHARED / "data" / "cifar10" / "test.parquet"))
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--images", default=TRAIN)
+    parser.add_argument("--test", default=TEST)
     parser.add_argument("--limit", type=int, default=512)
     parser.add_argument("--test-limit", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=500)
     parser.add_argument("--removed", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", default=str(RESULTS / "quality.json"))
     args = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     model = load_model(args.model)
     session, found = solutions(args, model)
     stored = {
@@ -99,7 +96,7 @@ def main() -> None:
         )
         done += len(part)
         table = json.dumps(summary(stored), indent=1)
-        (RESULTS / "quality.json").write_text(table + "\n")
+        Path(args.out).write_text(table + "\n")
         say(f"{done} of {len(test)} test images")
     say(markdown(summary(stored)))
 
@@ -143,13 +140,12 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     for removed in sorted({r["removed"] for r in rows if r["removed"]}):
         here = {r["method"]: r for r in rows if r["removed"] == removed}
-        best = min(here[m]["kl"] for m in here if m.startswith("paper"))
         cells = [f"{here[m]['top1']:.2%} / {here[m]['kl']:.3f}" for m in methods]
-        lines.append(
-            f"| {removed} | {here['blockfit']['parameters'] - 1:+.1%} | "
-            + " | ".join(cells)
-            + f" | {here['blockfit']['kl'] / best:.2f} |"
-        )
+        paper = [here[m]["kl"] for m in here if m.startswith("paper")]
+        ours = here.get("blockfit")
+        ratio = f"{ours['kl'] / min(paper):.2f}" if ours and paper else ""
+        size = f"{ours['parameters'] - 1:+.1%}" if ours else ""
+        lines.append(f"| {removed} | {size} | " + " | ".join(cells) + f" | {ratio} |")
     return "\n".join(lines)
 
 

@@ -18,17 +18,15 @@ from blockfit.heldout import first_touched, observe_solution
 from blockfit.measure import (
     Timing,
     alternate,
-    first_images,
     flops,
     parameters,
     peak_memory,
     size_bytes,
     speedup,
 )
-from blockfit.probe import evaluating
+from blockfit.probe import evaluating, first_images, placed
 from blockfit.repair import Solution
 from blockfit.spans import Plan
-from blockfit.tensors import placed
 from blockfit.trace import trace
 
 Progress = Callable[[int, int], None]

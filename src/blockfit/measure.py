@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockfit.errors import BlockfitError
-from blockfit.probe import Batch, call, evaluating
-from blockfit.tensors import file_bytes, named_tensors, placed
+from blockfit.probe import Batch, call, evaluating, first_images, placed
+from blockfit.tensors import file_bytes, named_tensors
 
 ROUNDS = 11
 """Timed forward passes of each model; odd, so that the median is one of them."""
@@ -169,13 +169,6 @@ def peak_memory(model: nn.Module, inputs: Batch) -> int | None:
         if device.type != "cpu" or not torch.profiler.kineto_available():
             return None
         return sum(held.values()) + _profiled_peak(bare, batch)
-
-
-def first_images(inputs: Batch, count: int) -> Batch:
-    """The first ``count`` images of a batch."""
-    if isinstance(inputs, Tensor):
-        return inputs[:count]
-    return {n: v[:count] if isinstance(v, Tensor) else v for n, v in inputs.items()}
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -22,8 +22,35 @@ Batch = Tensor | Mapping[str, Tensor]
 
 
 def call(model: nn.Module, inputs: Batch) -> Any:
-    """One forward: ``model(inputs)``, or ``model(**inputs)`` for a mapping."""
+    """One forward: ``model(inputs)``, or ``model(**inputs)`` for a mapping.
+
+    Tensors are brought to the model's device and floating dtype first.
+    """
+    inputs = placed(model, inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def placed(model: nn.Module, inputs: Batch) -> Batch:
+    """``inputs`` on the model's device; floating tensors in the model's floating dtype."""
+    floats = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    like = next(floats, torch.empty(0))
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(like) if value.is_floating_point() else value.to(like.device)
+
+    if isinstance(inputs, Tensor):
+        moved: Tensor = move(inputs)
+        return moved
+    return {name: move(value) for name, value in inputs.items()}
+
+
+def first_images(inputs: Batch, count: int) -> Batch:
+    """The first ``count`` images of a batch."""
+    if isinstance(inputs, Tensor):
+        return inputs[:count]
+    return {n: v[:count] if isinstance(v, Tensor) else v for n, v in inputs.items()}
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from blockfit.fit import fit_map, identity_error
 from blockfit.heldout import HeldOut, MapError
 from blockfit.moments import Moments
 from blockfit.recipes import Recipe
-from blockfit.repair import Originals, Solution, solve
+from blockfit.originals import Originals
+from blockfit.repair import Solution, solve
 from blockfit.spans import Plan, Replacement, Span, spans_up_to
 
-RACE_PASSES = 11.0
+RACE_PASSES = 9.0
 """Work of the race of single spans, in plain passes over the held-out images."""
 
-PROPOSALS = 5
+PROPOSALS = 4
 """Plans per size that are refitted and run."""
 
 QUICK_IMAGES = 128

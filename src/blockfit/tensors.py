@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
-from blockfit.probe import Batch
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -170,22 +169,6 @@ def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name in olds:
         if filled[name].data_ptr() != values[name].data_ptr():
             raise BlockfitError(f"{name} is shared with another module and has two values")
-
-
-def placed(model: nn.Module, inputs: Batch) -> Batch:
-    """``inputs`` on the model's device; floating tensors in the model's floating dtype."""
-    floats = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
-    like = next(floats, torch.empty(0))
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(like) if value.is_floating_point() else value.to(like.device)
-
-    if isinstance(inputs, Tensor):
-        moved: Tensor = move(inputs)
-        return moved
-    return {name: move(value) for name, value in inputs.items()}
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
