@@ -30,7 +30,7 @@ ROWS = (
     ("preprocess", "source", "libraries", "models", "demo"),
     ("decode", "records", "stream", "data"),
     ("calibrate",),
-    ("repair",),
+    ("originals", "repair"),
     ("fidelity", "recipes", "budget", "heldout", "search", "session"),
     ("evaluate",),
     ("atomic", "manifest", "store"),

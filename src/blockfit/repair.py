@@ -12,22 +12,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from blockfit.blocks import Blocks, block_modules, named_blocks
-from blockfit.data import Images
+from blockfit.blocks import Blocks, named_blocks
 from blockfit.errors import BlockfitError
 from blockfit.fit import RIDGE, fit_affine, fit_map
 from blockfit.maps import empty_map
 from blockfit.moments import Moments, Regression
-from blockfit.probe import evaluating, first_images
+from blockfit.originals import Originals
+from blockfit.probe import evaluating
 from blockfit.residual import Writer, input_of, inputs_of, need_writer, written
 from blockfit.spans import Plan, Replacement
 from blockfit.surgery import apply_plan
-from blockfit.trace import Trace, trace
 
 REPAIRS = ("none", "mlp", "mlp+attention")
-
-PROBE_IMAGES = 4
-"""Images on which the residual writers of a block are looked for."""
 
 REPAIR_RIDGE = 0.3
 """Default λ of the repairs, towards the original weights; measured in docs/measurements.md."""

@@ -13,8 +13,8 @@ from blockfit.fidelity import Fidelity
 from blockfit.fit import fit_map, identity_error
 from blockfit.heldout import HeldOut, MapError
 from blockfit.moments import Moments
-from blockfit.recipes import Recipe
 from blockfit.originals import Originals
+from blockfit.recipes import Recipe
 from blockfit.repair import Solution, solve
 from blockfit.spans import Plan, Replacement, Span, spans_up_to
 

@@ -16,8 +16,8 @@ from blockfit.errors import BlockfitError
 from blockfit.heldout import HeldOut
 from blockfit.measure import alternate, speedup
 from blockfit.moments import Moments
-from blockfit.recipes import Recipe
 from blockfit.originals import Originals
+from blockfit.recipes import Recipe
 from blockfit.repair import Solution
 from blockfit.search import Point, Search
 from blockfit.spans import Plan, Span, spans_up_to
