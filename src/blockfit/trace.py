@@ -32,7 +32,8 @@ class Trace:
     def run(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Run ``module`` as block ``index`` was run, on another hidden state."""
         args, kwargs = self.calls[index]
-        return self.blocks.hidden_out(module(hidden, *args, **kwargs))
+        # A copy: blocks may write into their input, and kept states are handed in.
+        return self.blocks.hidden_out(module(hidden.clone(), *args, **kwargs))
 
     def runner(self, module: nn.Module, index: int) -> Callable[[Tensor], Tensor]:
         """``run`` for one block."""
