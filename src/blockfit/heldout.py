@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -153,7 +154,7 @@ def observe_solution(
     for entry, module in zip(solution.plan, solution.maps, strict=True):
         for index in range(entry.span.start, entry.span.stop - 1):
             functions[index] = _same
-        own = module.to(start)
+        own = copy.deepcopy(module).to(start)  # the solution keeps its float32
 
         def apply(hidden: Tensor, own: nn.Module = own, entry: Replacement = entry) -> Tensor:
             # With no block before it, the model itself hands over h[0].
