@@ -77,9 +77,14 @@ class HeldOut:
         meter = FidelityMeter()
         for number in range(len(self.traces)) if batches is None else batches:
             meter.add(self.original[number], self._observe(number, solution))
-        first, gone = first_touched(solution, self.blocks.depth), len(solution.plan.removed_blocks)
-        self.passes += meter.images * (self.blocks.depth - first - gone) / self.blocks.depth
+        self.passes += meter.images * self.cost(solution)
         return meter.result()
+
+    def cost(self, solution: Solution) -> float:
+        """The part of a plain forward pass that one image costs: the blocks that are run."""
+        depth = self.blocks.depth
+        run = depth - first_touched(solution, depth) - len(solution.plan.removed_blocks)
+        return run / depth
 
     def accuracy(self, solution: Solution) -> float | None:
         """Top-1 of the model's own head; ``None`` without labels or without a head."""

@@ -68,16 +68,17 @@ def race(
     totals: dict[Replacement, tuple[float, int]] = dict.fromkeys(entries, (0.0, 0))
     alive = list(entries)
     depth = held_out.blocks.depth
+    price = {entry: held_out.cost(candidate) for entry, candidate in entries.items()}
     batch = 0
     while alive and batch < len(held_out.traces):
         images = len(held_out.traces[batch].states[0])
-        cost = sum(images * (depth - e.span.stop) / depth for e in alive)
+        cost = sum(images * price[e] for e in alive)
         while batch > 0 and cost > left:
             halved = _better_half(alive, totals)
             if len(halved) == len(alive):
                 return {e: total / max(n, 1) for e, (total, n) in totals.items()}
             alive = halved
-            cost = sum(images * (depth - e.span.stop) / depth for e in alive)
+            cost = sum(images * price[e] for e in alive)
         for entry in alive:
             loss = held_out.score(entries[entry], [batch]).loss
             total, n = totals[entry]
