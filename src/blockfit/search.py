@@ -218,17 +218,18 @@ class Search:
 
     def point(self, plan: Plan) -> Point:
         """Solve a plan on all fit images and judge it; maps worse than identity are replaced."""
-        solution = solve(self.originals, plan, self.recipe.options)
-        errors = self.held_out.map_errors(solution)
-        worse = {e.span for e in errors if e.error > e.identity_error}
-        if worse:
+        while True:
+            solution = solve(self.originals, plan, self.recipe.options)
+            errors = self.held_out.map_errors(solution)
+            worse = {e.span for e in errors if e.error > e.identity_error}
+            if not worse:
+                break
+            # What comes behind an exchanged map is solved anew, and judged anew.
             changed = [
                 Replacement(entry.span, "identity") if str(entry.span) in worse else entry
                 for entry in plan
             ]
             plan = Plan(tuple(changed))
-            solution = solve(self.originals, plan, self.recipe.options)
-            errors = self.held_out.map_errors(solution)
         return Point(solution, self.held_out.score(solution), tuple(errors))
 
     def state(self) -> dict[str, Any]:
