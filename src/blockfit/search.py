@@ -254,7 +254,7 @@ class Search:
         if self.recipe.select != "effect":
             return [self._plan(self._selected(size))]
         if self.recipe.contiguous:
-            spans = [s for s in self._spans(size) if len(s) == size]
+            spans = self._of_size(size)
             self._score(spans)
             return sorted((self._plan((s,)) for s in spans), key=self._summed)[:1]
         if not self.scores:
@@ -352,21 +352,37 @@ class Search:
         """Spans chosen without looking at the output: the baselines."""
         free = [b for b in range(self.depth) if b not in self.protected]
         how = self.recipe.select
+        if self.recipe.contiguous:
+            return (self._one_span(self._of_size(size)),)
         if how in ("first", "last"):
             return runs_of(free[:size] if how == "first" else free[-size:])
         if how == "random":
             drawn = np.random.default_rng(self.seed).choice(free, size=size, replace=False)
             return runs_of(int(b) for b in drawn)
         spans = [s for s in self._spans(self.recipe.longest) if s in self.moments.spans]
-        if self.recipe.contiguous:
-            spans = [s for s in spans if len(s) == size]
         costs = {s: self._distance(s) for s in spans}
-        if self.recipe.contiguous:
-            return (min(costs, key=lambda s: costs[s]),)
         found = cheapest(self.depth, size, costs, 1)
         if not found:
             raise BlockfitError(f"no set of spans removes {size} blocks; remove fewer")
         return found[0]
+
+    def _of_size(self, size: int) -> list[Span]:
+        """Every single span that removes ``size`` blocks."""
+        spans = [s for s in self._spans(size) if len(s) == size]
+        if not spans:
+            raise BlockfitError(
+                f"no single span removes {size} blocks here; protect fewer blocks, "
+                "remove fewer, or leave --contiguous away"
+            )
+        return spans
+
+    def _one_span(self, spans: Sequence[Span]) -> Span:
+        how = self.recipe.select
+        if how in ("first", "last"):
+            return spans[0 if how == "first" else -1]
+        if how == "random":
+            return spans[int(np.random.default_rng(self.seed).integers(len(spans)))]
+        return min(spans, key=self._distance)
 
     def _distance(self, span: Span) -> float:
         if self.recipe.select == "angular":
