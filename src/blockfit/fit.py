@@ -59,11 +59,16 @@ def identity_error(problem: Regression) -> float:
 
 
 def _centred(problem: Regression) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Covariances of x and of (x, y), and both means."""
+    """Covariances of x and of (x, y), and both means.
+
+    A channel that varies by less than a millionth of its size counts as constant: its variance is
+    what rounding left of a difference of sums, and no map may build on it.
+    """
     mean_x, mean_y = problem.sum_x / problem.count, problem.sum_y / problem.count
     cov_xx = problem.xx / problem.count - torch.outer(mean_x, mean_x)
     cov_xy = problem.xy / problem.count - torch.outer(mean_x, mean_y)
-    return cov_xx, cov_xy, mean_x, mean_y
+    varies = (cov_xx.diagonal() > 1e-12 * problem.xx.diagonal() / problem.count).double()
+    return cov_xx * torch.outer(varies, varies), cov_xy * varies[:, None], mean_x, mean_y
 
 
 def ridge_solve(xx: Tensor, xy: Tensor, prior: Tensor, ridge: float) -> Tensor:
