@@ -144,10 +144,15 @@ def _fit_scale(problem: Regression, ridge: float) -> Affine:
     return Affine(torch.diag(factor), mean_y - factor * mean_x)
 
 
-def _fit_orthogonal(problem: Regression) -> Affine:
-    """Procrustes: the rotation Q that maximises tr(Qᵀ Cov(y, x))."""
-    _, xy, mean_x, mean_y = _centred(problem)
-    left, _, right = torch.linalg.svd(xy.T)
+def _fit_orthogonal(problem: Regression, ridge: float) -> Affine:
+    """Procrustes: the rotation Q that maximises tr(Qᵀ Cov(y, x)), with a ridge towards I.
+
+    Of the rotations that the data cannot tell apart (fewer tokens than channels), a vanishing
+    ridge takes the one nearest to I.
+    """
+    xx, xy, mean_x, mean_y = _centred(problem)
+    damping = max(ridge, 1e-12) * xx.diagonal().mean()
+    left, _, right = torch.linalg.svd(xy.T + damping * torch.eye(len(mean_x)).double())
     rotation = left @ right
     return Affine(rotation, mean_y - rotation @ mean_x)
 
@@ -189,7 +194,7 @@ def _one_map(
         low.bias.data = fitted.bias.float()
         return fitted, low
     if kind == "orthogonal":
-        fitted = _fit_orthogonal(problem)
+        fitted = _fit_orthogonal(problem, ridge)
     else:
         fitted = fit_affine(problem, ridge, bias=kind == "affine")
     linear = Linear(width, bias=kind != "linear")
