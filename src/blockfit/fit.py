@@ -188,7 +188,7 @@ def _one_map(
         return fitted, scale
     if kind == "low-rank":
         assert replacement.rank is not None
-        fitted, up, down = _fit_low_rank(problem, ridge, min(replacement.rank, width))
+        fitted, up, down = _fit_low_rank(problem, ridge, replacement.rank)
         low = LowRank(width, replacement.rank)
         low.up.data, low.down.data = up.float(), down.float()
         low.bias.data = fitted.bias.float()
@@ -224,10 +224,12 @@ def fit_map(
         block before the span (``repair.py``).
 
     Raises:
-        BlockfitError: where no moments were taken for the span, or they are not finite.
+        BlockfitError: where no moments were taken for the span, they are not finite, or the
+            options do not fit the width or the tokens.
     """
+    empty = empty_map(replacement, moments.width, moments.prefix_tokens)
     if replacement.map in ("identity", "folded"):
-        return empty_map(replacement, moments.width)
+        return empty
     if not replacement.per_token_type:
         problem = moments.regression(replacement.span, prefix_weight=prefix_weight)
         return _one_map(replacement, problem, ridge)[1]
