@@ -314,8 +314,8 @@ class _Walk:
             contribution = nn.functional.linear(
                 x, weight.to(x), None if bias is None else bias.to(x)
             )
-            target_sum = self.originals.state(b, target) - base
-            part = Regression.of(contribution, target_sum, torch.float64)
+            missing = self.originals.state(b, target) - base
+            part = self._weighted(contribution, missing, torch.float64)
             total = part if total is None else total + part
         assert total is not None
         fitted = fit_affine(total, self.options.ridge, bias=bias is not None)
@@ -336,12 +336,15 @@ class _Walk:
             few = drawn[: max(1, round(share * (tokens - k)))].to(x.device)
             picked = torch.cat([torch.arange(k, device=x.device), few])
             x, y = x[:, picked], y[:, picked]
-        weight = self.options.prefix_weight
+        enough = torch.float32 if self.options.repair_ridge >= 1e-3 else torch.float64
+        return self._weighted(x, y, enough)
+
+    def _weighted(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> Regression:
+        k, weight = self.blocks.prefix_tokens, self.options.prefix_weight
         if weight == 1.0 or k == 0:
-            return Regression.of(x, y, torch.float32)
-        return Regression.of(x[:, :k], y[:, :k], torch.float32) * weight + Regression.of(
-            x[:, k:], y[:, k:], torch.float32
-        )
+            return Regression.of(x, y, dtype)
+        prefix = Regression.of(x[:, :k], y[:, :k], dtype)
+        return prefix * weight + Regression.of(x[:, k:], y[:, k:], dtype)
 
     def _solved(
         self,
