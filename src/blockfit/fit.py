@@ -151,8 +151,9 @@ def _fit_orthogonal(problem: Regression, ridge: float) -> Affine:
     ridge takes the one nearest to I.
     """
     xx, xy, mean_x, mean_y = _centred(problem)
-    damping = max(ridge, 1e-12) * xx.diagonal().mean()
-    left, _, right = torch.linalg.svd(xy.T + damping * torch.eye(len(mean_x)).double())
+    variance = xx.diagonal()
+    damping = torch.diag(ridge * variance + 1e-12 * variance.mean())
+    left, _, right = torch.linalg.svd(xy.T + damping)
     rotation = left @ right
     return Affine(rotation, mean_y - rotation @ mean_x)
 
