@@ -14,7 +14,7 @@ from torch import nn
 
 from blockfit import store
 from blockfit.blocks import Blocks
-from blockfit.budget import Budget
+from blockfit.budget import Budget, read_number
 from blockfit.data import Images
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
@@ -84,6 +84,8 @@ def recipe_for(
     """
     chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
     given = {k: v for k, v in solving.items() if v is not None}
+    if "ridge" in given:
+        given["ridge"] = None if given["ridge"] == "auto" else read_number(given["ridge"], "ridge")
     if spans_given and "repair" not in given and chosen.name == "default" and recipe == "default":
         given["repair"] = "none"
     return dataclasses.replace(chosen, options=dataclasses.replace(chosen.options, **given))
@@ -104,7 +106,7 @@ def compress(
     map: str | None = None,
     rank: int | None = None,
     repair: str | None = None,
-    ridge: float | None = None,
+    ridge: float | str | None = None,
     protect: Iterable[int] = (),
     blocks: str | None = None,
     hold_out: float = HOLD_OUT,
@@ -130,7 +132,7 @@ def compress(
         map: kind of map, instead of the recipe's.
         rank: of ``low-rank`` maps.
         repair: ``none``, ``mlp`` or ``mlp+attention``, instead of the recipe's.
-        ridge: λ of the maps, instead of the recipe's.
+        ridge: λ of the maps, instead of the recipe's; ``"auto"`` chooses it for each map.
         protect: blocks that must stay because something reads their output.
         blocks: dotted path of the list of blocks, where looking is not enough.
         hold_out: part of the images that judges and is not fitted on.
@@ -162,7 +164,9 @@ def compress(
     )
     plan = None
     if spans is not None:
-        options = {"rank": chosen.rank} if chosen.maps[-1] == "low-rank" else {}
+        options: dict[str, Any] = {"per_token_type": chosen.per_token_type}
+        if chosen.maps[-1] == "low-rank":
+            options["rank"] = chosen.rank
         plan = Plan.of(spans, chosen.maps[-1], **options)
     if not isinstance(model, nn.Module):
         model, inplace = load(model), True

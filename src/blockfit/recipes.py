@@ -18,7 +18,8 @@ class Recipe:
     Args:
         name: for messages and reports.
         maps: kinds of map that may be chosen; the best one of each span is taken.
-        rank: rank of ``low-rank`` maps.
+        rank: rank of ``low-rank`` maps; ``None`` tries an eighth, a quarter and half of the width
+            and takes the smallest that loses next to nothing.
         per_token_type: one map for prefix and one for patch tokens.
         select: ``effect`` judges by the model's output on held-out images; ``mse`` is the
             paper's similarity (smallest MSE between h[start] and h[stop]); ``angular`` the angle
@@ -47,22 +48,25 @@ class Recipe:
                 raise BlockfitError(f"unknown map {kind!r}; choose from {', '.join(MAP_KINDS)}")
         if not self.maps:
             raise BlockfitError("a recipe needs at least one kind of map")
-        if "low-rank" in self.maps and self.rank is None:
-            raise BlockfitError("low-rank maps need a rank; give --rank")
+        if self.rank is not None and "low-rank" not in self.maps:
+            raise BlockfitError("only low-rank maps have a rank; leave --rank out or add the map")
         if self.select not in SELECTIONS:
             raise BlockfitError(
                 f"unknown selection {self.select!r}; choose one of {', '.join(SELECTIONS)}"
             )
 
-    def replacements(self, span: Span) -> list[Replacement]:
-        """What may replace ``span``: one entry per kind that is possible there."""
+    def replacements(self, span: Span, width: int) -> list[Replacement]:
+        """What may replace ``span`` in a model of this width: one entry per kind and rank."""
         out = []
         for kind in self.maps:
             if kind == "folded" and span.start == 0:
                 continue
             split = self.per_token_type and kind not in ("identity", "folded")
-            rank = self.rank if kind == "low-rank" else None
-            out.append(Replacement(span, kind, rank, split))
+            ranks: list[int | None] = [None]
+            if kind == "low-rank":
+                tried = (width // 8, width // 4, width // 2)
+                ranks = [self.rank] if self.rank else [max(1, rank) for rank in tried]
+            out += [Replacement(span, kind, rank, split) for rank in ranks]
         return out
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blockfit.blocks import Blocks, named_blocks
 from blockfit.errors import BlockfitError
-from blockfit.fit import RIDGE, fit_affine, fit_map
+from blockfit.fit import RIDGE, choose_ridge, fit_affine, fit_map
 from blockfit.maps import empty_map
 from blockfit.moments import Moments, Regression
 from blockfit.originals import Originals
@@ -37,12 +37,17 @@ are so alike that the prefix tokens and a part of the patch tokens say as much a
 """
 
 
+CHECK_EVERY = 5
+"""One batch in this many judges the ridge of a map where that is chosen."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How maps and repairs are solved.
 
     Args:
-        ridge: λ of the maps, relative to the mean diagonal, towards the identity.
+        ridge: λ of the maps, relative to the mean diagonal, towards the identity; ``None`` chooses
+            it for each map, by its error on every fifth batch of the fit images.
         prefix_weight: weight of a prefix token in every fit, where a patch token weighs 1.
         refit: fit each map on what the compressed prefix really feeds it.
         repair: which output weights of kept blocks behind the first span are solved anew.
@@ -52,7 +57,7 @@ class Options:
         BlockfitError: for a negative λ or weight, or an unknown repair.
     """
 
-    ridge: float = RIDGE
+    ridge: float | None = RIDGE
     prefix_weight: float = 1.0
     refit: bool = True
     repair: str = "mlp+attention"
@@ -64,8 +69,9 @@ class Options:
                 f"unknown repair {self.repair!r}; choose one of {', '.join(REPAIRS)}"
             )
         for name in ("ridge", "repair_ridge"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise BlockfitError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise BlockfitError(f"{name} must be 0 or more, got {value}")
         if not 0 < self.prefix_weight < float("inf"):
             raise BlockfitError(f"prefix_weight must be above 0, got {self.prefix_weight}")
 
@@ -174,12 +180,18 @@ class _Walk:
         if entry.map in ("identity", "folded"):
             self.maps[entry] = empty_map(entry, self.blocks.width)
             return
-        moments = Moments([span], self.blocks.width, self.blocks.prefix_tokens)
+        options = self.options
+        parts = [Moments([span], self.blocks.width, self.blocks.prefix_tokens) for _ in range(2)]
         for b, hidden in enumerate(self.hidden):
-            source = hidden if self.options.refit else self.originals.state(b, span.start)
+            source = hidden if options.refit else self.originals.state(b, span.start)
             target = self.originals.state(b, span.stop)
-            moments.add({span.start: source, span.stop: target})
-        fitted = fit_map(entry, moments, self.options.ridge, self.options.prefix_weight)
+            parts[b % CHECK_EVERY == 1].add({span.start: source, span.stop: target})
+        moments, check = parts
+        ridge = RIDGE if options.ridge is None else options.ridge
+        if options.ridge is None and any(check.tokens.values()):
+            ridge = choose_ridge(entry, moments, check, options.prefix_weight)
+        moments.merge(check)
+        fitted = fit_map(entry, moments, ridge, options.prefix_weight)
         self.maps[entry] = fitted
         on_device = fitted.to(self.hidden[0])
         self.hidden = [on_device(hidden) for hidden in self.hidden]
@@ -318,7 +330,8 @@ class _Walk:
             part = self._weighted(contribution, missing, torch.float64)
             total = part if total is None else total + part
         assert total is not None
-        fitted = fit_affine(total, self.options.ridge, bias=bias is not None)
+        ridge = RIDGE if self.options.ridge is None else self.options.ridge
+        fitted = fit_affine(total, ridge, bias=bias is not None)
         if bias is not None:
             bias = fitted.weight @ bias + fitted.bias
         return fitted.weight @ weight, bias

@@ -10,13 +10,13 @@ import numpy as np
 
 from blockfit.errors import BlockfitError
 from blockfit.fidelity import Fidelity
-from blockfit.fit import fit_map, identity_error
+from blockfit.fit import RIDGE, fit_map, identity_error
 from blockfit.heldout import HeldOut, MapError
 from blockfit.moments import Moments
 from blockfit.originals import Originals
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution, solve
-from blockfit.spans import Plan, Replacement, Span, spans_up_to
+from blockfit.spans import Plan, Replacement, Span, runs_of, spans_up_to
 
 RACE_PASSES = 9.0
 """Work of the race of single spans, in plain passes over the held-out images."""
@@ -26,6 +26,9 @@ PROPOSALS = 4
 
 QUICK_IMAGES = 128
 """Images on which proposals are refitted; the finalists are solved on all."""
+
+RANK_SLACK = 0.05
+"""How much worse than the best rank a smaller one may score and still be taken."""
 
 FINALISTS = 1
 """Proposals per size that are solved as they will be used, repair included."""
@@ -100,17 +103,6 @@ def _better_half(
         group.sort(key=lambda e: totals[e][0] / max(totals[e][1], 1))
         kept += group[: (len(group) + 1) // 2]
     return kept
-
-
-def runs_of(removed: Iterable[int]) -> tuple[Span, ...]:
-    """The spans that remove exactly these blocks: neighbours make one span."""
-    spans: list[Span] = []
-    for block in sorted(removed):
-        if spans and spans[-1].stop == block:
-            spans[-1] = Span(spans[-1].start, block + 1)
-        else:
-            spans.append(Span(block, block + 1))
-    return tuple(spans)
 
 
 def cheapest(
@@ -265,22 +257,26 @@ class Search:
                 self.best[smaller] = self._decide(smaller)
         return self.best[size]
 
+    def _kinds(self, span: Span) -> list[Replacement]:
+        return self.recipe.replacements(span, self.originals.blocks.width)
+
     def _spans(self, longest: int) -> list[Span]:
         spans = spans_up_to(self.depth, longest, self.protected)
-        return [s for s in spans if len(s) <= self.largest and self.recipe.replacements(s)]
+        return [s for s in spans if len(s) <= self.largest and self._kinds(s)]
 
     def _score(self, spans: Sequence[Span]) -> None:
         options = replace(self.recipe.options, repair="none", refit=False)
         candidates = []
         for span in spans:
-            for entry in self.recipe.replacements(span):
+            for entry in self._kinds(span):
                 if entry in self.scores:
                     continue
                 plan = Plan((entry,))
                 if entry.map == "folded":
                     candidates.append(solve(self.quick, plan, options))
                 else:
-                    fitted = fit_map(entry, self.moments, options.ridge, options.prefix_weight)
+                    ridge = RIDGE if options.ridge is None else options.ridge
+                    fitted = fit_map(entry, self.moments, ridge, options.prefix_weight)
                     candidates.append(Solution(plan, (fitted,)))
         if candidates:
             self.scores.update(race(self.held_out, candidates))
@@ -289,16 +285,21 @@ class Search:
         """The best scored kind of map for each span."""
         chosen = []
         for span in spans:
-            kinds = self.recipe.replacements(span)
+            kinds = self._kinds(span)
             if not kinds:
                 raise BlockfitError(
                     f"span {span} cannot be folded and the recipe has no other map; "
                     "add identity to the maps"
                 )
+            scored = [e for e in kinds if e in self.scores]
             # Unscored spans (longer than the longest) take the richest kind of the recipe.
-            chosen.append(
-                min(kinds, key=lambda e: (self.scores.get(e, float("inf")), -kinds.index(e)))
-            )
+            best = min(scored, key=lambda e: self.scores[e], default=kinds[-1])
+            if best.rank is not None and scored:
+                # Of the low-rank maps, the smallest that loses next to nothing against the best.
+                enough = (1 + RANK_SLACK) * self.scores[best]
+                low = [e for e in scored if e.rank is not None and self.scores[e] <= enough]
+                best = min(low, key=lambda e: e.rank or 0)
+            chosen.append(best)
         return Plan(tuple(chosen))
 
     def _summed(self, plan: Plan) -> float:
@@ -308,7 +309,7 @@ class Search:
             start, stop = entry.span.start, entry.span.stop
             while start < stop:
                 part = Span(start, min(start + self.recipe.longest, stop))
-                known = [self.scores[e] for e in self.recipe.replacements(part) if e in self.scores]
+                known = [self.scores[e] for e in self._kinds(part) if e in self.scores]
                 total += min(known, default=0.0)
                 start = part.stop
         return total
@@ -335,7 +336,7 @@ class Search:
             for block in range(self.depth):
                 if block not in gone and block not in self.protected:
                     spans = runs_of(gone | {block})
-                    if all(self.recipe.replacements(s) for s in spans):
+                    if all(self._kinds(s) for s in spans):
                         children.setdefault(self._plan(spans))
         for plan in sorted(children, key=self._summed):
             if len(pool) >= PROPOSALS:

@@ -81,6 +81,17 @@ def spans_up_to(depth: int, longest: int, protected: Iterable[int] = ()) -> list
     ]
 
 
+def runs_of(removed: Iterable[int]) -> tuple[Span, ...]:
+    """The spans that remove exactly these blocks: neighbours make one span."""
+    spans: list[Span] = []
+    for block in sorted(removed):
+        if spans and spans[-1].stop == block:
+            spans[-1] = Span(spans[-1].start, block + 1)
+        else:
+            spans.append(Span(block, block + 1))
+    return tuple(spans)
+
+
 @dataclass(frozen=True, order=True)
 class Replacement:
     """One span and the kind of the map that replaces it.
