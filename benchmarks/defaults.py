@@ -1,0 +1,145 @@
+"""Why the defaults are what they are: one option changed at a time, on one fixed plan.
+
+Each row solves the plan anew with one option changed and reports top-1 and KL against the original
+on test images that are used for nothing else. ``--images-curve`` changes the number of calibration
+images instead, ``--seeds`` the draw of them (with the search that chooses the plan).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from common import MODEL, TEST, TRAIN, say
+
+import blockfit
+from blockfit import repair as repairing
+from blockfit.blocks import Blocks
+from blockfit.budget import Budget
+from blockfit.calibrate import calibrate
+from blockfit.data import Images
+from blockfit.evaluate import evaluate_many
+from blockfit.fit import RIDGE, fit_map
+from blockfit.originals import Originals
+from blockfit.recipes import RECIPES
+from blockfit.repair import Options, Solution, solve
+from blockfit.session import Session, Setting
+from blockfit.spans import Plan, Replacement
+
+SPANS = ["0:1", "2:3", "5:6"]
+
+
+def variants(width: int) -> Iterator[tuple[str, Plan, Options]]:
+    """One option changed at a time."""
+    default, plan = Options(), Plan.of(SPANS, "affine")
+    yield "default", plan, default
+    yield "no refit, no repair", plan, Options(refit=False, repair="none")
+    yield "refit, no repair", plan, Options(repair="none")
+    yield "refit, repair mlp", plan, Options(repair="mlp")
+    for ridge in (0.0, 1e-6, 1e-2, 1e-1, None):
+        name = "auto" if ridge is None else f"{ridge:g}"
+        yield f"ridge of maps {name} (default {RIDGE:g})", plan, replace(default, ridge=ridge)
+    for ridge in (0.01, 0.1, 1.0, 3.0):
+        yield f"ridge of repairs {ridge:g}", plan, replace(default, repair_ridge=ridge)
+    for weight in (0.2, 5.0, 25.0):
+        yield f"prefix tokens weigh {weight:g}", plan, replace(default, prefix_weight=weight)
+    split = Plan(tuple(Replacement(e.span, "affine", None, True) for e in plan))
+    yield "one map per token type", split, default
+    for kind in ("identity", "scale", "orthogonal", "linear"):
+        yield f"map {kind}", Plan.of(SPANS, kind), default
+    for rank in (width // 8, width // 4, width // 2):
+        yield f"map low-rank {rank}", Plan.of(SPANS, "low-rank", rank=rank), default
+
+
+def by_option(args: argparse.Namespace, model: Any, blocks: Blocks) -> dict[str, Solution]:
+    images = calibration(args, model, args.limit, 0)
+    originals = Originals(model, blocks, images)
+    found = {}
+    for name, plan, options in variants(blocks.width):
+        found[name] = solve(originals, plan, options)
+        say(f"solved: {name}")
+    for rows in (2, 4, 12, 100):
+        before, repairing.ROWS_PER_INPUT = repairing.ROWS_PER_INPUT, rows
+        found[f"repairs from {rows} tokens per input (default {before})"] = solve(
+            originals, Plan.of(SPANS, "affine")
+        )
+        repairing.ROWS_PER_INPUT = before
+    for tokens in (4, 12, 24, None):
+        moments = calibrate(
+            model, blocks, images, Plan.of(SPANS, "affine").spans, tokens_per_image=tokens
+        )
+        plan = Plan.of(["2:3"], "affine")
+        maps = tuple(fit_map(entry, moments) for entry in plan)
+        found[f"span 2:3 alone, {tokens or 'all'} patch tokens per image"] = Solution(plan, maps)
+    return found
+
+
+def by_images(args: argparse.Namespace, model: Any, blocks: Blocks) -> dict[str, Solution]:
+    found = {}
+    for count in args.counts:
+        originals = Originals(model, blocks, calibration(args, model, count, 0))
+        plan = Plan.of(SPANS, "affine")
+        found[f"{count} images, default"] = solve(originals, plan)
+        found[f"{count} images, default without ridge"] = solve(
+            originals, plan, Options(ridge=0.0, repair="none")
+        )
+        paper = Plan.of(["4:7"], "linear")
+        found[f"{count} images, paper's linear map at 4:7"] = solve(
+            originals, paper, RECIPES["paper"].options
+        )
+        say(f"solved: {count} images")
+    return found
+
+
+def by_seed(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
+    found = {}
+    for seed in range(args.draws):
+        setting = Setting.of(model, calibration(args, model, args.limit, seed), seed=seed)
+        session = Session(setting, RECIPES["default"], seed=seed)
+        point = session.reach(Budget("remove", 3))
+        found[f"seed {seed}: {point.solution.plan}"] = point.solution
+        say(f"solved: seed {seed}")
+    return found
+
+
+def calibration(args: argparse.Namespace, model: Any, count: int, seed: int) -> Images:
+    return blockfit.images(args.images, model, limit=count, seed=seed, batch_size=32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["options", "images", "seeds"])
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--images", default=TRAIN)
+    parser.add_argument("--test", default=TEST)
+    parser.add_argument("--limit", type=int, default=512)
+    parser.add_argument("--test-limit", type=int, default=1000)
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--counts", type=int, nargs="+", default=[32, 64, 128, 256, 512, 2048])
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    model = blockfit.load(args.model)
+    blocks = blockfit.find_blocks(model)
+    if args.what == "options":
+        found = by_option(args, model, blocks)
+    elif args.what == "images":
+        found = by_images(args, model, blocks)
+    else:
+        found = by_seed(args, model)
+    test = blockfit.images(args.test, model, limit=args.test_limit, seed=0)
+    rows = evaluate_many(model, blocks, {"original": Solution(Plan(), ()), **found}, test)
+    say(f"\n{len(test)} test images\n\n| variant | top-1 | KL |\n|---|---|---|")
+    for name, row in rows.items():
+        assert row.top1 is not None
+        say(f"| {name} | {row.top1:.2%} | {row.fidelity.kl:.4f} |")
+    if args.what == "seeds":
+        tops = [100 * (rows[name].top1 or 0) for name in found]
+        say(f"\nstandard deviation of top-1 over {len(tops)} draws: {statistics.stdev(tops):.2f}")
+
+
+if __name__ == "__main__":
+    main()
