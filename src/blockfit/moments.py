@@ -240,5 +240,6 @@ class Moments:
         else:
             result = problem(self._types["prefix"]) * prefix_weight + problem(self._types["patch"])
         if result.count <= 0:
-            raise BlockfitError(f"the moments hold no {token_type} tokens; add batches first")
+            which = "tokens" if token_type == "all" else f"{token_type} tokens"
+            raise BlockfitError(f"the moments hold no {which}; add batches first")
         return result
