@@ -39,7 +39,7 @@ ROWS = (
     ("report",),
     ("api", "sweep"),
     ("__init__",),
-    ("console", "cli", "__main__"),
+    ("console", "options", "cli", "__main__"),
 )
 """Each row may import from the rows above it; modules of one row from one another, in no circle."""
 

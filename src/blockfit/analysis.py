@@ -19,7 +19,7 @@ from blockfit.data import Images
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.models import source_of
-from blockfit.probe import evaluating, first_images, placed
+from blockfit.probe import evaluating, first_images
 from blockfit.similarity import Tables, merged, part
 from blockfit.spans import Span, spans_up_to
 
@@ -42,14 +42,14 @@ class Analysis:
         blocks: where the blocks are.
         report: JSON values: model, calibration images, tokens per image.
         warnings: what the user should know.
-        folder: where it was written, if it was.
+        files: names of the files that were written, if any were.
     """
 
     tables: Tables
     blocks: Blocks
     report: dict[str, Any]
     warnings: tuple[str, ...] = ()
-    folder: Path | None = None
+    files: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -133,9 +133,8 @@ def analyze(
 
 
 def write(result: Analysis, folder: str | Path) -> Analysis:
-    """Write an analysis to a folder that ``check_folder`` allowed; returns it with that folder."""
-    target = Path(folder).expanduser()
-    with new_folder(target) as partial:
+    """Write an analysis to a folder that ``check_folder`` allowed; returns it with its files."""
+    with new_folder(Path(folder).expanduser()) as partial:
         result.tables.write_csv(partial / CSV)
         try:
             result.tables.draw(partial / PICTURE, str(result.report["model"]))
@@ -143,12 +142,13 @@ def write(result: Analysis, folder: str | Path) -> Analysis:
             result = dataclasses.replace(result, warnings=(*result.warnings, str(error)))
         text = json.dumps(result.to_json(), indent=1, allow_nan=False)
         (partial / MARK).write_text(text + "\n", encoding="utf-8")
-    return dataclasses.replace(result, folder=target)
+        files = tuple(name for name in FILES if (partial / name).exists())
+    return dataclasses.replace(result, files=files)
 
 
 def _tokens(model: nn.Module, blocks: Blocks, example: Any) -> int:
     with evaluating(model), torch.no_grad(), record(model, blocks) as states:
-        call(model, placed(model, first_images(example, 1)))
+        call(model, first_images(example, 1))
         return states[0].shape[1]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -16,8 +17,18 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from blockfit.errors import BlockfitError
+from blockfit.similarity import Tables
+
 WIDTH = 110
 """Columns of tables where standard error is no terminal."""
+
+BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
+"""Exit codes."""
+
+INTERRUPTED_TEXT = "interrupted; nothing unfinished was saved"
+
+BEFORE_AFTER = ("", "original", "compressed", "remains")
 
 
 class Output:
@@ -108,6 +119,43 @@ class _Count(ProgressColumn):
         return Text(text)
 
 
+def guarded(command: Callable[[], int | None], debug: bool) -> int:
+    """Run a typer command; whatever goes wrong becomes one line on standard error.
+
+    Args:
+        command: calls typer without its standalone mode.
+        debug: show tracebacks as well.
+
+    Returns:
+        The exit code: 0; ``BAD_INPUT`` where the message says what to do; ``UNEXPECTED`` for
+        faults that nobody thought of; ``INTERRUPTED`` for Ctrl-C.
+    """
+    try:
+        code = int(command() or 0)
+        text = INTERRUPTED_TEXT if code == INTERRUPTED else None
+    except (KeyboardInterrupt, typer.Abort):
+        code, text = INTERRUPTED, INTERRUPTED_TEXT
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, text = _fault(error)
+    if text is not None:
+        typer.echo(f"blockfit: {text}", err=True)
+    return code
+
+
+def _fault(error: Exception) -> tuple[int, str]:
+    if isinstance(error, BlockfitError):
+        return BAD_INPUT, f"error: {error}"
+    if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
+        context = getattr(error, "ctx", None)
+        path = "blockfit" if context is None else context.command_path
+        return BAD_INPUT, f"error: {error.format_message()} ({path} --help shows what there is)"
+    first = (str(error).splitlines() or ["no message"])[0]
+    text = f"error: unexpected {type(error).__name__}: {first}; add --debug to see where"
+    return UNEXPECTED, text
+
+
 def amount(value: float | None, unit: str = "") -> str:
     """``22.1 M``, ``44.2 MB``; a dash where there is none."""
     if value is None:
@@ -133,76 +181,92 @@ def share(part: float | None, whole: float | None) -> str:
     return "–" if part is None or not whole else f"{part / whole:.1%}"
 
 
-def size_rows(report: Mapping[str, Any], depth: int) -> list[tuple[str, ...]]:
-    """Blocks, parameters and FLOPs before and after, from a report."""
+def show_images(out: Output, told: Mapping[str, Any]) -> None:
+    """Which images are used and how they are prepared, from ``Images.description``."""
+    drawn = "" if told["used"] == told["total"] else f", drawn with seed {told['seed']}"
+    out.line(f"images: {told['used']} of {told['total']} from {told['source']}{drawn}")
+    out.line(f"preprocessing: {told['preprocessing']}")
+
+
+def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None:
+    """Sizes before and after, every map's held-out error beside identity's, fidelity, warnings."""
     kept = depth - report["removed_blocks"]
-    rows = [("blocks", str(depth), str(kept), share(kept, depth))]
-    for name, key, unit in (("parameters", "parameters", ""), ("FLOPs per image", "flops", "")):
+    sizes = [("blocks", str(depth), str(kept), share(kept, depth))]
+    for name, key in (("parameters", "parameters"), ("FLOPs per image", "flops")):
         before, after = report[f"{key}_before"], report[f"{key}_after"]
-        rows.append((name, amount(before, unit), amount(after, unit), share(after, before)))
-    return rows
-
-
-MAP_HEADER = ("span", "map", "error", "identity's", "prefix", "identity's", "patch", "identity's")
-
-
-def map_rows(maps: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Held-out error of every map beside identity's, in all and per token type."""
+        sizes.append((name, amount(before), amount(after), share(after, before)))
+    out.table(BEFORE_AFTER, sizes)
+    header = ["span", "map"]
+    for name in ("error", "prefix", "patch"):
+        header += [name, "identity"]
     keys = ("error", "identity_error", "prefix", "identity_prefix", "patch", "identity_patch")
-    return [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in maps]
-
-
-def fidelity_line(held_out: Mapping[str, Any]) -> str:
-    """Held-out fidelity in one line."""
-    parts = []
+    out.table(
+        header,
+        [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in report["maps"]],
+        "Held-out error of each map, beside identity's: all tokens, prefix, patch",
+    )
+    held_out = report["held_out"]
+    words = []
     if held_out["kl"] is not None:
-        parts = [f"KL {held_out['kl']:.4f}", f"agreement {held_out['agreement']:.2%}"]
-    parts += [
+        words = [f"KL {held_out['kl']:.4f}", f"agreement {held_out['agreement']:.2%}"]
+    words += [
         f"feature cosine {held_out['feature_cosine']:.4f}",
         f"relative error {held_out['feature_relative_error']:.4f}",
     ]
-    return f"on {held_out['images']} held-out images: {', '.join(parts)}"
+    out.line(f"on {held_out['images']} held-out images: {', '.join(words)}")
+    out.warn(report["warnings"])
 
 
-def evaluation_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
     """What ``Evaluation.to_json`` holds, one row per figure."""
-    before, after = result["original"] or {}, result["compressed"]
+    before, after = worth["original"] or {}, worth["compressed"]
 
-    def both(show: Any, *keys: str) -> tuple[str, str]:
-        return show(_inner(before, keys)), show(_inner(after, keys))
+    def row(name: str, key: str, show: Callable[[Any], str], *inner: str) -> tuple[str, ...]:
+        old, new = before.get(key), after.get(key)
+        shown = (name, show(old), show(new))
+        for step in inner:
+            old, new = (old or {}).get(step), (new or {}).get(step)
+        return (*shown, share(new, old))
 
-    def part(*keys: str) -> str:
-        return share(_inner(after, keys), _inner(before, keys))
-
-    def points() -> str:
-        if before.get("top1") is None or after["top1"] is None:
-            return "–"
-        return f"{100 * (after['top1'] - before['top1']):+.2f} points"
-
+    top1 = [before.get("top1"), after["top1"]]
+    change = "–" if None in top1 else f"{100 * (top1[1] - top1[0]):+.2f} points"
     rows = [
-        ("top-1", *both(percent, "top1"), points()),
-        ("parameters", *both(amount, "parameters"), part("parameters")),
-        ("FLOPs per image", *both(amount, "flops"), part("flops")),
-        ("file", *both(_bytes, "size_bytes"), part("size_bytes")),
-        ("images per second", *both(_rate, "images_per_second"), part("images_per_second")),
-        ("latency, ms", *both(_timing, "latency_ms"), part("latency_ms", "median")),
-        ("peak memory", *both(_bytes, "peak_memory_bytes"), part("peak_memory_bytes")),
+        ("top-1", *map(percent, top1), change),
+        row("parameters", "parameters", amount),
+        row("FLOPs per image", "flops", amount),
+        row("file", "size_bytes", _bytes),
+        row("images per second", "images_per_second", _rate),
+        row("latency, ms", "latency_ms", _timing, "median"),
+        row("peak memory", "peak_memory_bytes", _bytes),
     ]
-    if (fidelity := result["fidelity"]) is not None:
+    if (fidelity := worth["fidelity"]) is not None:
         rows += [
             ("KL from the original", "", number(fidelity["kl"]), ""),
             ("top-1 agreement", "", percent(fidelity["agreement"]), ""),
             ("feature cosine", "", number(fidelity["feature_cosine"]), ""),
             ("feature relative error", "", number(fidelity["feature_relative_error"]), ""),
         ]
-    return rows
+    out.table(BEFORE_AFTER, rows, f"On {worth['images']} images")
 
 
-def frontier_rows(
-    points: Iterable[Mapping[str, Any]], original: Mapping[str, Any]
-) -> list[tuple[str, ...]]:
+def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:
+    """The input of every block beside its output."""
+    out.table(
+        ("block", *tables.values),
+        [
+            (str(start), *(number(tables.at(metric, start, stop)) for metric in tables.values))
+            for start, stop in zip(tables.boundaries, tables.boundaries[1:], strict=False)
+        ],
+        "Input and output of each block, all tokens",
+    )
+    out.warn(warnings)
+
+
+def show_frontier(
+    out: Output, points: Iterable[Mapping[str, Any]], original: Mapping[str, Any]
+) -> None:
     """The points of a sweep: size, what remains, held-out fidelity, plan."""
-    return [
+    rows = [
         (
             str(point["removed"]),
             share(point["parameters"], original["parameters"]),
@@ -210,17 +274,17 @@ def frontier_rows(
             number(point["held_out"]["kl"]),
             percent(point["held_out"]["agreement"]),
             number(point["held_out"]["feature_relative_error"]),
-            ", ".join(f"{e['start']}:{e['stop']} {e['map']}" for e in point["plan"]),
+            ", ".join(
+                f"{entry['start']}:{entry['stop']} {entry['map']}" for entry in point["plan"]
+            ),
         )
         for point in points
     ]
-
-
-def _inner(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    found: Any = values
-    for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+    out.table(
+        ("removed", "parameters", "FLOPs", "KL", "agreement", "feature error", "plan"),
+        rows,
+        "The best plan for every size, on held-out images",
+    )
 
 
 def _bytes(value: float | None) -> str:

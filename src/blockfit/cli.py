@@ -1,0 +1,391 @@
+"""The ``blockfit`` command: parse, call, print; nothing else."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from blockfit import __version__, api, store
+from blockfit import options as opt
+from blockfit.analysis import analyze as analyze_model
+from blockfit.analysis import check_folder as check_analysis
+from blockfit.blocks import find_blocks
+from blockfit.budget import Budget
+from blockfit.console import (
+    Output,
+    guarded,
+    show_analysis,
+    show_compression,
+    show_evaluation,
+    show_frontier,
+    show_images,
+)
+from blockfit.data import Images
+from blockfit.errors import BlockfitError
+from blockfit.evaluate import evaluate as evaluate_model
+from blockfit.models import source_of
+from blockfit.session import HOLD_OUT
+from blockfit.sweep import from_sweep
+from blockfit.sweep import sweep as sweep_model
+
+QUIET_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+}
+"""Keeps other libraries' bars and warnings off the screen; what the user has set stays."""
+
+app = typer.Typer(
+    name="blockfit",
+    help="Make a pretrained vision transformer smaller and faster without training it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"blockfit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Make a pretrained vision transformer smaller and faster without training it."""
+
+
+@app.command()
+def compress(
+    output: opt.Folder,
+    model: opt.MaybeModel = None,
+    images: opt.MaybePictures = None,
+    limit: opt.Limit = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    device: opt.Device = None,
+    blocks: opt.BlocksPath = None,
+    span: opt.Spans = None,
+    remove: opt.Remove = None,
+    params: opt.Params = None,
+    flops: opt.Flops = None,
+    latency: opt.Latency = None,
+    max_kl: opt.MaxKl = None,
+    max_drop: opt.MaxDrop = None,
+    sweep_folder: opt.FromSweep = None,
+    recipe: opt.RecipeName = None,
+    plain: opt.Plain = False,
+    map: opt.Map = None,
+    rank: opt.Rank = None,
+    repair: opt.Repair = None,
+    ridge: opt.Ridge = None,
+    select: opt.Select = None,
+    contiguous: opt.Contiguous = False,
+    protect: opt.Protect = None,
+    hold_out: opt.HoldOut = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Replace redundant blocks by closed-form maps and save the small model."""
+    out = Output(as_json, quiet)
+    store.check_folder(output, overwrite)
+    budget = Budget.of(
+        remove=remove, params=params, flops=flops, latency=latency, max_kl=max_kl, max_drop=max_drop
+    )
+    if sweep_folder is not None:
+        unused = {
+            "--images": images, "--limit": limit, "--span": span, "--blocks": blocks,
+            "--recipe": recipe, "--plain": plain, "--map": map, "--rank": rank,
+            "--repair": repair, "--ridge": ridge, "--select": select,
+            "--contiguous": contiguous, "--protect": protect, "--hold-out": hold_out,
+        }  # fmt: skip
+        opt.refuse(unused, "cannot be used with --from: the sweep has settled it")
+        if budget is None:
+            raise BlockfitError("say how small: --from needs --remove, --params or --flops")
+        with out.working():
+            out.say("making the sweep's model")
+            original = None if model is None else api.load(model, device=opt.device(device))
+            result = from_sweep(sweep_folder, budget, original)
+            api.save(result, output, overwrite=overwrite)
+        _compressed(out, result, model or result.source.name, output)
+        return
+    if model is None or images is None:
+        raise BlockfitError(
+            "give a model and --images (or --from a sweep): "
+            "blockfit compress MODEL --images DATA --remove 3 -o OUTPUT"
+        )
+    if span:
+        opt.refuse(
+            {"--select": select, "--contiguous": contiguous},
+            "has no use with --span: the spans are chosen already",
+        )
+    chosen = opt.recipe(recipe, plain, select, contiguous)
+    protected = opt.block_numbers(protect)
+    with out.working():
+        original, pictures = _open(out, model, images, limit, seed, batch_size, device)
+        result = api.compress(
+            original,
+            pictures,
+            spans=span or None,
+            remove=remove,
+            params=params,
+            flops=flops,
+            latency=latency,
+            max_kl=max_kl,
+            max_drop=max_drop,
+            recipe=chosen,
+            map=map,
+            rank=rank,
+            repair=repair,
+            ridge=ridge,
+            protect=protected,
+            blocks=blocks,
+            hold_out=HOLD_OUT if hold_out is None else hold_out,
+            seed=seed,
+            inplace=True,
+            say=out.say,
+        )
+        out.say(f"saving to {output}")
+        api.save(result, output, overwrite=overwrite)
+    _compressed(out, result, model, output)
+
+
+@app.command()
+def evaluate(
+    small: opt.Small,
+    data: opt.TestData,
+    against: opt.Against = None,
+    limit: opt.Limit = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    device: opt.Device = None,
+    blocks: opt.BlocksPath = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure a model's accuracy, size and speed, and its fidelity to the original."""
+    out = Output(as_json, quiet)
+    with out.working():
+        out.say(f"loading {small}")
+        where = None
+        if store.is_saved(small):
+            saved = store.load_saved(small, device=opt.device(device))
+            compressed, where = saved.model, saved.blocks
+        else:
+            compressed = api.load(small, device=opt.device(device))
+        original = None if against is None else api.load(against, device=device)
+        # The small model's own preprocessing; the original's where it has none.
+        own = source_of(compressed).preprocessing is not None or original is None
+        pictures = api.images(
+            data, compressed if own else original, limit=limit, seed=seed, batch_size=batch_size
+        )
+        show_images(out, pictures.description())
+        if blocks is not None:
+            where = find_blocks(compressed, next(iter(pictures), None), blocks)
+        out.say("evaluating")
+        worth = evaluate_model(
+            compressed, pictures, against=original, blocks=where, progress=out.count
+        ).to_json()
+    show_evaluation(out, worth)
+    out.result(worth)
+
+
+@app.command()
+def analyze(
+    model: opt.Model,
+    images: opt.Pictures,
+    output: opt.MaybeFolder = None,
+    limit: opt.Limit = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    device: opt.Device = None,
+    blocks: opt.BlocksPath = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Compare the hidden states of all blocks: MSE, cosine, angle, CKA and R²."""
+    started = time.perf_counter()
+    out = Output(as_json, quiet)
+    if output is not None:
+        check_analysis(output, overwrite)
+    with out.working():
+        original, pictures = _open(out, model, images, limit, seed, batch_size, device)
+        result = analyze_model(
+            original,
+            pictures,
+            output,
+            blocks=blocks,
+            seed=seed,
+            overwrite=overwrite,
+            say=out.say,
+            progress=out.count,
+        )
+    show_analysis(out, result.tables, result.warnings)
+    if output is not None:
+        out.line(f"all pairs of states: {', '.join(str(output / name) for name in result.files)}")
+    out.result(
+        {
+            **result.to_json(),
+            "seconds": round(time.perf_counter() - started, 3),
+            "output": None if output is None else str(output),
+        }
+    )
+
+
+@app.command()
+def sweep(
+    model: opt.Model,
+    images: opt.Pictures,
+    output: opt.Folder,
+    limit: opt.Limit = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    device: opt.Device = None,
+    blocks: opt.BlocksPath = None,
+    recipe: opt.RecipeName = None,
+    plain: opt.Plain = False,
+    map: opt.Map = None,
+    rank: opt.Rank = None,
+    repair: opt.Repair = None,
+    ridge: opt.Ridge = None,
+    select: opt.Select = None,
+    contiguous: opt.Contiguous = False,
+    protect: opt.Protect = None,
+    hold_out: opt.HoldOut = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Find the best plan for every size; a sweep that was stopped goes on where it was."""
+    started = time.perf_counter()
+    out = Output(as_json, quiet)
+    chosen = api.recipe_for(
+        opt.recipe(recipe, plain, select, contiguous),
+        False,
+        {"maps": None if map is None else (map,), "rank": rank},
+        {"repair": repair, "ridge": ridge},
+    )
+    protected = opt.block_numbers(protect)
+    with out.working():
+        original, pictures = _open(out, model, images, limit, seed, batch_size, device)
+        frontier = sweep_model(
+            original,
+            pictures,
+            output,
+            recipe=chosen,
+            protect=protected,
+            blocks=blocks,
+            hold_out=HOLD_OUT if hold_out is None else hold_out,
+            seed=seed,
+            say=out.say,
+        )
+    before = frontier.data["original"]
+    show_frontier(out, frontier.points, before)
+    out.line(f"next: blockfit compress --from {shlex.quote(str(output))} --params 62% -o small/")
+    out.result(
+        {
+            "original": before,
+            "points": frontier.points,
+            "seconds": round(time.perf_counter() - started, 3),
+            "output": str(output),
+        }
+    )
+
+
+@app.command()
+def demo(
+    remove: Annotated[int, opt.option("--remove", help="This many blocks.", panel=opt.REMOVE)] = 4,
+    output: opt.MaybeFolder = None,
+    seed: opt.Seed = 0,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Compress the model that is shipped with blockfit, and show what it was worth."""
+    out = Output(as_json, quiet)
+    if output is not None:
+        store.check_folder(output, overwrite)
+    with out.working():
+        original, pictures = _open(out, "demo", "digits", None, seed, 64, None)
+        result = api.compress(original, pictures, remove=remove, seed=seed, say=out.say)
+        if output is not None:
+            api.save(result, output, overwrite=overwrite)
+        out.say("evaluating on the test digits")
+        worth = evaluate_model(
+            result.model,
+            api.images("digits:test", original, batch_size=64),
+            against=original,
+            blocks=result.blocks,
+            progress=out.count,
+        ).to_json()
+    show_compression(out, result.report, result.blocks.depth)
+    show_evaluation(out, worth)
+    if output is not None:
+        out.line(f"saved to {output}")
+    out.result({"compress": _compression(result, output), "evaluate": worth})
+
+
+def _open(
+    out: Output,
+    model: str,
+    images: str,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    device: str | None,
+) -> tuple[nn.Module, Images]:
+    out.say(f"loading {model}")
+    loaded = api.load(model, device=opt.device(device))
+    pictures = api.images(images, loaded, limit=limit, seed=seed, batch_size=batch_size)
+    show_images(out, pictures.description())
+    return loaded, pictures
+
+
+def _compression(result: api.Result, output: Path | None) -> dict[str, Any]:
+    return {
+        "plan": result.plan.to_json(),
+        **result.report,
+        "output": None if output is None else str(output),
+    }
+
+
+def _compressed(out: Output, result: api.Result, model: str, output: Path) -> None:
+    show_compression(out, result.report, result.blocks.depth)
+    out.line(f"saved to {output} in {result.report['seconds']:.1f} s")
+    words = ["blockfit", "evaluate", str(output), "--against", model, "--data", "TEST_IMAGES"]
+    out.line(f"next: {shlex.join(words)}")
+    out.result(_compression(result, output))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; see ``console.guarded``."""
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    command = list(arguments) or ["--help"]
+    return guarded(
+        lambda: app(command, prog_name="blockfit", standalone_mode=False), "--debug" in command
+    )
+
+
+def main() -> None:
+    """The entry point of ``blockfit`` and ``python -m blockfit``."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,159 @@
+"""The options of the ``blockfit`` command, each written once, and how their texts are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from blockfit.errors import BlockfitError
+from blockfit.recipes import RECIPES, SELECTIONS, Recipe
+from blockfit.recipes import recipe as named_recipe
+from blockfit.repair import REPAIRS
+from blockfit.session import HOLD_OUT
+from blockfit.spans import MAP_KINDS
+
+
+def option(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
+    """An option in one of the panels of ``--help``."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+REMOVE, HOW, DATA, OUT = "What to remove", "How", "Model and images", "Output"
+
+Model = Annotated[
+    str, typer.Argument(help="A model folder, a Hub id, timm/NAME, torchvision/NAME or demo.")
+]
+MaybeModel = Annotated[
+    str | None,
+    typer.Argument(help="A model folder, a Hub id, timm/NAME, torchvision/NAME or demo."),
+]
+Small = Annotated[str, typer.Argument(help="A folder that compress wrote, or any model.")]
+TestData = Annotated[
+    str,
+    option("--data", help="A folder, file, pattern, data set or digits:test.", panel=DATA),
+]
+Against = Annotated[
+    str | None, option("--against", help="The original model, to compare with.", panel=DATA)
+]
+Pictures = Annotated[
+    str,
+    option("--images", help="A folder, file, pattern, data set or digits.", panel=DATA),
+]
+MaybePictures = Annotated[
+    str | None,
+    option("--images", help="A folder, file, pattern, data set or digits.", panel=DATA),
+]
+Limit = Annotated[
+    int | None, option("--limit", help="Draw this many images over the whole set.", panel=DATA)
+]
+Seed = Annotated[int, option("--seed", help="Of every draw.", panel=DATA)]
+BatchSize = Annotated[int, option("--batch-size", help="Images per forward.", panel=DATA)]
+Device = Annotated[
+    str | None, option("--device", help="cpu (default), cuda, cuda:1, mps.", panel=DATA)
+]
+BlocksPath = Annotated[
+    str | None,
+    option("--blocks", help="Dotted path of the list of blocks; found by default.", panel=DATA),
+]
+Spans = Annotated[
+    list[str] | None,
+    option("--span", help="By hand: 9:11 removes blocks 9 and 10. Repeatable.", panel=REMOVE),
+]
+Remove = Annotated[int | None, option("--remove", help="This many blocks.", panel=REMOVE)]
+Params = Annotated[
+    str | None,
+    option("--params", help="Until at most this part remains, such as 62%.", panel=REMOVE),
+]
+Flops = Annotated[str | None, option("--flops", help="The same of the FLOPs.", panel=REMOVE)]
+Latency = Annotated[
+    str | None, option("--latency", help="The same of the latency on this machine.", panel=REMOVE)
+]
+MaxKl = Annotated[
+    float | None, option("--max-kl", help="As much as this KL allows, in nats.", panel=REMOVE)
+]
+MaxDrop = Annotated[
+    float | None,
+    option("--max-drop", help="As much as this loss of top-1 allows, in points.", panel=REMOVE),
+]
+FromSweep = Annotated[
+    Path | None, option("--from", help="A sweep's folder; needs a budget, no images.", panel=REMOVE)
+]
+RecipeName = Annotated[
+    str | None, option("--recipe", help=f"{', '.join(RECIPES)}.", panel=HOW, show_default=False)
+]
+Plain = Annotated[
+    bool, option("--plain", help="The same as --recipe plain: adds no module.", panel=HOW)
+]
+Map = Annotated[str | None, option("--map", help=f"{', '.join(MAP_KINDS)}.", panel=HOW)]
+Rank = Annotated[int | None, option("--rank", help="Of low-rank maps.", panel=HOW)]
+Repair = Annotated[str | None, option("--repair", help=f"{', '.join(REPAIRS)}.", panel=HOW)]
+Ridge = Annotated[
+    float | None, option("--ridge", help="λ of the maps; 0 is plain least squares.", panel=HOW)
+]
+Select = Annotated[
+    str | None, option("--select", help=f"Choose spans by {', '.join(SELECTIONS)}.", panel=HOW)
+]
+Contiguous = Annotated[bool, option("--contiguous", help="One span only.", panel=HOW)]
+Protect = Annotated[
+    str | None, option("--protect", help="Blocks that must stay, such as 3,6,9.", panel=HOW)
+]
+HoldOut = Annotated[
+    float | None,
+    option("--hold-out", help=f"Part of the images that judges: {HOLD_OUT}.", panel=HOW),
+]
+Folder = Annotated[Path, option("--output", "-o", help="Folder to write.", panel=OUT)]
+MaybeFolder = Annotated[Path | None, option("--output", "-o", help="Folder to write.", panel=OUT)]
+Overwrite = Annotated[
+    bool, option("--overwrite", help="Replace what an earlier run wrote.", panel=OUT)
+]
+Json = Annotated[bool, option("--json", help="One JSON object on standard output.", panel=OUT)]
+Quiet = Annotated[bool, option("--quiet", "-q", help="Errors only.", panel=OUT)]
+Debug = Annotated[bool, option("--debug", help="Show tracebacks.", panel=OUT)]
+
+
+def device(name: str | None) -> str | None:
+    """A torch device that is there.
+
+    Raises:
+        BlockfitError: where it is not.
+    """
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise BlockfitError(f"cannot use --device {name}: {reason}") from error
+    return name
+
+
+def recipe(name: str | None, plain: bool, select: str | None, contiguous: bool) -> str | Recipe:
+    """The recipe that ``--recipe``, ``--plain``, ``--select`` and ``--contiguous`` mean."""
+    if plain and name not in (None, "plain"):
+        raise BlockfitError(f"--plain is --recipe plain; leave --plain or --recipe {name} away")
+    chosen = "plain" if plain else name or "default"
+    changes: dict[str, Any] = {} if select is None else {"select": select}
+    if contiguous:
+        changes["contiguous"] = True
+    return named_recipe(chosen, **changes) if changes else chosen
+
+
+def block_numbers(text: str | None) -> tuple[int, ...]:
+    """``3,6,9`` as numbers."""
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise BlockfitError(f"cannot read --protect {text!r}; write block numbers, such as 3,6,9")
+    return tuple(int(part) for part in parts)
+
+
+def refuse(options: dict[str, Any], why: str) -> None:
+    """Refuse options that were given where they have no use.
+
+    Raises:
+        BlockfitError: naming the first one.
+    """
+    for name, value in options.items():
+        if value is not None and value is not False and value != []:
+            raise BlockfitError(f"{name} {why}")
