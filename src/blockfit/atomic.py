@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -103,16 +103,25 @@ def _take_name(partial: Path, target: Path) -> None:
         partial.rename(target)
         return
     aside = _hidden(target)
+    old = aside / "old"
     try:
-        target.replace(aside / "old")
-        try:
-            partial.rename(target)
-        except BaseException:
-            with suppress(OSError):
-                (aside / "old").rename(target)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+    except BaseException:
+        if old.exists():
+            _give_back(old, target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _give_back(old: Path, target: Path) -> None:
+    try:
+        old.rename(target)
+    except OSError as error:
+        raise BlockfitError(
+            f"cannot write {target}: {error.strerror or error}; what it held is now at {old}"
+        ) from error
 
 
 def _cannot_write(folder: Path, error: Exception) -> BlockfitError:
