@@ -168,7 +168,13 @@ class Session:
     def _reach_size(self, budget: Budget) -> Point:
         search = self.search()
         smallest = 1.0
-        for size in range(1, search.largest + 1):
+        sizes = range(1, search.largest + 1)
+        if not any(self._worth_trying(budget, size) for size in sizes):
+            raise BlockfitError(
+                f"{budget} cannot be reached even with {search.largest} of "
+                f"{self.setting.blocks.depth} blocks removed; ask for more"
+            )
+        for size in sizes:
             plans = search.proposals(size) if self._worth_trying(budget, size) else []
             for plan in plans:
                 smallest = min(smallest, self.sizes.fractions(plan)[budget.kind])
