@@ -233,7 +233,10 @@ def test_dropout_and_random_masks_do_not_hide_prefix_tokens() -> None:
                 torch.cat([tokens[:, :1], patches.gather(1, keep)], 1), 0.5, self.training
             )
 
-    assert find_blocks(Noisy().train()).prefix_tokens == 1
+    model = Noisy().train()
+    state = torch.get_rng_state()
+    assert find_blocks(model).prefix_tokens == 1
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_example_of_bytes_is_varied_too() -> None:
