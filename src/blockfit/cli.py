@@ -44,6 +44,9 @@ QUIET_LIBRARIES = {
 }
 """Keeps other libraries' bars and warnings off the screen; what the user has set stays."""
 
+DEMO_IMAGES = 512
+"""Calibration images of the demo."""
+
 app = typer.Typer(
     name="blockfit",
     help="Make a pretrained vision transformer smaller and faster without training it.",
@@ -325,7 +328,7 @@ def demo(
     if output is not None:
         store.check_folder(output, overwrite)
     with out.working():
-        original, pictures = _open(out, "demo", "digits", None, seed, 64, None)
+        original, pictures = _open(out, "demo", "digits", DEMO_IMAGES, seed, 64, None)
         result = api.compress(original, pictures, remove=remove, seed=seed, say=out.say)
         if output is not None:
             api.save(result, output, overwrite=overwrite)

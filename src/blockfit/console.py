@@ -28,7 +28,7 @@ BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
 INTERRUPTED_TEXT = "interrupted; nothing unfinished was saved"
 
-BEFORE_AFTER = ("", "original", "compressed", "remains")
+BEFORE_AFTER = ("", "original", "compressed", "of original")
 
 
 class Output:

@@ -1,0 +1,403 @@
+"""The command parses, calls and prints; its standard output is JSON or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import one_thread as one_thread
+from pictures import folder_of
+
+import blockfit
+from blockfit import cli
+from blockfit.console import Output, amount
+from blockfit.demo import digits, load_demo
+
+FEW = ("--images", "digits", "--limit", "40")
+
+
+@dataclass
+class Done:
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one sentence of a refused call."""
+        assert self.code == 2, self.err
+        assert self.out == ""
+        assert self.err.startswith("blockfit: error: ")
+        assert self.err.count("\n") == 1
+        return self.err.removeprefix("blockfit: error: ").rstrip()
+
+
+def blockfit_command(*arguments: str | Path) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.run([str(a) for a in arguments])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """The demo model without blocks 9 and 10, and what ``compress --json`` said of it."""
+    folder = tmp_path_factory.mktemp("cli") / "small"
+    done = blockfit_command(
+        "compress", "demo", *FEW, "--span", "9:11", "--map", "affine", "-o", folder, "--json"
+    )
+    return folder, done
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keyword arguments of every call of ``compress``, which then stops."""
+    seen: list[dict[str, Any]] = []
+
+    def stop(model: Any, images: Any, **options: Any) -> None:
+        seen.append({"images": images, **options})
+        raise blockfit.BlockfitError("seen")
+
+    monkeypatch.setattr(cli.api, "compress", stop)
+    return seen
+
+
+def test_compress_prints_one_json_object_with_the_promised_keys(small: tuple[Path, Done]) -> None:
+    folder, done = small
+    told = done.json
+    assert told["plan"] == [{"start": 9, "stop": 11, "map": "affine"}]
+    assert told["removed_blocks"] == 2
+    assert told["parameters_before"] == sum(p.numel() for p in load_demo().parameters())
+    small_model = blockfit.load(folder)
+    assert told["parameters_after"] == sum(p.numel() for p in small_model.parameters())
+    assert told["parameters_after"] < told["parameters_before"]
+    assert told["seconds"] > 0
+    assert told["output"] == str(folder)
+    assert told["held_out"]["images"] == 8
+    assert done.err == ""
+
+
+def test_the_saved_model_is_the_one_that_python_makes(small: tuple[Path, Done]) -> None:
+    folder, _ = small
+    model = load_demo()
+    images = blockfit.images("digits", model, limit=40, seed=0)
+    same = blockfit.compress(model, images, spans=["9:11"], map="affine").model
+    pictures = digits("test")[0][:20]
+    with torch.inference_mode():
+        expected = same(pictures)
+        assert torch.equal(blockfit.load(folder)(pictures), expected)
+        assert not torch.equal(model(pictures), expected)
+
+
+def test_compress_tells_people_on_standard_error_only(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    done = blockfit_command("compress", "demo", *FEW, "--span", "9:11", "-o", folder)
+    assert (done.code, done.out) == (0, "")
+    for text in (
+        "images: 40 of 1198 from digits, drawn with seed 0",
+        "preprocessing: none, tensors as given",
+        "602.06 k",
+        "9:11",
+        "on 8 held-out images: KL ",
+        f"saved to {folder} in ",
+        f"next: blockfit evaluate '{folder}' --against demo --data TEST_IMAGES",
+    ):
+        assert text in done.err
+
+
+def test_quiet_says_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    done = blockfit_command("compress", "demo", *FEW, "--span", "9:11", "-o", folder, "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert folder.is_dir()
+
+
+def test_evaluate_prints_the_promised_keys_as_fractions(small: tuple[Path, Done]) -> None:
+    done = blockfit_command(
+        "evaluate", small[0], "--against", "demo", "--data", "digits:test", "--json"
+    )
+    told = done.json
+    assert told["images"] == 599
+    keys = {"top1", "parameters", "flops", "size_bytes", "images_per_second"}
+    for name in ("original", "compressed"):
+        assert keys <= told[name].keys()
+        assert 0.9 < told[name]["top1"] <= 1
+    assert told["fidelity"].keys() == {
+        "kl", "agreement", "feature_cosine", "feature_relative_error",
+    }  # fmt: skip
+    pictures, labels = digits("test")
+    with torch.inference_mode():
+        right = (load_demo()(pictures).argmax(1) == labels).float().mean()
+    assert told["original"]["top1"] == pytest.approx(float(right), abs=1e-6)
+    assert told["compressed"]["parameters"] == small[1].json["parameters_after"]
+    assert told["compressed"]["flops"] == small[1].json["flops_after"]
+
+
+def test_evaluate_of_a_single_model_has_no_original(small: tuple[Path, Done]) -> None:
+    done = blockfit_command("evaluate", "demo", "--data", "digits:test", "--limit", "30")
+    assert (done.code, done.out) == (0, "")
+    assert "On 30 images" in done.err
+    assert "KL from the original" not in done.err
+
+
+def test_evaluate_prepares_images_as_the_original_where_the_small_model_does_not_say(
+    small: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path / "pictures", 3)
+    alone = blockfit_command("evaluate", small[0], "--data", folder)
+    assert "does not say how its images are prepared" in alone.error
+
+
+def test_analyze_writes_the_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "analysis"
+    done = blockfit_command("analyze", "demo", *FEW, "-o", folder, "--json")
+    told = done.json
+    assert told["output"] == str(folder)
+    assert told["similarity"]["boundaries"] == list(range(13))
+    with (folder / "similarity.csv").open(newline="") as file:
+        first = next(csv.DictReader(file))
+    assert first["metric"] == "mse"
+    assert json.loads((folder / "analysis.json").read_text())["similarity"] == told["similarity"]
+    again = blockfit_command("analyze", "demo", *FEW, "-o", folder)
+    assert "--overwrite" in again.error
+
+
+def test_a_sweep_makes_models_without_images(tmp_path: Path) -> None:
+    sweep, small = tmp_path / "sweep", tmp_path / "small"
+    cheap = ("--select", "last", "--map", "identity", "--repair", "none")
+    told = blockfit_command("sweep", "demo", *FEW, *cheap, "-o", sweep, "--json").json
+    assert [point["removed"] for point in told["points"]] == list(range(1, 11))
+    assert told["output"] == str(sweep)
+    made = blockfit_command("compress", "--from", sweep, "--params", "70%", "-o", small, "--json")
+    assert made.json["parameters_after"] <= 0.7 * made.json["parameters_before"]
+    assert made.json["plan"][0]["map"] == "identity"
+    assert blockfit.load(small) is not None
+    shown = blockfit_command("sweep", "demo", *FEW, *cheap, "-o", sweep)
+    assert "The best plan for every size" in shown.err
+    refused = blockfit_command("compress", "--from", sweep, "--images", "digits", "-o", tmp_path)
+    assert "--images cannot be used with --from" in refused.error
+    refused = blockfit_command("compress", "--from", sweep, "-o", tmp_path / "other")
+    assert "--from needs --remove" in refused.error
+
+
+def test_every_option_of_compress_reaches_the_call(
+    calls: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    given = (
+        "--images", "digits", "--limit", "40", "--seed", "7", "--batch-size", "16",
+        "--params", "62%", "--recipe", "plain", "--map", "low-rank", "--rank", "4",
+        "--repair", "mlp", "--ridge", "0.5", "--select", "mse", "--contiguous",
+        "--protect", "3, 6,9", "--blocks", "blocks", "--hold-out", "0.3", "--device", "cpu",
+    )  # fmt: skip
+    assert blockfit_command("compress", "demo", *given, "-o", tmp_path / "x").error == "seen"
+    call = calls[0]
+    assert (len(call["images"]), call["images"].seed, call["images"].batch_size) == (40, 7, 16)
+    assert (call["params"], call["remove"], call["spans"]) == ("62%", None, None)
+    recipe = call["recipe"]
+    assert (recipe.name, recipe.select, recipe.contiguous) == ("plain", "mse", True)
+    assert (call["map"], call["rank"], call["repair"], call["ridge"]) == ("low-rank", 4, "mlp", 0.5)
+    assert call["protect"] == (3, 6, 9)
+    assert (call["blocks"], call["hold_out"], call["seed"]) == ("blocks", 0.3, 7)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        (("--span", "2:4", "--span", "9:11"), "spans", ["2:4", "9:11"]),
+        (("--remove", "3"), "remove", 3),
+        (("--flops", "0.7"), "flops", "0.7"),
+        (("--latency", "70%"), "latency", "70%"),
+        (("--max-kl", "0.1"), "max_kl", 0.1),
+        (("--max-drop", "0.5"), "max_drop", 0.5),
+        (("--remove", "3", "--plain"), "recipe", "plain"),
+        (("--remove", "3"), "recipe", "default"),
+    ],
+)
+def test_every_way_to_say_what_goes_reaches_the_call(
+    calls: list[dict[str, Any]], tmp_path: Path, given: tuple[str, ...], name: str, value: Any
+) -> None:
+    done = blockfit_command("compress", "demo", *FEW, *given, "-o", tmp_path / "x")
+    assert done.error == "seen"
+    assert calls[0][name] == value
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((), "say what to remove"),
+        (("--remove", "2", "--params", "0.5"), "give one budget"),
+        (("--remove", "0"), "whole number"),
+        (("--params", "much"), "cannot read 'much' as params"),
+        (("--span", "9-11"), "cannot read '9-11' as a span"),
+        (("--span", "3:10", "--span", "8:12"), "overlap"),
+        (("--span", "9:13"), "leaves the model"),
+        (("--span", "9:11", "--protect", "10"), "block 10, which is protected"),
+        (("--span", "9:11", "--map", "cubic"), "unknown map 'cubic'"),
+        (("--span", "9:11", "--select", "mse"), "--select has no use with --span"),
+        (("--span", "9:11", "--blocks", "nowhere"), "nowhere"),
+        (("--remove", "2", "--recipe", "best"), "unknown recipe 'best'"),
+        (("--remove", "2", "--plain", "--recipe", "paper"), "leave --plain or"),
+        (("--remove", "2", "--protect", "three"), "cannot read --protect 'three'"),
+        (("--remove", "2", "--limit", "4"), "too few"),
+        (("--remove", "2", "--device", "abacus"), "cannot use --device abacus"),
+        (("--remove", "2", "--images", "no/such/folder"), "no/such/folder"),
+    ],
+)
+def test_a_refused_compression_says_one_sentence_and_writes_nothing(
+    tmp_path: Path, given: tuple[str, ...], message: str
+) -> None:
+    done = blockfit_command("compress", "demo", *FEW, *given, "-o", tmp_path / "x")
+    assert message in done.error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("compress", "--remove", "3", "-o", "x"), "give a model and --images"),
+        (("compress", "demo", "--images", "digits"), "Missing option '--output' / '-o'"),
+        (("compress", "demo", "--imags", "digits"), "No such option: --imags"),
+        (("compress", "demo", "--remove", "two", "-o", "x"), "two"),
+        (("shrink",), "No such command 'shrink'"),
+        (("evaluate", "no/such/model", "--data", "digits:test"), "no/such/model"),
+        (("evaluate", "demo", "--data", "digits", "--against", "no/model"), "no/model"),
+        (("compress", "--from", "no/sweep", "--remove", "2", "-o", "x"), "no/sweep"),
+        (("analyze", "demo", "--images", "digits", "--blocks", "nowhere"), "nowhere"),
+    ],
+)
+def test_other_wrong_calls_say_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in blockfit_command(*command).error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_taken_folder_is_refused_before_the_long_work(
+    small: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.api, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    (tmp_path / "diary.txt").write_text("mine")
+    for folder, message in ((tmp_path, "not saved by blockfit"), (small[0], "--overwrite")):
+        for command in (("compress", "demo", *FEW, "--remove", "2"), ("demo",)):
+            assert message in blockfit_command(*command, "-o", folder).error
+
+
+def test_debug_shows_the_traceback_before_the_sentence(tmp_path: Path) -> None:
+    done = blockfit_command("compress", "demo", *FEW, "-o", tmp_path / "x", "--debug")
+    assert done.code == 2
+    assert done.err.startswith("Traceback")
+    assert done.err.splitlines()[-1].startswith("blockfit: error: say what to remove")
+
+
+def test_an_unexpected_fault_exits_1_and_points_to_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(cli.api, "load", fail)
+    done = blockfit_command("analyze", "demo", *FEW, "--json")
+    assert (done.code, done.out) == (1, "")
+    expected = "unexpected RuntimeError: first line; add --debug to see where"
+    assert done.err == f"blockfit: error: {expected}\n"
+
+
+def test_an_interrupted_run_says_so_and_exits_130(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.api, "compress", interrupt)
+    done = blockfit_command("compress", "demo", *FEW, "--remove", "2", "-o", tmp_path / "x", "-q")
+    assert (done.code, done.out) == (130, "")
+    assert done.err == "blockfit: interrupted; nothing unfinished was saved\n"
+
+
+def test_what_libraries_print_stays_off_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cli.api.load
+
+    def chatty(*arguments: Any, **options: Any) -> Any:
+        print("Loading weights: 100%")
+        warnings.warn("a library is unhappy", stacklevel=1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(cli.api, "load", chatty)
+    done = blockfit_command("analyze", "demo", *FEW, "--json")
+    assert "similarity" in done.json
+    assert "unhappy" not in done.err
+
+
+def test_progress_shows_count_and_rate_on_a_terminal_only() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = {}
+    for kind in (Terminal, io.StringIO):
+        with contextlib.redirect_stderr(kind()) as screen:
+            out = Output(as_json=True, quiet=False)
+            with out.working():
+                out.say("reading")
+                out.count(3, 10)
+        shown[kind] = screen.getvalue()
+    assert "reading" in shown[Terminal]
+    assert "3/10" in shown[Terminal]
+    assert shown[io.StringIO] == ""
+
+
+def test_amounts_are_short() -> None:
+    shown = [amount(12), amount(602_058), amount(22_059_274), amount(4.41e7, "B"), amount(None)]
+    assert shown == ["12", "602.06 k", "22.06 M", "44.10 MB", "–"]
+
+
+def test_version_and_help() -> None:
+    assert blockfit_command("--version").out == f"blockfit {blockfit.__version__}\n"
+    for arguments in ((), ("--help",)):
+        done = blockfit_command(*arguments)
+        assert done.code == 0
+        assert all(
+            name in done.out for name in ("compress", "evaluate", "analyze", "sweep", "demo")
+        )
+
+
+def test_demo_in_a_process_of_its_own_prints_json_and_keeps_the_accuracy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "blockfit", "demo", "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
+    assert told["compress"]["removed_blocks"] == 4
+    before, after = (told["evaluate"][name]["top1"] for name in ("original", "compressed"))
+    assert before >= 0.97
+    assert after >= before - 0.01
+    assert told["evaluate"]["compressed"]["size_bytes"] < told["evaluate"]["original"]["size_bytes"]
+
+
+def test_a_refused_call_in_a_process_of_its_own_exits_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "blockfit", "evaluate", "no/model", "--data", "digits", "--json"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("blockfit: error: ")
+    assert len(done.stderr.splitlines()) == 1
