@@ -16,6 +16,7 @@ from blockfit.maps import empty_map
 from blockfit.measure import flops as count_flops
 from blockfit.spans import Plan
 from blockfit.surgery import apply_plan
+from blockfit.tensors import meta_copy
 
 KINDS = ("remove", "params", "flops", "latency", "max_kl", "max_drop")
 
@@ -100,7 +101,7 @@ class Sizes:
 
     def __init__(self, model: nn.Module, blocks: Blocks, example: Batch) -> None:
         self.blocks = blocks
-        self._bare = copy.deepcopy(model).to("meta")
+        self._bare = meta_copy(model)
         self._example = _first_image(example)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.flops = self._count(self._bare)

@@ -5,6 +5,7 @@ Everything is closed-form: no gradients, no labels, no added parameters beyond t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,6 +90,23 @@ class Solution:
     plan: Plan
     maps: tuple[nn.Module, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rounded(self, dtype: torch.dtype) -> Solution:
+        """The same with every solved value rounded to one that ``dtype`` can hold.
+
+        A checkpoint that is stored in half precision then stays one: the file of the small model
+        is smaller by what the plan says, and loads to the same values bit for bit.
+        """
+
+        def narrow(value: Tensor) -> Tensor:
+            return value.to(dtype).to(value.dtype)
+
+        maps = copy.deepcopy(self.maps)
+        with torch.no_grad():
+            for parameter in (p for module in maps for p in module.parameters()):
+                parameter.copy_(narrow(parameter))
+        weights = {name: narrow(value) for name, value in self.weights.items()}
+        return Solution(self.plan, maps, weights)
 
     def apply(self, model: nn.Module, blocks: Blocks) -> None:
         """Put it into ``model``, in place; refused before anything is changed if it does not fit.
@@ -193,9 +211,8 @@ class _Walk:
         moments.merge(check)
         fitted = fit_map(entry, moments, ridge, options.prefix_weight)
         self.maps[entry] = fitted
-        on_device = fitted.to(self.hidden[0])
+        on_device = copy.deepcopy(fitted).to(self.hidden[0])
         self.hidden = [on_device(hidden) for hidden in self.hidden]
-        fitted.to(device="cpu", dtype=torch.float32)
 
     def _keep(self, index: int, repair: bool) -> None:
         """Pass a kept block, folding the span behind it into it and repairing it where asked."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from blockfit.errors import BlockfitError
 from blockfit.fidelity import Fidelity
@@ -146,6 +147,7 @@ class Search:
         protected: blocks that must stay.
         seed: for ``select="random"``.
         progress: called with one line on what is being done.
+        precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class Search:
         protected: Iterable[int] = (),
         seed: int = 0,
         progress: Callable[[str], None] | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
         self.originals, self.held_out, self._moments = originals, held_out, moments
         self.recipe, self.protected, self.seed = recipe, frozenset(protected), seed
@@ -166,6 +169,7 @@ class Search:
         self.tried: dict[Plan, float] = {}
         self.best: dict[int, list[Plan]] = {}
         self._say = progress or (lambda line: None)
+        self._precision = precision
 
     @property
     def moments(self) -> Moments:
@@ -223,6 +227,10 @@ class Search:
             ]
             plan = Plan(tuple(changed))
         return Point(solution, self.held_out.score(solution), tuple(errors))
+
+    def _solve(self, plan: Plan) -> Solution:
+        solution = solve(self.originals, plan, self.recipe.options)
+        return solution if self._precision is None else solution.rounded(self._precision)
 
     def state(self) -> dict[str, Any]:
         """What was found so far, as JSON values, to go on from after a stop."""

@@ -21,6 +21,7 @@ from blockfit.recipes import Recipe
 from blockfit.repair import Solution
 from blockfit.search import Point, Search
 from blockfit.spans import Plan, Span, spans_up_to
+from blockfit.tensors import narrowest
 
 HOLD_OUT = 0.2
 JUDGE_BATCH = 16
@@ -97,6 +98,7 @@ class Session:
         self._say(f"original model on {len(setting.held_out)} held-out images")
         self.held_out = HeldOut(model, blocks, setting.held_out)
         self.sizes = Sizes(model, blocks, setting.example)
+        self.precision = narrowest(model)
         self._moments: list[Moments] = []
         self._search: Search | None = None
 
@@ -126,6 +128,7 @@ class Session:
                 self.protected,
                 self.seed,
                 self._say,
+                self.precision,
             )
         return self._search
 
@@ -143,7 +146,14 @@ class Session:
         """Solve a plan that the user wrote."""
         plan.check(self.setting.blocks.depth, self.protected)
         self._say(f"solving {plan}")
-        judge = Search(self.originals, self.held_out, None, self.recipe, self.protected)
+        judge = Search(
+            self.originals,
+            self.held_out,
+            None,
+            self.recipe,
+            self.protected,
+            precision=self.precision,
+        )
         return judge.point(plan)
 
     def reach(self, budget: Budget) -> Point:

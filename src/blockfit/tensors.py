@@ -105,6 +105,15 @@ def file_bytes(model: nn.Module) -> int:
     return 8 + len(text) + -len(text) % 8 + end
 
 
+def narrowest(model: nn.Module) -> torch.dtype | None:
+    """The half precision that holds every floating parameter exactly; ``None`` where none does."""
+    floats = [p.detach() for p in model.parameters() if p.dtype == torch.float32]
+    for dtype in (torch.float16, torch.bfloat16):
+        if floats and all(torch.equal(p.to(dtype).to(p.dtype), p) for p in floats):
+            return dtype
+    return None
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers are on the meta device; takes no memory for them.
 
