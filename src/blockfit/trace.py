@@ -20,20 +20,23 @@ class Trace:
 
     Args:
         inputs: the batch that the model was called with.
-        calls: per block, the arguments beside the hidden state (masks, position embeddings).
+        calls: per block, the arguments beside the hidden state (masks, position embeddings), and
+            whether the hidden state came first among the positional ones.
         states: l → h[l], shape (batch, tokens, width), for the boundaries that were kept.
     """
 
     blocks: Blocks
     inputs: Batch
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], bool]]
     states: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Run ``module`` as block ``index`` was run, on another hidden state."""
-        args, kwargs = self.calls[index]
-        # A copy: blocks may write into their input, and kept states are handed in.
-        return self.blocks.hidden_out(module(hidden.clone(), *args, **kwargs))
+        args, kwargs, first = self.calls[index]
+        own = hidden.clone()  # blocks may write into their input, and kept states are handed in
+        if first:
+            return self.blocks.hidden_out(module(own, *args, **kwargs))
+        return self.blocks.hidden_out(module(**kwargs, **{self.blocks.input_name: own}))
 
     def runner(self, module: nn.Module, index: int) -> Callable[[Tensor], Tensor]:
         """``run`` for one block."""
@@ -63,7 +66,7 @@ def trace(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = blocks.hidden_in(args, kwargs)
             rest = {k: v for k, v in kwargs.items() if args or k != blocks.input_name}
-            out.calls.append((args[1:], rest))
+            out.calls.append((args[1:], rest, bool(args)))
             keep_state(index, hidden)
 
         return hook
