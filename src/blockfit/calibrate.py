@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,12 +88,13 @@ def _pick(
     patches = tokens - prefix_tokens
     if tokens_per_image is None or tokens_per_image >= patches:
         return lambda hidden: hidden
-    generator = torch.Generator()
     rows = []
-    for image in range(images):
-        generator.manual_seed((seed << 32) + done + image)
-        drawn = torch.randperm(patches, generator=generator)[:tokens_per_image] + prefix_tokens
-        rows.append(torch.cat([torch.arange(prefix_tokens), drawn]))
+    for number in range(done, done + images):
+        # Not torch's generator: it sees only 32 bits of a seed, too few for a pair.
+        drawn = np.random.default_rng((seed, number)).permutation(patches)[:tokens_per_image]
+        rows.append(
+            torch.cat([torch.arange(prefix_tokens), torch.from_numpy(drawn) + prefix_tokens])
+        )
     index = torch.stack(rows).to(states[0].device)
     take = torch.arange(images, device=index.device)[:, None]
     return lambda hidden: hidden[take, index]
