@@ -87,11 +87,16 @@ def test_probabilities_are_no_logits(images: Tensor) -> None:
 
 
 def test_a_linear_layer_before_the_blocks_is_no_head(images: Tensor) -> None:
-    class Bare(Headed):
-        def finish(self, hidden: Tensor) -> Any:
-            return hidden[:, 0]
+    class Early(Headed):
+        def forward(self, images: Tensor) -> Any:
+            early = self.other(self.tokens(images).mean(1))
+            super().forward(images)
+            return early
 
-    model = Bare().eval()
+        def finish(self, hidden: Tensor) -> Any:
+            return self.head(hidden[:, 0])
+
+    model = Early().eval()
     assert observe(model, find_blocks(model), images).logits is None
 
 
