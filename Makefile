@@ -27,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/blockfit demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
