@@ -228,11 +228,16 @@ class _Walk:
         middles = None
         if what == "mlp+attention" and len(writers) == 2:
             solved, middles = self._repair_attention(index, writers)
+        solve_mlp = bool(writers) and (folded is not None or what != "none")
+        targets: list[Tensor] = []
+        if solve_mlp:
+            # Before the weights are swapped: the targets may have to be computed again.
+            boundary = folded.span.stop if folded else index + 1
+            targets = [self.originals.state(b, boundary) for b in range(len(self.originals.traces))]
         with swapped(block, solved):
-            if writers and (folded or what != "none"):
-                target = folded.span.stop if folded else index + 1
+            if solve_mlp:
                 solved |= self._solve_mlp(
-                    index, writers[-1], target, folded, what != "none", middles
+                    index, writers[-1], targets, folded, what != "none", middles
                 )
             else:
                 self.hidden = [
@@ -284,12 +289,12 @@ class _Walk:
         self,
         index: int,
         mlp: Writer,
-        target: int,
+        targets: list[Tensor],
         folded: Replacement | None,
         repair: bool,
         middles: list[Tensor] | None,
     ) -> dict[str, Tensor]:
-        """Solve the MLP's output weights so that the block's output meets h[target].
+        """Solve the MLP's output weights so that the block's output meets the targets.
 
         ``middles`` are the states before the MLP's contribution, where they are known already.
         """
@@ -308,11 +313,11 @@ class _Walk:
                 regressors.append(input_of(block, mlp.name, run, hidden))
         prior = (weight, bias)
         if folded:
-            prior = self._fold(target, weight, bias, bases, regressors)
+            prior = self._fold(targets, weight, bias, bases, regressors)
         if repair:
             total = None
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
-                part = self._sums(x, self.originals.state(b, target) - base, b)
+                part = self._sums(x, targets[b] - base, b)
                 total = part if total is None else total + part
             assert total is not None
             solved = self._solved(block, mlp, total, prior)
@@ -327,7 +332,7 @@ class _Walk:
 
     def _fold(
         self,
-        target: int,
+        targets: list[Tensor],
         weight: Tensor,
         bias: Tensor | None,
         bases: list[Tensor],
@@ -335,7 +340,7 @@ class _Walk:
     ) -> tuple[Tensor, Tensor | None]:
         """``A`` and ``b`` of a folded map, multiplied into the effective weight and bias.
 
-        ``r + A m + b`` approximates h[target], with r the state before the MLP's contribution m
+        ``r + A m + b`` approximates the targets, with r the state before the MLP's contribution m
         (ReplaceMe, arXiv 2505.02819, maps the MLP's output in the same place).
         """
         total = None
@@ -343,8 +348,7 @@ class _Walk:
             contribution = nn.functional.linear(
                 x, weight.to(x), None if bias is None else bias.to(x)
             )
-            missing = self.originals.state(b, target) - base
-            part = self._weighted(contribution, missing, torch.float64)
+            part = self._weighted(contribution, targets[b] - base, torch.float64)
             total = part if total is None else total + part
         assert total is not None
         ridge = RIDGE if self.options.ridge is None else self.options.ridge
