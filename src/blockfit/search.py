@@ -215,7 +215,7 @@ class Search:
     def point(self, plan: Plan) -> Point:
         """Solve a plan on all fit images and judge it; maps worse than identity are replaced."""
         while True:
-            solution = solve(self.originals, plan, self.recipe.options)
+            solution = self._solve(plan)
             errors = self.held_out.map_errors(solution)
             worse = {e.span for e in errors if e.error > e.identity_error}
             if not worse:
