@@ -43,7 +43,7 @@ def variants(width: int) -> Iterator[tuple[str, Plan, Options]]:
     for ridge in (0.0, 1e-6, 1e-2, 1e-1, None):
         name = "auto" if ridge is None else f"{ridge:g}"
         yield f"ridge of maps {name} (default {RIDGE:g})", plan, replace(default, ridge=ridge)
-    for ridge in (0.01, 0.1, 1.0, 3.0):
+    for ridge in (0.01, 0.1, 0.3, 3.0, 10.0):
         yield f"ridge of repairs {ridge:g}", plan, replace(default, repair_ridge=ridge)
     for weight in (0.2, 5.0, 25.0):
         yield f"prefix tokens weigh {weight:g}", plan, replace(default, prefix_weight=weight)
@@ -60,8 +60,12 @@ def by_option(args: argparse.Namespace, model: Any, blocks: Blocks) -> dict[str,
     originals = Originals(model, blocks, images)
     found = {}
     for name, plan, options in variants(blocks.width):
+        if args.only not in name and name != "default":
+            continue
         found[name] = solve(originals, plan, options)
         say(f"solved: {name}")
+    if args.only:
+        return found
     for rows in (2, 4, 12, 100):
         before, repairing.ROWS_PER_INPUT = repairing.ROWS_PER_INPUT, rows
         found[f"repairs from {rows} tokens per input (default {before})"] = solve(
@@ -118,6 +122,7 @@ def main() -> None:
     parser.add_argument("--test", default=TEST)
     parser.add_argument("--limit", type=int, default=512)
     parser.add_argument("--test-limit", type=int, default=1000)
+    parser.add_argument("--only", default="", help="of the options, those whose name holds this")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--counts", type=int, nargs="+", default=[32, 64, 128, 256, 512, 2048])
     args = parser.parse_args()
