@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -42,12 +43,13 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The one sentence of a refused call."""
+        """The one sentence of a refused call, behind what was told of the images."""
         assert self.code == 2, self.err
         assert self.out == ""
-        assert self.err.startswith("blockfit: error: ")
-        assert self.err.count("\n") == 1
-        return self.err.removeprefix("blockfit: error: ").rstrip()
+        *told, sentence = self.err.splitlines()
+        assert all(line.startswith(("images: ", "preprocessing: ")) for line in told)
+        assert sentence.startswith("blockfit: error: ")
+        return sentence.removeprefix("blockfit: error: ")
 
 
 def blockfit_command(*arguments: str | Path) -> Done:
@@ -155,15 +157,24 @@ def test_evaluate_of_a_single_model_has_no_original(small: tuple[Path, Done]) ->
     done = blockfit_command("evaluate", "demo", "--data", "digits:test", "--limit", "30")
     assert (done.code, done.out) == (0, "")
     assert "On 30 images" in done.err
-    assert "KL from the original" not in done.err
+    assert "original" not in done.err
 
 
 def test_evaluate_prepares_images_as_the_original_where_the_small_model_does_not_say(
     small: tuple[Path, Done], tmp_path: Path
 ) -> None:
-    folder = folder_of(tmp_path / "pictures", 3)
-    alone = blockfit_command("evaluate", small[0], "--data", folder)
+    silent = tmp_path / "silent"
+    shutil.copytree(small[0], silent)
+    manifest = json.loads((silent / "blockfit.json").read_text())
+    assert manifest["base"]["preprocessing"] is not None
+    manifest["base"]["preprocessing"] = None
+    (silent / "blockfit.json").write_text(json.dumps(manifest))
+    pictures = folder_of(tmp_path / "pictures", 3)
+    alone = blockfit_command("evaluate", silent, "--data", pictures)
     assert "does not say how its images are prepared" in alone.error
+    helped = blockfit_command("evaluate", silent, "--data", pictures, "--against", "demo")
+    assert "preprocessing: resize to 8 × 8" in helped.err
+    assert helped.code == 0
 
 
 def test_analyze_writes_the_tables(tmp_path: Path) -> None:
@@ -192,7 +203,8 @@ def test_a_sweep_makes_models_without_images(tmp_path: Path) -> None:
     assert blockfit.load(small) is not None
     shown = blockfit_command("sweep", "demo", *FEW, *cheap, "-o", sweep)
     assert "The best plan for every size" in shown.err
-    refused = blockfit_command("compress", "--from", sweep, "--images", "digits", "-o", tmp_path)
+    more = ("--images", "digits", "-o", tmp_path / "other")
+    refused = blockfit_command("compress", "--from", sweep, "--remove", "2", *more)
     assert "--images cannot be used with --from" in refused.error
     refused = blockfit_command("compress", "--from", sweep, "-o", tmp_path / "other")
     assert "--from needs --remove" in refused.error
@@ -275,7 +287,7 @@ def test_a_refused_compression_says_one_sentence_and_writes_nothing(
         (("compress", "--remove", "3", "-o", "x"), "give a model and --images"),
         (("compress", "demo", "--images", "digits"), "Missing option '--output' / '-o'"),
         (("compress", "demo", "--imags", "digits"), "No such option: --imags"),
-        (("compress", "demo", "--remove", "two", "-o", "x"), "two"),
+        (("compress", "demo", "--remove", "two", "-o", "x"), "'--remove'"),
         (("shrink",), "No such command 'shrink'"),
         (("evaluate", "no/such/model", "--data", "digits:test"), "no/such/model"),
         (("evaluate", "demo", "--data", "digits", "--against", "no/model"), "no/model"),
@@ -302,10 +314,10 @@ def test_a_taken_folder_is_refused_before_the_long_work(
 
 
 def test_debug_shows_the_traceback_before_the_sentence(tmp_path: Path) -> None:
-    done = blockfit_command("compress", "demo", *FEW, "-o", tmp_path / "x", "--debug")
+    done = blockfit_command("compress", "demo", "-o", tmp_path / "x", "--debug")
     assert done.code == 2
     assert done.err.startswith("Traceback")
-    assert done.err.splitlines()[-1].startswith("blockfit: error: say what to remove")
+    assert done.err.splitlines()[-1].startswith("blockfit: error: give a model and --images")
 
 
 def test_an_unexpected_fault_exits_1_and_points_to_debug(monkeypatch: pytest.MonkeyPatch) -> None:

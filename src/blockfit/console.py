@@ -28,7 +28,7 @@ BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
 INTERRUPTED_TEXT = "interrupted; nothing unfinished was saved"
 
-BEFORE_AFTER = ("", "original", "compressed", "of original")
+BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
 
 
 class Output:
@@ -246,7 +246,10 @@ def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
             ("feature cosine", "", number(fidelity["feature_cosine"]), ""),
             ("feature relative error", "", number(fidelity["feature_relative_error"]), ""),
         ]
-    out.table(BEFORE_AFTER, rows, f"On {worth['images']} images")
+    header = BEFORE_AFTER
+    if worth["original"] is None:
+        header, rows = ("", "model"), [(name, value) for name, _, value, _ in rows]
+    out.table(header, rows, f"On {worth['images']} images")
 
 
 def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:
