@@ -184,6 +184,107 @@ def test_arguments_that_the_library_refuses_are_one_sentence() -> None:
         skeleton(Source("timm", "x", arguments))
 
 
+VIT_ARGUMENTS = {"architecture": "vit_tiny_patch16_224", "config": {}, "options": {"depth": 1}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "hf-hub:someone/model"}, "not the bare name of a timm architecture"),
+        ({"architecture": "local-dir:/tmp/model"}, "not the bare name of a timm architecture"),
+        ({"architecture": "vit_tiny_patch16_224.x:/y"}, "not the bare name"),
+        ({"architecture": 3}, "not the bare name"),
+        ({"architecture": "vit_none"}, "timm has no model 'vit_none'"),
+        ({"config": {"url": "http://x"}}, "timm's option 'url'"),
+        ({"config": {"hf_hub_id": "a/b"}}, "timm's option 'hf_hub_id'"),
+        *(
+            ({"options": {key: "x"}}, f"timm's option '{key}'")
+            for key in (
+                "checkpoint_path",
+                "cache_dir",
+                "pretrained",
+                "pretrained_cfg",
+                "pretrained_cfg_overlay",
+                "pretrained_strict",
+            )
+        ),
+    ],
+)
+def test_somebody_elses_timm_arguments_load_nothing(
+    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    with pytest.raises(BlockfitError, match=message) as raised:
+        skeleton(Source("timm", "x", {**VIT_ARGUMENTS, **change}))
+    assert "\n" not in str(raised.value)
+
+
+KERNEL = "someone/kernel"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention": KERNEL}, "unknown attention 'someone/kernel'; choose eager or sdpa"),
+        ({"attention": "flash_attention_2"}, "unknown attention"),
+        ({"options": {"pretrained": True}}, "no switch 'pretrained'"),
+        ({"options": {"config": {}}}, "no switch 'config'"),
+        *(
+            ({"config": {"model_type": "vit", **TINY, **config}}, f"'{key}' could fetch or run")
+            for key, config in (
+                ("attn_implementation", {"attn_implementation": KERNEL}),
+                ("_attn_implementation", {"_attn_implementation": KERNEL}),
+                (
+                    "_attn_implementation_internal",
+                    {"vision_config": {"_attn_implementation_internal": KERNEL}},
+                ),
+                ("experts_implementation", {"experts_implementation": KERNEL}),
+                ("auto_map", {"parts": [{"auto_map": {"AutoModel": "a/b--c.D"}}]}),
+                ("trust_remote_code", {"trust_remote_code": True}),
+                ("use_kernels", {"use_kernels": True}),
+                ("kernel_config", {"kernel_config": {"RMSNorm": KERNEL}}),
+                ("use_pretrained_backbone", {"use_pretrained_backbone": True}),
+            )
+        ),
+        (
+            {"config": {"model_type": "timm_wrapper", "architecture": "hf-hub:a/b"}},
+            "not the bare name of a timm architecture",
+        ),
+        (
+            {"config": {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "x"}}},
+            "timm's option 'checkpoint_path'",
+        ),
+    ],
+)
+def test_somebody_elses_transformers_config_loads_nothing(
+    change: dict[str, Any], message: str
+) -> None:
+    pytest.importorskip("transformers")
+    arguments = {"class": "ViTModel", "config": {"model_type": "vit", **TINY}, **change}
+    with pytest.raises(BlockfitError, match=message) as raised:
+        skeleton(Source("transformers", "x", arguments))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_config_that_names_code_is_saved_without_the_name() -> None:
+    model: Any = tiny("ViTModel")
+    model.config.auto_map = {"AutoModel": "someone/code--m.M"}
+    model.config.parts = [{"_attn_implementation_autoset": True, "kernel_size": 3}]
+    source = source_of(model)
+    assert source.library == "transformers"
+    assert "auto_map" not in source.arguments["config"]
+    assert source.arguments["config"]["parts"] == [{"kernel_size": 3}]
+    skeleton(source)
+
+
+def test_a_torchvision_model_is_rebuilt_from_known_arguments_only() -> None:
+    source = source_of(torchvision_vit())
+    arguments = {**source.arguments, "conv_stem_configs": []}
+    with pytest.raises(BlockfitError, match="not rebuilt from 'conv_stem_configs'"):
+        skeleton(Source("torchvision", "x", arguments))
+
+
 def saved(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     return folder

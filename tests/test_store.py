@@ -33,7 +33,7 @@ from blockfit.preprocess import Preprocessing
 from blockfit.spans import Plan, Replacement, Span
 from blockfit.store import check_folder, is_saved, load, load_saved, save
 from blockfit.surgery import apply_plan
-from blockfit.tensors import file_bytes, named_tensors
+from blockfit.tensors import file_bytes, named_tensors, narrowest, stored_dtype
 
 PLAN = Plan((Replacement(Span(0, 1), "low-rank", 3), Replacement(Span(2, 4), "affine")))
 REPORT = {"seed": 0, "calibration": {"used": 8}, "ratio": 0.5}
@@ -221,6 +221,76 @@ def test_the_dtype_of_the_file_is_the_dtype_of_the_model(
     assert all(p.requires_grad for p in back.parameters())
 
 
+def rounded(dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+
+    return change
+
+
+@pytest.mark.parametrize(("half", "name"), [(torch.float16, "F16"), (torch.bfloat16, "BF16")])
+def test_float32_weights_out_of_a_half_precision_checkpoint_are_stored_as_there(
+    tmp_path: Path, half: torch.dtype, name: str
+) -> None:
+    def change(model: Any) -> None:
+        rounded(half)(model)
+        model.norm.bias.data[0] = -0.0
+        model.head.weight.data[0, 0] = 1.0 + 2**-10 if half == torch.float16 else 2**-40
+        model.norm.weight.data = torch.rand(WIDTH) + 2**-20  # and one that no half holds
+        model.head.weight.data = model.head.weight.data.t().contiguous().t()
+
+    model: Any = saved(tmp_path / "small", "plain", change=change)
+    file = tmp_path / "small" / "model.safetensors"
+    stored = load_file(file)
+    assert (stored["head.weight"].dtype, stored["norm.weight"].dtype) == (half, torch.float32)
+    assert json.loads((tmp_path / "small" / "blockfit.json").read_text())["dtype"] == "float32"
+    assert file.stat().st_size == file_bytes(model)
+    back: Any = load(tmp_path / "small", model=FAMILIES["plain"].build())
+    assert {p.dtype for p in back.parameters()} == {torch.float32}
+    for mine, its in zip(model.state_dict().values(), back.state_dict().values(), strict=True):
+        assert torch.equal(mine.view(torch.int32), its.view(torch.int32))
+        assert mine.stride() == its.stride()
+    images = FAMILIES["plain"].images()
+    assert torch.equal(output(model, images), output(back, images))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, 0.5, -0.0], torch.float16),
+        ([2**-24, 65504.0, float("inf")], torch.float16),
+        ([2**-25, 1.0], torch.bfloat16),
+        ([65536.0, 0.0], torch.bfloat16),
+        ([65504.0, 2**-25], torch.float32),
+        ([0.1], torch.float32),
+        ([float("nan"), 1.0], torch.float32),
+        ([], torch.float32),
+    ],
+)
+def test_a_dtype_is_narrower_only_where_not_one_bit_is_lost(
+    values: list[float], expected: torch.dtype
+) -> None:
+    assert stored_dtype(torch.tensor(values)) == expected
+    assert stored_dtype(torch.tensor(values).double()) == torch.float64
+    assert stored_dtype(torch.tensor(values, device="meta")) == torch.float32
+
+
+def test_the_narrowest_dtype_holds_every_parameter() -> None:
+    model = nn.Linear(2, 2)
+    assert narrowest(model) is None
+    rounded(torch.bfloat16)(model)
+    model.bias.data.fill_(2**-30)
+    assert narrowest(model) == torch.bfloat16
+    rounded(torch.float16)(model)
+    assert narrowest(model) in (torch.float16, torch.bfloat16)
+    model.bias.data.fill_(1 + 2**-10)
+    model.weight.data.fill_(1.0)
+    assert narrowest(model) == torch.float16
+    model.weight.data.fill_(2**-30)
+    assert narrowest(model) is None
+
+
 def test_norms_kept_in_float32_stay_so(tmp_path: Path) -> None:
     def mixed(model: nn.Module) -> None:
         model.half()
@@ -372,10 +442,20 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda v: v["base"].update(library="keras"), "unknown library 'keras'"),
         (lambda v: v["base"].update(extra=1), "base: unknown key 'extra'"),
         (lambda v: v["base"]["arguments"]["options"].update(embed_dim=64), "shape"),
-        (lambda v: v["base"]["arguments"].update(architecture="vit_none"), "cannot rebuild"),
+        (lambda v: v["base"]["arguments"].update(architecture="vit_none"), "no model 'vit_none'"),
         (lambda v: v["versions"].update(torch=2), "versions: torch must be a text"),
         (lambda v: v.update(dtype="int8"), "dtype: unknown dtype 'int8'"),
         (lambda v: v.update(dtype="float16"), "stored as F32, expected torch.float16"),
+        (lambda v: v.update(dtype="float64"), "stored as F32, expected torch.float64"),
+        (lambda v: v["other_dtypes"].update({"norm.bias": "float31"}), "unknown dtype 'float31'"),
+        (
+            lambda v: v["base"]["arguments"].update(architecture="local-dir:/tmp/x"),
+            "'local-dir:/tmp/x' is not the bare name of a timm architecture",
+        ),
+        (
+            lambda v: v["base"]["arguments"]["options"].update(checkpoint_path="x.pth"),
+            "timm's option 'checkpoint_path'",
+        ),
         (lambda v: v["other_dtypes"].update({"x": "float16"}), "other_dtypes: .* no tensor 'x'"),
         (lambda v: v["tied"].update({"x": "norm.bias"}), "tied: the model has no tensor 'x'"),
         (lambda v: v["tied"].update({"norm.bias": "cls_token"}), "cannot be the same tensor"),
@@ -432,6 +512,10 @@ def test_a_broken_blockfit_json_is_refused(
         (
             lambda t: t.update({"norm.bias": t["norm.bias"].double()}),
             "'norm.bias' is stored as F64, expected torch.float32",
+        ),
+        (
+            lambda t: t.update({"norm.bias": t["norm.bias"].to(torch.float8_e5m2)}),
+            "'norm.bias' is stored as F8_E5M2, expected torch.float32",
         ),
         (
             lambda t: t.update({"norm.bias": t["norm.bias"].int()}),

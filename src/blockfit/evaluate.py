@@ -42,7 +42,7 @@ class Figures:
             labels or without a head.
         parameters: their number.
         flops: of one image (``measure.flops``).
-        size_bytes: of the weights file in the dtype in which the model was run.
+        size_bytes: of the weights file that the model is saved as.
         latency: of one image; ``None`` where it was not measured.
         throughput: of a batch; likewise.
         peak_memory_bytes: of tensors during the forward of a batch; ``None`` where it cannot be

@@ -30,7 +30,7 @@ from blockfit.preprocess import (
     torchvision_preprocessing,
     transformers_preprocessing,
 )
-from blockfit.source import Source
+from blockfit.source import ATTENTIONS, Source, check_config, check_timm, without_loading
 
 
 class Loaded(NamedTuple):
@@ -121,13 +121,13 @@ def transformers_sources(model: nn.Module) -> Iterator[Source]:
         return
     if getattr(importlib.import_module("transformers"), cls.__name__, None) is not cls:
         return
-    values = _json(cast(Any, config).to_dict())
+    values = _json(without_loading(cast(Any, config).to_dict()))
     if values is None:
         return
     name = values.pop("_name_or_path", "") or cls.__name__
     arguments = {"class": cls.__name__, "config": values}
     attention = getattr(config, "_attn_implementation", None)
-    if attention in ("eager", "sdpa"):  # the others depend on the machine
+    if attention in ATTENTIONS:
         arguments["attention"] = attention
     for options in _switches(cls):
         yield Source("transformers", name, {**arguments, "options": options}, _licence(Path(name)))
@@ -154,10 +154,20 @@ def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     ):
         raise BlockfitError(f"{name!r} is no model class of the installed transformers")
+    check_config(values)
+    attention, options = arguments.get("attention"), arguments.get("options", {})
+    if attention not in (None, *ATTENTIONS):
+        raise BlockfitError(f"unknown attention {attention!r}; choose {' or '.join(ATTENTIONS)}")
+    parameters = inspect.signature(model_class).parameters
+    if unknown := [
+        k for k in options if type(getattr(parameters.get(k), "default", k)) is not bool
+    ]:
+        raise BlockfitError(f"{name} has no switch {unknown[0]!r}; a saved folder may set no other")
     config_class = transformers.CONFIG_MAPPING[values["model_type"]]
-    chosen = {"attn_implementation": a} if (a := arguments.get("attention")) else {}
-    config = config_class.from_dict(values, **chosen)
-    return cast(nn.Module, cast(Any, model_class)(config, **arguments.get("options", {})))
+    config = config_class.from_dict(
+        values, **({"attn_implementation": attention} if attention else {})
+    )
+    return cast(nn.Module, cast(Any, model_class)(config, **options))
 
 
 def _cannot_load(name: str, error: Exception) -> str:
@@ -253,6 +263,9 @@ def _timm_options(model: nn.Module) -> dict[str, Any]:
 
 def build_timm(arguments: Mapping[str, Any]) -> nn.Module:
     timm = _library("timm", "timm")
+    check_timm(arguments["architecture"], {**arguments["config"], **arguments["options"]})
+    if not timm.is_model(arguments["architecture"]):
+        raise BlockfitError(f"the installed timm has no model {arguments['architecture']!r}")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments["options"].items()}
     return cast(
         nn.Module,
@@ -329,6 +342,9 @@ def torchvision_sources(model: nn.Module) -> Iterator[Source]:
 def build_torchvision(arguments: Mapping[str, Any]) -> nn.Module:
     module = _library("torchvision.models.vision_transformer", "timm")
     values = dict(arguments)
+    known = (*_TORCHVISION_VALUES, "num_layers", "num_heads", "norm_eps")
+    if unknown := [key for key in values if key not in known]:
+        raise BlockfitError(f"a torchvision model is not rebuilt from {unknown[0]!r}")
     norm = functools.partial(nn.LayerNorm, eps=values.pop("norm_eps"))
     return cast(nn.Module, module.VisionTransformer(norm_layer=norm, **values))
 

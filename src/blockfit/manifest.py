@@ -36,7 +36,8 @@ class Manifest:
         blocks: where its blocks are.
         plan: what was removed.
         report: JSON values about the run: seed, calibration images, figures.
-        dtype: of the floating tensors.
+        dtype: of the floating tensors in the model; ``tensors.NARROWER`` names those that the
+            file may hold float32 in, to be brought back to it.
         other_dtypes: of floating tensors that differ from ``dtype``, by name.
         tied: names of tensors that are another one's → that one's name.
         layout: for tensors that lie in memory in another order than that of their dimensions:

@@ -32,7 +32,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def size_bytes(model: nn.Module) -> int:
-    """The bytes of the weights file that the model is saved as, in its present dtype."""
+    """The bytes of the weights file that the model is saved as."""
     return file_bytes(model)
 
 

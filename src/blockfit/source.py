@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,77 @@ class Source:
         prepared = None if own is None else Preprocessing.from_json(own, f"{where}: preprocessing")
         arguments = dict(value["arguments"])
         return cls(value["library"], value["name"], arguments, value["licence"], prepared)
+
+
+_LOADS = re.compile(
+    "auto_map|custom_pipelines|trust_remote_code|code_revision|use_kernels|kernel_config"
+    "|allow_all_kernels|.*(attn|experts)_implementation.*"
+)
+"""Keys of a transformers config that name code to fetch and run, or choose a kernel."""
+
+_TIMM_LOADS = re.compile(
+    "pretrained.*|checkpoint_path|cache_dir|pruned|scriptable|exportable|no_jit"
+    "|model_cfg|feature_cfg|kwargs_filter|url|file|state_dict|hf_hub_id|hf_hub_filename"
+)
+"""Options of timm's ``create_model`` that read files or the network, or are none of a model's."""
+
+ATTENTIONS = ("eager", "sdpa")
+"""What a saved transformers model may compute attention with; the rest depend on the machine."""
+
+
+def without_loading(config: Any) -> Any:
+    """A transformers config without the keys that ``check_config`` refuses, at any depth."""
+    if isinstance(config, Mapping):
+        kept = {k: without_loading(v) for k, v in config.items() if not _LOADS.fullmatch(str(k))}
+        return {k: False if k == "use_pretrained_backbone" else v for k, v in kept.items()}
+    if isinstance(config, list | tuple):
+        return [without_loading(value) for value in config]
+    return config
+
+
+def check_config(config: object) -> None:
+    """Refuse a transformers config that would fetch or run anything while a model is built.
+
+    A config that wraps a timm model is held to ``check_timm``, at any depth.
+
+    Raises:
+        BlockfitError: names the key.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if _LOADS.fullmatch(str(key)) or (key == "use_pretrained_backbone" and value):
+                raise BlockfitError(
+                    f"config: {key!r} could fetch or run code or weights that are not in the "
+                    "folder; take it out of the folder's files if you trust their author"
+                )
+            if key in ("architecture", "backbone") and isinstance(value, str):
+                check_timm(value.partition(".")[0], {})
+            if key in ("model_args", "backbone_kwargs"):
+                check_timm("model", value or {})
+            check_config(value)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_config(value)
+
+
+def check_timm(architecture: object, options: object) -> None:
+    """Refuse what would make timm read files or the network while it builds a model.
+
+    Raises:
+        BlockfitError: where the architecture is no bare name, or names the option.
+    """
+    if not isinstance(architecture, str) or not re.fullmatch(r"\w+", architecture):
+        raise BlockfitError(
+            f"{architecture!r} is not the bare name of a timm architecture; a saved folder may "
+            "name no other place to load one from"
+        )
+    if not isinstance(options, Mapping):
+        raise BlockfitError(f"the options of {architecture} must be an object, got {options!r}")
+    if loading := [key for key in options if _TIMM_LOADS.fullmatch(str(key))]:
+        raise BlockfitError(
+            f"timm's option {loading[0]!r} is not part of an architecture; a saved folder may not "
+            "hold it, since its weights are all in the folder"
+        )
 
 
 def attach(model: nn.Module, source: Source) -> None:

@@ -22,7 +22,17 @@ from blockfit.models import attach, skeleton
 from blockfit.source import Source
 from blockfit.spans import Plan
 from blockfit.surgery import apply_plan, removed_plan
-from blockfit.tensors import DTYPES, fill, meta_copy, named_tensors, storable, tied, valueless
+from blockfit.tensors import (
+    DTYPES,
+    NARROWER,
+    fill,
+    meta_copy,
+    named_tensors,
+    storable,
+    stored_dtype,
+    tied,
+    valueless,
+)
 
 MARK = "blockfit.json"
 WEIGHTS = "model.safetensors"
@@ -78,8 +88,8 @@ def save(
     """Write a compressed model to ``folder``: all of it, or nothing.
 
     The folder holds ``blockfit.json``, ``model.safetensors`` (every parameter and buffer that is
-    left), and, where the base is a transformers model, its ``config.json`` and
-    ``preprocessor_config.json``.
+    left, float32 ones in half precision where that loses not one bit), and, where the base is a
+    transformers model, its ``config.json`` and ``preprocessor_config.json``.
 
     Args:
         folder: new or empty.
@@ -107,7 +117,7 @@ def save(
     manifest = _manifest(tensors, blocks, plan, source, report)
     texts = {MARK: manifest.dumps(), **_library_files(source)}
     values = {
-        name: tensor.detach().cpu().contiguous()
+        name: tensor.detach().to(stored_dtype(tensor)).cpu().contiguous()
         for name, tensor in tensors.items()
         if name not in manifest.tied
     }
@@ -280,9 +290,12 @@ def _read(
             for name in file.keys():  # noqa: SIM118
                 entry = file.get_slice(name)
                 _check_tensor(path, name, entry, expected[name], manifest)
+            dtypes = {name: _dtype(name, tensor, manifest) for name, tensor in expected.items()}
             # Copies in memory of torch's own alignment: the file's would change sums' last bits.
             values = {
-                name: _arranged(file.get_tensor(name), manifest.layout.get(name)).to(device)
+                name: _arranged(
+                    file.get_tensor(name).to(dtypes[name]), manifest.layout.get(name)
+                ).to(device)
                 for name in file.keys()  # noqa: SIM118
             }
     except (OSError, SafetensorError) as error:
@@ -326,16 +339,21 @@ def _check_names(
         raise BlockfitError(f"{path}: tensor {missing[0]!r} is missing; save the model again")
 
 
+def _dtype(name: str, expected: Tensor, manifest: Manifest) -> torch.dtype:
+    """The dtype of a tensor in the model, which the file may hold in a narrower one."""
+    if not expected.dtype.is_floating_point:
+        return expected.dtype
+    return FLOATING[manifest.other_dtypes.get(name, manifest.dtype)]
+
+
 def _check_tensor(path: Path, name: str, entry: Any, expected: Tensor, manifest: Manifest) -> None:
     shape = tuple(entry.get_shape())
     if shape != tuple(expected.shape):
         raise BlockfitError(
             f"{path}: tensor {name!r} has shape {shape}, expected {tuple(expected.shape)}"
         )
-    dtype = expected.dtype
-    if dtype.is_floating_point:
-        dtype = FLOATING[manifest.other_dtypes.get(name, manifest.dtype)]
-    if DTYPES.get(entry.get_dtype()) != dtype:
+    dtype, stored = _dtype(name, expected, manifest), DTYPES.get(entry.get_dtype())
+    if stored != dtype and stored not in NARROWER.get(dtype, ()):
         raise BlockfitError(
             f"{path}: tensor {name!r} is stored as {entry.get_dtype()}, expected {dtype}"
         )

@@ -34,6 +34,11 @@ DTYPES = {
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+NARROWER = {torch.float32: (torch.float16, torch.bfloat16)}
+"""Dtypes → those that a file may hold them in, where every value survives; tried in this order."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, non-persistent ones too; a shared one under each of its names."""
@@ -83,21 +88,43 @@ def storable(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def stored_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a file holds the tensor in: a narrower one where that loses not one bit.
+
+    So weights that were published in half precision take no more room than there, whatever dtype
+    they were loaded in. Tensors without values keep their own.
+    """
+    if tensor.is_meta or not tensor.numel():
+        return tensor.dtype
+    narrower = NARROWER.get(tensor.dtype, ())
+    return next((dtype for dtype in narrower if _survives(tensor, dtype)), tensor.dtype)
+
+
+def _survives(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every value, the signs of zeros too, comes back from ``dtype``; a NaN never does."""
+    own = tensor.detach()
+    if own.dtype == dtype:
+        return True
+    bits = _BITS[own.element_size()]
+    same = torch.equal(own.to(dtype).to(own.dtype).view(bits), own.view(bits))
+    return same and not bool(own.isnan().any())
+
+
 def file_bytes(model: nn.Module) -> int:
     """The size in bytes of the ``model.safetensors`` that the model is saved as.
 
-    Every tensor once, in its dtype, and the file's header.
+    Every tensor once, in its ``stored_dtype``, and the file's header.
     """
     tensors = named_tensors(model)
-    order = list(DTYPES)
-    unique = [(name, tensor) for name, tensor in tensors.items() if name not in tied(tensors)]
-    unique.sort(key=lambda item: (-order.index(_NAMES[item[1].dtype]), item[0]))
+    order, aliases = list(DTYPES), tied(tensors)
+    dtypes = {name: stored_dtype(t) for name, t in tensors.items() if name not in aliases}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in unique:
-        start, end = end, end + tensor.numel() * tensor.element_size()
+    for name in sorted(dtypes, key=lambda name: (-order.index(_NAMES[dtypes[name]]), name)):
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * dtypes[name].itemsize
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _NAMES[dtypes[name]],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -107,11 +134,9 @@ def file_bytes(model: nn.Module) -> int:
 
 def narrowest(model: nn.Module) -> torch.dtype | None:
     """The half precision that holds every floating parameter exactly; ``None`` where none does."""
-    floats = [p.detach() for p in model.parameters() if p.dtype == torch.float32]
-    for dtype in (torch.float16, torch.bfloat16):
-        if floats and all(torch.equal(p.to(dtype).to(p.dtype), p) for p in floats):
-            return dtype
-    return None
+    floats = [p for p in model.parameters() if p.dtype == torch.float32]
+    halves = NARROWER[torch.float32] if floats else ()
+    return next((half for half in halves if all(_survives(p, half) for p in floats)), None)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
