@@ -71,7 +71,7 @@ def test_files_come_as_one_a_list_or_a_pattern(tmp_path: Path) -> None:
         ((torch.zeros(1, 3, 4, 4) for _ in range(2)), "can be walked only once"),
         ([object(), object()], "cannot be read"),
     ],
-    ids=str,
+    ids=lambda value: value[:24] if isinstance(value, str) else type(value).__name__,
 )
 def test_what_gives_no_images_is_one_sentence(source: Any, message: str) -> None:
     with pytest.raises(BlockfitError, match=message) as caught:
