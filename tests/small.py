@@ -90,6 +90,7 @@ def small_vit(
 
 
 def small_blocks(model: nn.Module) -> Blocks:
+    """Where its blocks are, found by looking."""
     return find_blocks(model, small_pictures(2))
 
 
