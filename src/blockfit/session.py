@@ -19,7 +19,7 @@ from blockfit.moments import Moments
 from blockfit.originals import Originals
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution
-from blockfit.search import Point, Search
+from blockfit.search import Point, Search, most_removed
 from blockfit.spans import Plan, Span, spans_up_to
 from blockfit.tensors import narrowest
 
@@ -100,6 +100,7 @@ class Session:
         self.sizes = Sizes(model, blocks, setting.example)
         self.precision = narrowest(model)
         self._moments: list[Moments] = []
+        self._savings: dict[str, list[float]] = {}
         self._search: Search | None = None
 
     def with_recipe(self, recipe: Recipe) -> Session:
@@ -176,14 +177,15 @@ class Session:
         return self._reach_loss(budget)
 
     def _reach_size(self, budget: Budget) -> Point:
-        search = self.search()
-        smallest = 1.0
-        sizes = range(1, search.largest + 1)
+        largest = most_removed(self.setting.blocks.depth, self.protected)
+        sizes = range(1, largest + 1)
         if not any(self._worth_trying(budget, size) for size in sizes):
             raise BlockfitError(
-                f"{budget} cannot be reached even with {search.largest} of "
+                f"{budget} cannot be reached even with {largest} of "
                 f"{self.setting.blocks.depth} blocks removed; ask for more"
             )
+        search = self.search()
+        smallest = 1.0
         for size in sizes:
             plans = search.proposals(size) if self._worth_trying(budget, size) else []
             for plan in plans:
@@ -201,10 +203,13 @@ class Session:
         return budget.met_by_size(self.sizes.fractions(plan))
 
     def _worth_trying(self, budget: Budget, size: int) -> bool:
-        """Whether removing ``size`` blocks for nothing would meet the budget."""
-        depth = self.setting.blocks.depth
-        spans = [f"{start}:{start + size}" for start in range(depth - size + 1)]
-        return any(self._meets(budget, Plan.of([span], "identity")) for span in spans)
+        """Whether removing the ``size`` largest blocks for nothing would meet the budget."""
+        if budget.kind not in self._savings:
+            depth = self.setting.blocks.depth
+            single = [Plan.of([f"{i}:{i + 1}"], "identity") for i in range(depth)]
+            saved = [1 - self.sizes.fractions(plan)[budget.kind] for plan in single]
+            self._savings[budget.kind] = sorted(saved, reverse=True)
+        return 1 - sum(self._savings[budget.kind][:size]) <= budget.value + 1e-9
 
     def _reach_latency(self, budget: Budget) -> Point:
         search = self.search()
