@@ -13,7 +13,17 @@ from sklearn.linear_model import LinearRegression, Ridge
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
-from blockfit.fit import Affine, fit_affine, fit_map, identity_error, mean_square, ridge_solve
+from blockfit.fit import (
+    RIDGES,
+    Affine,
+    choose_ridge,
+    fit_affine,
+    fit_map,
+    identity_error,
+    map_error,
+    mean_square,
+    ridge_solve,
+)
 from blockfit.maps import PerTokenType
 from blockfit.moments import Moments, Regression
 from blockfit.spans import Replacement, Span
@@ -293,6 +303,28 @@ def test_the_weight_of_prefix_tokens_counts_in_the_fit() -> None:
     known = LinearRegression().fit(x.numpy(), y.numpy(), sample_weight=weights.flatten().numpy())
     module = fit_map(Replacement(SPAN, "affine"), taken(x, y, 2), ridge=0.0, prefix_weight=7.5)
     assert relative(module.weight.detach(), torch.as_tensor(known.coef_)) < 1e-5
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one map", "per token type"])
+@pytest.mark.parametrize("kind", ["scale", "orthogonal", "linear", "affine", "low-rank"])
+def test_the_ridge_is_chosen_by_the_true_error_on_other_images(kind: str, split: bool) -> None:
+    """30 noisy tokens of 16 channels to fit on; the maps are run on 400 others to judge them."""
+    rows = channels("plain", 430)
+    targets = answers(rows, noise=2.0)
+    entry = Replacement(SPAN, kind, 4 if kind == "low-rank" else None, split)
+    fitted_on = taken(rows[:30], targets[:30], prefix_tokens=2)
+    judged_on = taken(rows[30:], targets[30:], prefix_tokens=2)
+    errors = {}
+    for ridge in RIDGES:
+        module = fit_map(entry, fitted_on, ridge).double()
+        out = module(rows[30:].reshape(-1, 10, WIDTH)).reshape(-1, WIDTH)
+        errors[ridge] = (out - targets[30:]).square().sum(1).mean().item()
+        got = map_error(entry, fitted_on, judged_on, ridge)
+        assert got == pytest.approx(errors[ridge], rel=1e-4)
+    chosen = choose_ridge(entry, fitted_on, judged_on)
+    assert errors[chosen] == pytest.approx(min(errors.values()), rel=1e-6)
+    if kind in ("linear", "affine"):
+        assert errors[chosen] < errors[0.0]
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:

@@ -257,12 +257,13 @@ def map_error(
     if not replacement.per_token_type:
         fitted = _one_map(replacement, fitted_on.regression(span, "all", prefix_weight), ridge)[0]
         return fitted.residual(judged_on.regression(span, "all", prefix_weight))
-    total = 0.0
+    total = count = 0.0
     for token_type, weight in (("prefix", prefix_weight), ("patch", 1.0)):
         fitted = _one_map(replacement, fitted_on.regression(span, token_type), ridge)[0]
         problem = judged_on.regression(span, token_type)
         total += weight * problem.count * fitted.residual(problem)
-    return total
+        count += weight * problem.count
+    return total / count
 
 
 def choose_ridge(
