@@ -235,7 +235,7 @@ def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
         row("parameters", "parameters", amount),
         row("FLOPs per image", "flops", amount),
         row("file", "size_bytes", _bytes),
-        row("images per second", "images_per_second", _rate),
+        (*row("images per second", "images_per_second", _rate)[:3], percent(after.get("speedup"))),
         row("latency, ms", "latency_ms", _timing, "median"),
         row("peak memory", "peak_memory_bytes", _bytes),
     ]
@@ -257,7 +257,7 @@ def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:
     out.table(
         ("block", *tables.values),
         [
-            (str(start), *(number(tables.at(metric, start, stop)) for metric in tables.values))
+            (str(start), *(_digits(tables.at(metric, start, stop)) for metric in tables.values))
             for start, stop in zip(tables.boundaries, tables.boundaries[1:], strict=False)
         ],
         "Input and output of each block, all tokens",
@@ -288,6 +288,10 @@ def show_frontier(
         rows,
         "The best plan for every size, on held-out images",
     )
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _bytes(value: float | None) -> str:

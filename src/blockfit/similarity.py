@@ -100,13 +100,14 @@ class Tables:
                 writer.writerow((*cell, "" if value is None else repr(value)))
 
     def draw(self, path: str | Path, title: str = "") -> None:
-        """A picture: one row per token type, one column per metric.
+        """A picture: one row per token type, one column per metric; ``mse`` on a log scale.
 
         Raises:
             BlockfitError: where matplotlib is not installed.
         """
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.colors import LogNorm
             from matplotlib.figure import Figure
         except ImportError as error:
             raise BlockfitError(
@@ -124,10 +125,15 @@ class Tables:
             for column, metric in enumerate(metrics):
                 axis = axes[row][column]
                 table = self.values[metric][token_type]
-                cells = [[math.nan if v is None else v for v in line] for line in table]
-                image = axis.imshow(cells, cmap="viridis", interpolation="nearest")
+                log = metric == "mse"  # grows by powers of ten from block to block
+                cells = [
+                    [math.nan if v is None or (log and v == 0) else v for v in line]
+                    for line in table
+                ]
+                norm = LogNorm() if log and any(v > 0 for line in cells for v in line) else None
+                image = axis.imshow(cells, cmap="viridis", interpolation="nearest", norm=norm)
                 figure.colorbar(image, ax=axis, shrink=0.85)
-                ticks = range(0, len(self.boundaries), max(1, len(self.boundaries) // 7))
+                ticks = range(0, len(self.boundaries), -(-len(self.boundaries) // 7))
                 axis.set_xticks(ticks, [self.boundaries[t] for t in ticks])
                 axis.set_yticks(ticks, [self.boundaries[t] for t in ticks])
                 axis.set_title(f"{metric}, {token_type} tokens", fontsize=10)
