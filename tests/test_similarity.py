@@ -38,11 +38,16 @@ def states(prefix: int = PREFIX, images: int = 40, seed: int = 0) -> list[Tensor
     return out
 
 
-def moments_of(hidden: list[Tensor], prefix: int = PREFIX, longest: int = DEPTH) -> Moments:
+def moments_of(
+    hidden: list[Tensor],
+    prefix: int = PREFIX,
+    longest: int = DEPTH,
+    patches: int | None = None,
+) -> Moments:
     moments = Moments(spans_up_to(DEPTH, longest), WIDTH, prefix)
     for batch in range(0, len(hidden[0]), 16):
         rows = {b: hidden[b][batch : batch + 16] for b in moments.boundaries}
-        moments.add(rows)
+        moments.add(rows, patches)
     return moments
 
 
@@ -101,11 +106,11 @@ def test_r2_goes_from_earlier_to_later_states_only() -> None:
     assert all(start <= stop for metric, _, start, stop, _ in found.rows() if metric == "r2")
 
 
-def test_prefix_weight_equals_taking_each_patch_token_more_than_once() -> None:
+def test_half_of_the_patch_tokens_stand_for_all_of_them() -> None:
     hidden = states()
     doubled = [torch.cat([h, h[:, PREFIX:]], dim=1) for h in hidden]
     expected = tables(moments_of(doubled))
-    found = tables(moments_of(hidden), prefix_weight=0.5)
+    found = tables(moments_of(hidden, patches=2 * (hidden[0].shape[1] - PREFIX)))
     for metric in METRICS:
         for token_type in ("prefix", "patch", "all"):
             got = np.array(found.values[metric][token_type], dtype=float)

@@ -120,8 +120,7 @@ def analyze(
         )
         if say is not None:
             say("comparing hidden states")
-        # Only some patch tokens were taken: prefix tokens must not count for more than they are.
-        parts.append(part(moments, prefix_weight=taken / patches if patches else 1.0))
+        parts.append(part(moments))
     report = {
         "model": source_of(model).name,
         "seed": seed,

@@ -64,7 +64,8 @@ def calibrate(
             call(model, batch.inputs)
             _check_all(states, batch.names)
             picked = _pick(states, blocks.prefix_tokens, tokens_per_image, seed, done)
-            moments.add({b: picked(states[b]) for b in moments.boundaries})
+            patches = states[0].shape[1] - blocks.prefix_tokens
+            moments.add({b: picked(states[b]) for b in moments.boundaries}, patches)
             done += len(states[0])
             if progress is not None:
                 progress(done, len(images))

@@ -114,6 +114,7 @@ class Moments:
         self._partners: dict[int, list[int]] = {}
         for a, b in self._pairs:
             self._partners.setdefault(a, []).append(b)
+        self._patches = 0
         states = len(self.boundaries)
         self._types = {t: _TokenSums(states, width, self._pairs) for t in TOKEN_TYPES}
 
@@ -126,12 +127,19 @@ class Moments:
         """Memory of the sums in bytes."""
         return sum(t.nbytes for s in self._types.values() for t in s.tensors())
 
-    def add(self, hidden: Mapping[int, Tensor]) -> None:
+    @property
+    def patch_share(self) -> float:
+        """The part of the images' patch tokens that was added; 1 where all were."""
+        return self._types["patch"].count / self._patches if self._patches else 1.0
+
+    def add(self, hidden: Mapping[int, Tensor], patches: int | None = None) -> None:
         """Add a batch.
 
         Args:
             hidden: l → h[l] of shape (batch, tokens, width) for every boundary of the spans; the
                 first ``prefix_tokens`` tokens are the prefix tokens.
+            patches: how many patch tokens each image has, where only some of them are given;
+                prefix tokens then weigh as much less among ``all`` tokens.
 
         Raises:
             BlockfitError: where a boundary is missing.
@@ -140,6 +148,8 @@ class Moments:
         missing = [b for b in self.boundaries if b not in hidden]
         if missing:
             raise BlockfitError(f"the batch holds no hidden state h[{missing[0]}]")
+        images, given = hidden[self.boundaries[0]].shape[:2]
+        self._patches += images * (given - k if patches is None else patches)
         for token_type, tokens in (("prefix", slice(0, k)), ("patch", slice(k, None))):
             rows = [hidden[b][:, tokens].reshape(-1, self.width).double() for b in self.boundaries]
             if len(rows[0]):
@@ -173,6 +183,7 @@ class Moments:
             other.prefix_tokens,
         ):
             raise BlockfitError("moments of different spans, widths or token types cannot be added")
+        self._patches += other._patches
         for name, mine in self._types.items():
             theirs = other._types[name]
             mine.count += theirs.count
@@ -196,11 +207,13 @@ class Moments:
 
     def angle(self, span: Span, token_type: str = "all") -> tuple[float, float]:
         """Means over tokens of the cosine and the angle / π between h[start] and h[stop]."""
+        weights = {"prefix": self.patch_share, "patch": 1.0}
         types = TOKEN_TYPES if token_type == "all" else (token_type,)
         pair = self._pair_of(span)
-        count = sum(self._types[t].count for t in types)
-        total = torch.stack([self._types[t].angles[pair] for t in types]).sum(0) / max(count, 1)
-        return float(total[0]), float(total[1])
+        count = sum(weights[t] * self._types[t].count for t in types)
+        total = sum(weights[t] * self._types[t].angles[pair] for t in types)
+        mean = torch.as_tensor(total) / max(count, 1e-12)
+        return float(mean[0]), float(mean[1])
 
     def second_moment(self, boundary: int, token_type: str = "all") -> tuple[Tensor, Tensor, float]:
         """Σhhᵀ (width, width), Σh (width,) and the number of tokens of h[boundary]."""
@@ -238,7 +251,8 @@ class Moments:
         if token_type != "all":
             result = problem(self._types[token_type])
         else:
-            result = problem(self._types["prefix"]) * prefix_weight + problem(self._types["patch"])
+            weight = prefix_weight * self.patch_share
+            result = problem(self._types["prefix"]) * weight + problem(self._types["patch"])
         if result.count <= 0:
             which = "tokens" if token_type == "all" else f"{token_type} tokens"
             raise BlockfitError(f"the moments hold no {which}; add batches first")

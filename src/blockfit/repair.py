@@ -364,17 +364,19 @@ class _Walk:
         """
         k, tokens = self.blocks.prefix_tokens, x.shape[1]
         share = ROWS_PER_INPUT * x.shape[-1] / (len(x) * tokens * len(self.originals.traces))
-        if share < 1:
+        taken = 1.0
+        if share < 1 and tokens > k:
             generator = torch.Generator().manual_seed(batch)
             drawn = torch.randperm(tokens - k, generator=generator) + k
             few = drawn[: max(1, round(share * (tokens - k)))].to(x.device)
             picked = torch.cat([torch.arange(k, device=x.device), few])
-            x, y = x[:, picked], y[:, picked]
+            x, y, taken = x[:, picked], y[:, picked], len(few) / (tokens - k)
         enough = torch.float32 if self.options.repair_ridge >= 1e-3 else torch.float64
-        return self._weighted(x, y, enough)
+        # Fewer patch tokens must not make the prefix tokens count for more.
+        return self._weighted(x, y, enough, taken)
 
-    def _weighted(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> Regression:
-        k, weight = self.blocks.prefix_tokens, self.options.prefix_weight
+    def _weighted(self, x: Tensor, y: Tensor, dtype: torch.dtype, taken: float = 1.0) -> Regression:
+        k, weight = self.blocks.prefix_tokens, self.options.prefix_weight * taken
         if weight == 1.0 or k == 0:
             return Regression.of(x, y, dtype)
         prefix = Regression.of(x[:, :k], y[:, :k], dtype)

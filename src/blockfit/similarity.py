@@ -143,26 +143,26 @@ class Tables:
         figure.savefig(path, dpi=110, format="png")
 
 
-def tables(moments: Moments, prefix_weight: float = 1.0) -> Tables:
+def tables(moments: Moments) -> Tables:
     """The tables of all pairs of boundaries that ``moments`` hold.
+
+    Where only some of the patch tokens were taken, prefix tokens weigh as much less among ``all``.
 
     Args:
         moments: of every span between two boundaries (``spans_up_to(depth, depth)``).
-        prefix_weight: weight of a prefix token among ``all`` tokens where a patch token weighs 1;
-            below 1 where only some of the patch tokens were taken.
 
     Raises:
         BlockfitError: where the moments hold no token.
     """
-    return merged([part(moments, prefix_weight)])
+    return merged([part(moments)])
 
 
-def part(moments: Moments, prefix_weight: float = 1.0) -> Tables:
+def part(moments: Moments) -> Tables:
     """``tables``, for moments of some of the pairs; ``merged`` puts such parts together."""
     found = {name: count for name, count in moments.tokens.items() if count}
     if not found:
         raise BlockfitError("the moments hold no tokens; add batches first")
-    mixes = {"all": {"prefix": prefix_weight, "patch": 1.0}}
+    mixes = {"all": {"prefix": moments.patch_share, "patch": 1.0}}
     mixes |= {name: {name: 1.0} for name in TOKEN_TYPES}
     types = [name for name in (*TOKEN_TYPES, "all") if name == "all" or name in found]
     row = {boundary: i for i, boundary in enumerate(moments.boundaries)}
