@@ -13,7 +13,7 @@ help:
 	@echo "make test           lint, types and all tests"
 	@echo "make lint           ruff (lint, format) and mypy"
 	@echo "make format         let ruff rewrite the files"
-	@echo "make bench          cost of the calibration pass; speed of the small model"
+	@echo "make bench          cost of calibration, search and sweep; speed of the small model"
 	@echo "make bench-quality  accuracy of the small models on the real model and images"
 	@echo "make clean          remove .venv, builds and caches"
 
@@ -41,6 +41,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/search.py
 
 bench-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py

@@ -135,6 +135,25 @@ def test_refusals_are_one_sentence_and_change_nothing(model, images, arguments, 
     assert torch.equal(logits(model, images.take(8)), before)
 
 
+def test_a_compressed_model_is_not_compressed_again(model, images):
+    small = blockfit.compress(model, images, spans=["3:5"]).model
+    with pytest.raises(blockfit.BlockfitError, match="compressed already"):
+        blockfit.compress(small, images, remove=1)
+
+
+def test_one_span_may_be_longer_than_those_that_are_searched(model, images):
+    result = blockfit.compress(model, images, remove=8, recipe="paper")
+    assert [len(span) for span in result.plan.spans] == [8]
+
+
+def test_one_map_per_token_type_and_weights_reach_the_plan(model, images):
+    how = {"per_token_type": True, "prefix_weight": 4.0, "repair_ridge": 0.5}
+    result = blockfit.compress(model, images, remove=1, **how)
+    assert all(entry.per_token_type for entry in result.plan)
+    options = result.report["recipe"]["options"]
+    assert (options["prefix_weight"], options["repair_ridge"]) == (4.0, 0.5)
+
+
 def test_too_few_images_are_refused(model, images):
     with pytest.raises(blockfit.BlockfitError, match="too few"):
         blockfit.compress(model, images.take(4), remove=1)
@@ -148,9 +167,9 @@ def test_an_automatic_ridge_is_between_none_and_all(model, images):
 
 
 def test_by_hand_means_no_repair_unless_it_is_asked_for():
-    assert recipe_for("default", True, {}, {}).options.repair == "none"
-    assert recipe_for("default", True, {}, {"repair": "mlp"}).options.repair == "mlp"
-    assert recipe_for("default", False, {}, {}).options.repair == "mlp+attention"
+    assert recipe_for("default", True).options.repair == "none"
+    assert recipe_for("default", True, repair="mlp").options.repair == "mlp"
+    assert recipe_for("default").options.repair == "mlp+attention"
 
 
 def test_a_costly_budget_is_called_so_with_the_nearest_safe_one(model, images, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command parses, calls and prints; its standard output is JSON or nothing."""
+"""The command parses, calls and prints: results on standard output, all else on the other."""
 
 from __future__ import annotations
 
@@ -109,20 +109,22 @@ def test_the_saved_model_is_the_one_that_python_makes(small: tuple[Path, Done]) 
         assert not torch.equal(model(pictures), expected)
 
 
-def test_compress_tells_people_on_standard_error_only(tmp_path: Path) -> None:
+def test_compress_shows_people_the_result_on_standard_output(tmp_path: Path) -> None:
     folder = tmp_path / "a folder"
     done = blockfit_command("compress", "demo", *FEW, "--span", "9:11", "-o", folder)
-    assert (done.code, done.out) == (0, "")
-    for text in (
+    assert done.code == 0
+    assert done.err.splitlines()[:2] == [
         "images: 40 of 1198 from digits, drawn with seed 0",
         "preprocessing: none, tensors as given",
+    ]
+    for text in (
         "602.06 k",
         "9:11",
         "on 8 held-out images: KL ",
         f"saved to {folder} in ",
         f"next: blockfit evaluate '{folder}' --against demo --data TEST_IMAGES",
     ):
-        assert text in done.err
+        assert text in done.out
 
 
 def test_quiet_says_nothing(tmp_path: Path) -> None:
@@ -155,9 +157,9 @@ def test_evaluate_prints_the_promised_keys_as_fractions(small: tuple[Path, Done]
 
 def test_evaluate_of_a_single_model_has_no_original(small: tuple[Path, Done]) -> None:
     done = blockfit_command("evaluate", "demo", "--data", "digits:test", "--limit", "30")
-    assert (done.code, done.out) == (0, "")
-    assert "On 30 images" in done.err
-    assert "original" not in done.err
+    assert done.code == 0
+    assert "On 30 images" in done.out
+    assert "original" not in done.out
 
 
 def test_evaluate_prepares_images_as_the_original_where_the_small_model_does_not_say(
@@ -202,7 +204,7 @@ def test_a_sweep_makes_models_without_images(tmp_path: Path) -> None:
     assert made.json["plan"][0]["map"] == "identity"
     assert blockfit.load(small) is not None
     shown = blockfit_command("sweep", "demo", *FEW, *cheap, "-o", sweep)
-    assert "The best plan for every size" in shown.err
+    assert "The best plan for every size" in shown.out
     more = ("--images", "digits", "-o", tmp_path / "other")
     refused = blockfit_command("compress", "--from", sweep, "--remove", "2", *more)
     assert "--images cannot be used with --from" in refused.error
@@ -216,7 +218,8 @@ def test_every_option_of_compress_reaches_the_call(
     given = (
         "--images", "digits", "--limit", "40", "--seed", "7", "--batch-size", "16",
         "--params", "62%", "--recipe", "plain", "--map", "low-rank", "--rank", "4",
-        "--repair", "mlp", "--ridge", "0.5", "--select", "mse", "--contiguous",
+        "--repair", "mlp", "--ridge", "auto", "--select", "mse", "--contiguous",
+        "--per-token-type", "--prefix-weight", "5", "--repair-ridge", "0.3",
         "--protect", "3, 6,9", "--blocks", "blocks", "--hold-out", "0.3", "--device", "cpu",
     )  # fmt: skip
     assert blockfit_command("compress", "demo", *given, "-o", tmp_path / "x").error == "seen"
@@ -225,7 +228,9 @@ def test_every_option_of_compress_reaches_the_call(
     assert (call["params"], call["remove"], call["spans"]) == ("62%", None, None)
     recipe = call["recipe"]
     assert (recipe.name, recipe.select, recipe.contiguous) == ("plain", "mse", True)
-    assert (call["map"], call["rank"], call["repair"], call["ridge"]) == ("low-rank", 4, "mlp", 0.5)
+    assert (call["map"], call["rank"], call["per_token_type"]) == ("low-rank", 4, True)
+    assert (call["ridge"], call["prefix_weight"]) == ("auto", 5.0)
+    assert (call["repair"], call["repair_ridge"]) == ("mlp", 0.3)
     assert call["protect"] == (3, 6, 9)
     assert (call["blocks"], call["hold_out"], call["seed"]) == ("blocks", 0.3, 7)
 
@@ -268,6 +273,7 @@ def test_every_way_to_say_what_goes_reaches_the_call(
         (("--remove", "2", "--recipe", "best"), "unknown recipe 'best'"),
         (("--remove", "2", "--plain", "--recipe", "paper"), "leave --plain or"),
         (("--remove", "2", "--protect", "three"), "cannot read --protect 'three'"),
+        (("--remove", "2", "--ridge", "much"), "such as 1e-4, or auto"),
         (("--remove", "2", "--limit", "4"), "too few"),
         (("--remove", "2", "--device", "abacus"), "cannot use --device abacus"),
         (("--remove", "2", "--images", "no/such/folder"), "no/such/folder"),

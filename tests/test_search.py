@@ -310,7 +310,7 @@ def test_a_search_goes_on_where_it_was_stopped(search: Search) -> None:
 
 def test_progress_is_told_in_lines() -> None:
     lines: list[str] = []
-    searching(small_vit(), progress=lines.append).solved(1)
+    searching(small_vit(), say=lines.append).solved(1)
     assert lines[0] == "scoring single spans"
     assert lines[-1].startswith("1 blocks: solving")
 

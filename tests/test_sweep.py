@@ -51,6 +51,13 @@ def test_a_model_is_made_without_images_and_has_the_written_figures(folder, mode
     assert result.report["held_out"]["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
 
 
+def test_a_sweep_of_single_spans_reaches_every_size(model, images, tmp_path):
+    frontier = sweep(model, images, tmp_path / "paper", recipe="paper")
+    assert [[e["stop"] - e["start"] for e in p["plan"]] for p in frontier.points] == [
+        [size] for size in range(1, 11)
+    ]
+
+
 def test_a_parameter_budget_is_met_by_the_best_plan_that_fits(folder):
     frontier = read_sweep(folder)
     point = frontier.best(Budget("params", 0.7))

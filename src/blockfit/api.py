@@ -14,7 +14,7 @@ from torch import nn
 
 from blockfit import store
 from blockfit.blocks import Blocks
-from blockfit.budget import Budget, read_number
+from blockfit.budget import Budget
 from blockfit.data import Images
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
@@ -23,7 +23,7 @@ from blockfit.recipes import Recipe
 from blockfit.recipes import recipe as named_recipe
 from blockfit.repair import Options
 from blockfit.search import Point
-from blockfit.session import HOLD_OUT, Say, Session, Setting
+from blockfit.session import HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.source import Source
 from blockfit.spans import Plan, Span
 
@@ -75,20 +75,46 @@ def images(source: Any, model: nn.Module | None = None, **options: Any) -> Image
 
 
 def recipe_for(
-    recipe: str | Recipe, spans_given: bool, changes: dict[str, Any], solving: dict[str, Any]
+    recipe: str | Recipe,
+    spans_given: bool = False,
+    *,
+    map: str | None = None,
+    rank: int | None = None,
+    per_token_type: bool | None = None,
+    **solving: Any,
 ) -> Recipe:
     """The recipe that a call means.
 
     Spans written by hand get the map that was asked for and nothing else: no repair, unless the
     call names one or a recipe other than the default. ``None`` values change nothing.
+
+    Args:
+        recipe: a name, or a recipe to start from.
+        spans_given: spans were written by hand.
+        map: the only kind of map.
+        rank: of low-rank maps.
+        per_token_type: one map for prefix and one for patch tokens.
+        solving: fields of ``Options``; ``ridge`` may be ``"auto"``.
     """
+    maps = None if map is None else (map,)
+    changes = {"maps": maps, "rank": rank, "per_token_type": per_token_type}
     chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
     given = {k: v for k, v in solving.items() if v is not None}
     if "ridge" in given:
-        given["ridge"] = None if given["ridge"] == "auto" else read_number(given["ridge"], "ridge")
+        given["ridge"] = _ridge(given["ridge"])
     if spans_given and "repair" not in given and chosen.name == "default" and recipe == "default":
         given["repair"] = "none"
     return dataclasses.replace(chosen, options=dataclasses.replace(chosen.options, **given))
+
+
+def _ridge(value: float | str) -> float | None:
+    """λ as a number; ``None`` for ``auto``."""
+    try:
+        return None if value == "auto" else float(value)
+    except ValueError:
+        raise BlockfitError(
+            f"cannot read {value!r} as ridge; give a number, such as 1e-4, or auto"
+        ) from None
 
 
 def compress(
@@ -105,14 +131,18 @@ def compress(
     recipe: str | Recipe = "default",
     map: str | None = None,
     rank: int | None = None,
-    repair: str | None = None,
+    per_token_type: bool | None = None,
     ridge: float | str | None = None,
+    prefix_weight: float | None = None,
+    repair: str | None = None,
+    repair_ridge: float | None = None,
     protect: Iterable[int] = (),
     blocks: str | None = None,
     hold_out: float = HOLD_OUT,
     seed: int = 0,
     inplace: bool = False,
     say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Replace redundant runs of blocks by closed-form maps, without training.
 
@@ -131,14 +161,18 @@ def compress(
         recipe: ``default``, ``paper``, ``plain``, or a ``Recipe``.
         map: kind of map, instead of the recipe's.
         rank: of ``low-rank`` maps.
-        repair: ``none``, ``mlp`` or ``mlp+attention``, instead of the recipe's.
+        per_token_type: one map for prefix and another for patch tokens.
         ridge: λ of the maps, instead of the recipe's; ``"auto"`` chooses it for each map.
+        prefix_weight: weight of a prefix token in every fit, where a patch token weighs 1.
+        repair: ``none``, ``mlp`` or ``mlp+attention``, instead of the recipe's.
+        repair_ridge: λ of the repairs, towards the original weights.
         protect: blocks that must stay because something reads their output.
         blocks: dotted path of the list of blocks, where looking is not enough.
         hold_out: part of the images that judges and is not fitted on.
         seed: of every draw.
         inplace: change ``model`` itself instead of a copy.
         say: called with one line on what is being done.
+        progress: called with how many of how many (images, blocks) are done of what was said last.
 
     Returns:
         The small model with its plan and report.
@@ -159,8 +193,13 @@ def compress(
     chosen = recipe_for(
         recipe,
         spans is not None,
-        {"maps": None if map is None else (map,), "rank": rank},
-        {"repair": repair, "ridge": ridge},
+        map=map,
+        rank=rank,
+        per_token_type=per_token_type,
+        ridge=ridge,
+        prefix_weight=prefix_weight,
+        repair=repair,
+        repair_ridge=repair_ridge,
     )
     plan = None
     if spans is not None:
@@ -176,7 +215,7 @@ def compress(
     setting = Setting.of(model, images, blocks, hold_out, seed)
     if plan is not None:
         plan.check(setting.blocks.depth, protect)
-    session = Session(setting, chosen, protect, seed, say)
+    session = Session(setting, chosen, protect, seed, say, progress)
     if plan is not None:
         point = session.by_hand(plan)
     else:

@@ -17,7 +17,7 @@ from blockfit.probe import evaluating
 from blockfit.spans import Span
 from blockfit.trace import check_finite
 
-TOKENS_PER_IMAGE = 24
+TOKENS_PER_IMAGE = 16
 """Patch tokens taken of each image where the moments of *all* spans are wanted.
 
 All tokens of an image say much the same, and the products of 70 pairs of 12 blocks cost as much

@@ -73,6 +73,7 @@ def _root(
 
 @app.command()
 def compress(
+    context: typer.Context,
     output: opt.Folder,
     model: opt.MaybeModel = None,
     images: opt.MaybePictures = None,
@@ -93,8 +94,11 @@ def compress(
     plain: opt.Plain = False,
     map: opt.Map = None,
     rank: opt.Rank = None,
-    repair: opt.Repair = None,
+    per_token_type: opt.PerTokenType = False,
     ridge: opt.Ridge = None,
+    prefix_weight: opt.PrefixWeight = None,
+    repair: opt.Repair = None,
+    repair_ridge: opt.RepairRidge = None,
     select: opt.Select = None,
     contiguous: opt.Contiguous = False,
     protect: opt.Protect = None,
@@ -110,12 +114,13 @@ def compress(
     budget = Budget.of(
         remove=remove, params=params, flops=flops, latency=latency, max_kl=max_kl, max_drop=max_drop
     )
+    how = opt.how(context)
     if sweep_folder is not None:
         unused = {
             "--images": images, "--limit": limit, "--span": span, "--blocks": blocks,
-            "--recipe": recipe, "--plain": plain, "--map": map, "--rank": rank,
-            "--repair": repair, "--ridge": ridge, "--select": select,
-            "--contiguous": contiguous, "--protect": protect, "--hold-out": hold_out,
+            "--recipe": recipe, "--plain": plain, "--select": select, "--contiguous": contiguous,
+            "--protect": protect, "--hold-out": hold_out,
+            **{f"--{name.replace('_', '-')}": value for name, value in how.items()},
         }  # fmt: skip
         opt.refuse(unused, "cannot be used with --from: the sweep has settled it")
         if budget is None:
@@ -152,16 +157,14 @@ def compress(
             max_kl=max_kl,
             max_drop=max_drop,
             recipe=chosen,
-            map=map,
-            rank=rank,
-            repair=repair,
-            ridge=ridge,
+            **how,
             protect=protected,
             blocks=blocks,
             hold_out=HOLD_OUT if hold_out is None else hold_out,
             seed=seed,
             inplace=True,
             say=out.say,
+            progress=out.count,
         )
         out.say(f"saving to {output}")
         api.save(result, output, overwrite=overwrite)
@@ -255,6 +258,7 @@ def analyze(
 
 @app.command()
 def sweep(
+    context: typer.Context,
     model: opt.Model,
     images: opt.Pictures,
     output: opt.Folder,
@@ -267,8 +271,11 @@ def sweep(
     plain: opt.Plain = False,
     map: opt.Map = None,
     rank: opt.Rank = None,
-    repair: opt.Repair = None,
+    per_token_type: opt.PerTokenType = False,
     ridge: opt.Ridge = None,
+    prefix_weight: opt.PrefixWeight = None,
+    repair: opt.Repair = None,
+    repair_ridge: opt.RepairRidge = None,
     select: opt.Select = None,
     contiguous: opt.Contiguous = False,
     protect: opt.Protect = None,
@@ -280,12 +287,7 @@ def sweep(
     """Find the best plan for every size; a sweep that was stopped goes on where it was."""
     started = time.perf_counter()
     out = Output(as_json, quiet)
-    chosen = api.recipe_for(
-        opt.recipe(recipe, plain, select, contiguous),
-        False,
-        {"maps": None if map is None else (map,), "rank": rank},
-        {"repair": repair, "ridge": ridge},
-    )
+    chosen = api.recipe_for(opt.recipe(recipe, plain, select, contiguous), **opt.how(context))
     protected = opt.block_numbers(protect)
     with out.working():
         original, pictures = _open(out, model, images, limit, seed, batch_size, device)
@@ -299,6 +301,7 @@ def sweep(
             hold_out=HOLD_OUT if hold_out is None else hold_out,
             seed=seed,
             say=out.say,
+            progress=out.count,
         )
     before = frontier.data["original"]
     show_frontier(out, frontier.points, before)
@@ -329,7 +332,9 @@ def demo(
         store.check_folder(output, overwrite)
     with out.working():
         original, pictures = _open(out, "demo", "digits", DEMO_IMAGES, seed, 64, None)
-        result = api.compress(original, pictures, remove=remove, seed=seed, say=out.say)
+        result = api.compress(
+            original, pictures, remove=remove, seed=seed, say=out.say, progress=out.count
+        )
         if output is not None:
             api.save(result, output, overwrite=overwrite)
         out.say("evaluating on the test digits")

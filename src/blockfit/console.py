@@ -1,4 +1,4 @@
-"""What people see: progress while a command runs, tables when it is done, all on standard error."""
+"""What people see: progress on standard error, results on standard output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blockfit.errors import BlockfitError
 from blockfit.similarity import Tables
 
 WIDTH = 110
-"""Columns of tables where standard error is no terminal."""
+"""Columns of tables where standard output is no terminal."""
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes."""
@@ -34,8 +34,8 @@ BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
 class Output:
     """Where a command's words go.
 
-    Standard output gets one JSON object with ``--json`` and nothing otherwise; everything else
-    goes to standard error. Progress shows on a terminal only.
+    Standard output gets the result: tables, or one JSON object and nothing else with ``--json``.
+    Progress, notes and warnings go to standard error; progress shows on a terminal only.
 
     Args:
         as_json: ``--json`` was given; tables are left out.
@@ -44,9 +44,12 @@ class Output:
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
         self.as_json, self.quiet = as_json, quiet
-        self._console = Console(
-            stderr=True, markup=False, emoji=False, highlight=False,
-            width=None if sys.stderr.isatty() else WIDTH,
+        self._console, self._page = (
+            Console(
+                file=file, markup=False, emoji=False, highlight=False,
+                width=None if file.isatty() else WIDTH,
+            )
+            for file in (sys.stderr, sys.stdout)
         )  # fmt: skip
         shown = self._console.is_terminal and not quiet
         self._bars = Bars(
@@ -77,10 +80,15 @@ class Output:
             self._bars.reset(self._task, total=total)
         self._bars.update(self._task, completed=done)
 
-    def line(self, text: str = "") -> None:
-        """A line for people."""
+    def note(self, text: str) -> None:
+        """What a run works with, told before there is a result."""
         if not (self.as_json or self.quiet):
             self._console.print(text, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """A line of the result."""
+        if not (self.as_json or self.quiet):
+            self._page.print(text, soft_wrap=True)
 
     def warn(self, lines: Iterable[str]) -> None:
         """Warnings, also beside ``--json``."""
@@ -97,7 +105,7 @@ class Output:
             table.add_column(name, justify="left" if column == 0 else "right")
         for row in rows:
             table.add_row(*row)
-        self._console.print(table)
+        self._page.print(table)
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The one JSON object on standard output, where it was asked for."""
@@ -184,8 +192,8 @@ def share(part: float | None, whole: float | None) -> str:
 def show_images(out: Output, told: Mapping[str, Any]) -> None:
     """Which images are used and how they are prepared, from ``Images.description``."""
     drawn = "" if told["used"] == told["total"] else f", drawn with seed {told['seed']}"
-    out.line(f"images: {told['used']} of {told['total']} from {told['source']}{drawn}")
-    out.line(f"preprocessing: {told['preprocessing']}")
+    out.note(f"images: {told['used']} of {told['total']} from {told['source']}{drawn}")
+    out.note(f"preprocessing: {told['preprocessing']}")
 
 
 def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None:

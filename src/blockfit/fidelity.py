@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blockfit.head import Observation
+from blockfit.numerics import exact
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class FidelityMeter:
 
     def add(self, original: Observation, compressed: Observation) -> None:
         """Compare two observations of the same images, of equal shapes."""
-        before, after = original.features.double(), compressed.features.double()
+        before, after = exact(original.features), exact(compressed.features)
         self.images += len(before)
         self._cosine += float(torch.cosine_similarity(before, after, dim=1).sum())
         size = before.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
@@ -70,6 +71,6 @@ class FidelityMeter:
 
 def kl_divergence(original: Tensor, compressed: Tensor) -> Tensor:
     """KL(softmax(original) ‖ softmax(compressed)) per image, in nats; logits are (n, classes)."""
-    p = original.double().log_softmax(1)
-    q = compressed.double().log_softmax(1)
+    p = exact(original).log_softmax(1)
+    q = exact(compressed).log_softmax(1)
     return (p.exp() * (p - q)).sum(1).clamp_min(0)

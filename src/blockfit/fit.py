@@ -129,7 +129,7 @@ def fit_affine(
     width_in, width_out = problem.xy.shape
     if prior is None:
         prior = torch.eye(width_out, width_in, dtype=torch.float64)
-    prior = prior.double().cpu()
+    prior = prior.cpu().double()
     if bias:
         xx, xy, mean_x, mean_y = _centred(problem)
         weight = ridge_solve(xx, xy, prior.T, ridge).T

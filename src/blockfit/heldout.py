@@ -14,6 +14,7 @@ from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.fidelity import Fidelity, FidelityMeter
 from blockfit.head import Observation, observe
+from blockfit.numerics import exact
 from blockfit.probe import evaluating
 from blockfit.repair import Solution, swapped
 from blockfit.spans import Plan, Replacement
@@ -48,12 +49,19 @@ class HeldOut:
         model: the original model.
         blocks: where its blocks are.
         images: images that no map is fitted on; their batch size is the unit of ``batches``.
+        progress: called with images done and images in all.
 
     Raises:
         BlockfitError: no image, NaN or infinite hidden states.
     """
 
-    def __init__(self, model: nn.Module, blocks: Blocks, images: Images) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        images: Images,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.model, self.blocks = model, blocks
         self.traces: list[Trace] = []
         self.labels: list[Tensor | None] = []
@@ -62,6 +70,8 @@ class HeldOut:
                 keep = range(blocks.depth + 1)
                 self.traces.append(trace(model, blocks, batch.inputs, keep, batch.names))
                 self.labels.append(batch.labels)
+                if progress is not None:
+                    progress(len(self), len(images))
         if not self.traces:
             raise BlockfitError("there are no held-out images to judge by; give more images")
         whole = Solution(Plan(), ())
@@ -103,7 +113,7 @@ class HeldOut:
         sums = {entry: torch.zeros(3, 2, dtype=torch.float64) for entry in solution.plan}
 
         def note(entry: Replacement, seen: Trace, before: Tensor, after: Tensor) -> None:
-            target = seen.states[entry.span.stop].double()
+            target = exact(seen.states[entry.span.stop])
             spread = target - target.mean(dim=(0, 1))
             for column, tokens in enumerate((slice(0, k), slice(k, None))):
                 for row, gap in enumerate((after - target, before - target, spread)):
@@ -165,7 +175,7 @@ def observe_solution(
             # With no block before it, the model itself hands over h[0].
             out: Tensor = own(hidden)
             if listen is not None:
-                listen(entry, hidden.double(), out.double())
+                listen(entry, exact(hidden), exact(out))
             return out
 
         functions[entry.span.stop - 1] = apply

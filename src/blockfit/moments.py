@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blockfit.errors import BlockfitError
+from blockfit.numerics import exact
 from blockfit.spans import Span
 
 TOKEN_TYPES = ("prefix", "patch")
@@ -43,8 +44,8 @@ class Regression:
         covariance has a condition number of 1e9, as DINOv2's has at h[0]. float32 halves the time
         and is enough where a ridge bounds the condition number.
         """
-        x = x.reshape(-1, x.shape[-1]).to(dtype)
-        y = y.reshape(-1, y.shape[-1]).to(dtype)
+        widen = exact if dtype == torch.float64 else lambda rows: rows.to(dtype)
+        x, y = widen(x.reshape(-1, x.shape[-1])), widen(y.reshape(-1, y.shape[-1]))
         return cls(
             count=float(len(x)),
             sum_x=x.sum(0).cpu().double(),
@@ -151,7 +152,7 @@ class Moments:
         images, given = hidden[self.boundaries[0]].shape[:2]
         self._patches += images * (given - k if patches is None else patches)
         for token_type, tokens in (("prefix", slice(0, k)), ("patch", slice(k, None))):
-            rows = [hidden[b][:, tokens].reshape(-1, self.width).double() for b in self.boundaries]
+            rows = [exact(hidden[b][:, tokens].reshape(-1, self.width)) for b in self.boundaries]
             if len(rows[0]):
                 self._add_rows(self._types[token_type], rows)
 

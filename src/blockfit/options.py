@@ -91,7 +91,19 @@ Map = Annotated[str | None, option("--map", help=f"{', '.join(MAP_KINDS)}.", pan
 Rank = Annotated[int | None, option("--rank", help="Of low-rank maps.", panel=HOW)]
 Repair = Annotated[str | None, option("--repair", help=f"{', '.join(REPAIRS)}.", panel=HOW)]
 Ridge = Annotated[
-    float | None, option("--ridge", help="λ of the maps; 0 is plain least squares.", panel=HOW)
+    str | None,
+    option("--ridge", help="λ of the maps: a number (0: plain least squares) or auto.", panel=HOW),
+]
+RepairRidge = Annotated[
+    float | None,
+    option("--repair-ridge", help="λ of the repairs, towards the original weights.", panel=HOW),
+]
+PrefixWeight = Annotated[
+    float | None,
+    option("--prefix-weight", help="Of a prefix token in every fit; patch tokens: 1.", panel=HOW),
+]
+PerTokenType = Annotated[
+    bool, option("--per-token-type", help="One map for prefix and one for patch tokens.", panel=HOW)
 ]
 Select = Annotated[
     str | None, option("--select", help=f"Choose spans by {', '.join(SELECTIONS)}.", panel=HOW)
@@ -138,6 +150,24 @@ def recipe(name: str | None, plain: bool, select: str | None, contiguous: bool) 
     if contiguous:
         changes["contiguous"] = True
     return named_recipe(chosen, **changes) if changes else chosen
+
+
+HOW_NAMES = (
+    "map",
+    "rank",
+    "per_token_type",
+    "ridge",
+    "prefix_weight",
+    "repair",
+    "repair_ridge",
+)
+"""Options that change a recipe, by their names in ``api.compress`` and ``api.recipe_for``."""
+
+
+def how(context: typer.Context) -> dict[str, Any]:
+    """The options of ``HOW_NAMES`` that a command was given; ``None`` for the others."""
+    given = {name: context.params[name] for name in HOW_NAMES}
+    return {name: None if value is False else value for name, value in given.items()}
 
 
 def block_numbers(text: str | None) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
+from blockfit.numerics import exact
 
 RunBlock = Callable[[Tensor], Tensor]
 """Runs one block on a hidden state with the arguments that its model gives it."""
@@ -37,9 +38,9 @@ class Writer:
     def effective(self, block: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Weight (width, inputs) and bias (width,) with the gain multiplied in, float64, CPU."""
         linear = self.linear(block)
-        gain = self.gain.double().cpu()
-        weight = linear.weight.detach().double().cpu() * gain[:, None]
-        bias = None if linear.bias is None else linear.bias.detach().double().cpu() * gain
+        gain = self.gain.cpu().double()
+        weight = linear.weight.detach().cpu().double() * gain[:, None]
+        bias = None if linear.bias is None else linear.bias.detach().cpu().double() * gain
         return weight, bias
 
     def stored(self, block: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
@@ -48,14 +49,14 @@ class Writer:
         Channels whose gain vanishes keep the parameters that they have.
         """
         linear = self.linear(block)
-        gain = self.gain.double().cpu()
+        gain = self.gain.cpu().double()
         usable = gain.abs() > 1e-6 * gain.abs().max()
         safe = torch.where(usable, gain, torch.ones_like(gain))
         old = linear.weight.detach()
-        new = torch.where(usable[:, None], weight / safe[:, None], old.double().cpu())
+        new = torch.where(usable[:, None], weight / safe[:, None], old.cpu().double())
         out = {f"{self.name}.weight": new.to(device=old.device, dtype=old.dtype)}
         if linear.bias is not None and bias is not None:
-            shift = torch.where(usable, bias / safe, linear.bias.detach().double().cpu())
+            shift = torch.where(usable, bias / safe, linear.bias.detach().cpu().double())
             out[f"{self.name}.bias"] = shift.to(device=old.device, dtype=old.dtype)
         return out
 
@@ -177,7 +178,7 @@ def _gain(
 
     def out(value: Tensor | float) -> Tensor:
         with torch.no_grad(), written(block, {**silenced, name: value}):
-            return run(hidden).double()
+            return exact(run(hidden))
 
     base, real = out(0.0), out(output)
     # A unit of the size of the state itself, so that the difference stands clear of rounding.
@@ -189,7 +190,7 @@ def _gain(
     if not torch.isfinite(scale) or scale == 0:
         return None
     tolerance = 2e-3 if hidden.dtype == torch.float32 else 5e-2
-    predicted = gain * output.double()
+    predicted = gain * exact(output)
     if (predicted - change).abs().max() > tolerance * scale:
         return None
     # Rounding must not look like a LayerScale.

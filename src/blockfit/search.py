@@ -26,13 +26,10 @@ PROPOSALS = 4
 """Plans per size that are refitted and run."""
 
 QUICK_IMAGES = 128
-"""Images on which proposals are refitted; the finalists are solved on all."""
+"""Images on which proposals are refitted; the best is solved on all, repair included."""
 
 RANK_SLACK = 0.05
 """How much worse than the best rank a smaller one may score and still be taken."""
-
-FINALISTS = 1
-"""Proposals per size that are solved as they will be used, repair included."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,8 @@ class Search:
         recipe: maps, selection, refit and repair.
         protected: blocks that must stay.
         seed: for ``select="random"``.
-        progress: called with one line on what is being done.
+        say: called with one line on what is being done.
+        progress: called with blocks done and blocks in all while a plan is solved.
         precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.
     """
 
@@ -158,7 +156,8 @@ class Search:
         recipe: Recipe,
         protected: Iterable[int] = (),
         seed: int = 0,
-        progress: Callable[[str], None] | None = None,
+        say: Callable[[str], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
         self.originals, self.held_out, self._moments = originals, held_out, moments
@@ -168,7 +167,7 @@ class Search:
         self.scores: dict[Replacement, float] = {}
         self.tried: dict[Plan, float] = {}
         self.best: dict[int, list[Plan]] = {}
-        self._say = progress or (lambda line: None)
+        self._say, self._progress = say or (lambda line: None), progress
         self._precision = precision
 
     @property
@@ -197,11 +196,8 @@ class Search:
         proposals = [p for p in self.proposals(size) if fits is None or fits(p)]
         if not proposals:
             return None
-        points = []
-        for plan in proposals[:FINALISTS]:
-            self._say(f"{size} blocks: solving {plan}")
-            points.append(self.point(plan))
-        return min(points, key=lambda point: point.fidelity.loss)
+        self._say(f"{size} blocks: solving {proposals[0]}")
+        return self.point(proposals[0])
 
     def check(self, size: int) -> None:
         """Refuse a number of blocks that cannot go."""
@@ -229,7 +225,7 @@ class Search:
         return Point(solution, self.held_out.score(solution), tuple(errors))
 
     def _solve(self, plan: Plan) -> Solution:
-        solution = solve(self.originals, plan, self.recipe.options)
+        solution = solve(self.originals, plan, self.recipe.options, self._progress)
         return solution if self._precision is None else solution.rounded(self._precision)
 
     def state(self) -> dict[str, Any]:

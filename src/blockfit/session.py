@@ -21,6 +21,7 @@ from blockfit.recipes import Recipe
 from blockfit.repair import Solution
 from blockfit.search import Point, Search, most_removed
 from blockfit.spans import Plan, Span, spans_up_to
+from blockfit.surgery import removed_plan
 from blockfit.tensors import narrowest
 
 HOLD_OUT = 0.2
@@ -32,6 +33,7 @@ SAFE_LOSS = 0.1
 """Held-out loss above which a warning is due: KL in nats, relative feature error without a head."""
 
 Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Setting:
         """Find the blocks and split the images.
 
         Raises:
-            BlockfitError: no blocks, fewer than ``FEWEST_IMAGES`` images.
+            BlockfitError: no blocks, a model that is compressed already, fewer than
+                ``FEWEST_IMAGES`` images.
         """
         if len(images) < FEWEST_IMAGES:
             raise BlockfitError(
@@ -65,6 +68,10 @@ class Setting:
             )
         example = next(iter(images))
         blocks = find_blocks(model, example, path)
+        if len(done := removed_plan(model, blocks)):
+            raise BlockfitError(
+                f"the model is compressed already ({done}); compress the original again instead"
+            )
         fit, held_out = images.split(hold_out, seed)
         return cls(model, blocks, fit, replace(held_out, batch_size=JUDGE_BATCH), example)
 
@@ -78,6 +85,7 @@ class Session:
         protected: blocks that must stay.
         seed: of the token draw and of ``select="random"``.
         say: called with one line on what is being done.
+        progress: called with how many of how many (images, blocks) are done of what was said last.
     """
 
     def __init__(
@@ -87,16 +95,17 @@ class Session:
         protected: Iterable[int] = (),
         seed: int = 0,
         say: Say | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.setting, self.recipe, self.seed = setting, recipe, seed
         self.protected = tuple(sorted(set(protected)))
-        self._say = say or (lambda line: None)
+        self._say, self._progress = say or (lambda line: None), progress
         model, blocks = setting.model, setting.blocks
         spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist
         self._say(f"original model on {len(setting.fit)} fit images")
-        self.originals = Originals(model, blocks, setting.fit)
+        self.originals = Originals(model, blocks, setting.fit, progress=progress)
         self._say(f"original model on {len(setting.held_out)} held-out images")
-        self.held_out = HeldOut(model, blocks, setting.held_out)
+        self.held_out = HeldOut(model, blocks, setting.held_out, progress)
         self.sizes = Sizes(model, blocks, setting.example)
         self.precision = narrowest(model)
         self._moments: list[Moments] = []
@@ -110,10 +119,17 @@ class Session:
         return other
 
     def search(self, longest: int | None = None) -> Search:
-        """The search; calibrates at the first call."""
-        if self._search is None:
-            setting, recipe = self.setting, self.recipe
-            longest = max(recipe.longest, longest or 0)
+        """The search; calibrates at the first call.
+
+        Args:
+            longest: spans at least as long must be known; where only one span is allowed, any
+                that the model has by default.
+        """
+        setting, recipe = self.setting, self.recipe
+        if longest is None and recipe.contiguous:
+            longest = most_removed(setting.blocks.depth, self.protected)
+        longest = max(recipe.longest, longest or 0)
+        if self._search is None or self._search.recipe.longest < longest:
             spans = spans_up_to(setting.blocks.depth, longest, self.protected)
             if not spans:
                 raise BlockfitError("every block is protected; nothing can be removed")
@@ -129,6 +145,7 @@ class Session:
                 self.protected,
                 self.seed,
                 self._say,
+                self._progress,
                 self.precision,
             )
         return self._search
@@ -141,6 +158,7 @@ class Session:
             spans,
             tokens_per_image=TOKENS_PER_IMAGE,
             seed=self.seed,
+            progress=self._progress,
         )
 
     def by_hand(self, plan: Plan) -> Point:
@@ -153,6 +171,7 @@ class Session:
             None,
             self.recipe,
             self.protected,
+            progress=self._progress,
             precision=self.precision,
         )
         return judge.point(plan)

@@ -27,7 +27,7 @@ from blockfit.models import source_of
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution
 from blockfit.search import Point, most_removed
-from blockfit.session import HOLD_OUT, Say, Session, Setting
+from blockfit.session import HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.source import Source
 from blockfit.spans import Plan, Replacement
 
@@ -119,6 +119,7 @@ def sweep(
     hold_out: float = HOLD_OUT,
     seed: int = 0,
     say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Frontier:
     """Find the best plan for every size, from 1 removed block to all but two.
 
@@ -135,6 +136,7 @@ def sweep(
         hold_out: part of the images that judges.
         seed: of every draw.
         say: called with one line on what is being done.
+        progress: called with how many of how many (images, blocks) are done of what was said last.
 
     Raises:
         BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
@@ -144,7 +146,7 @@ def sweep(
         model = load(model)
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
-    chosen = recipe_for(recipe, False, {}, {})
+    chosen = recipe_for(recipe)
     run = {
         "recipe": recipe_json(chosen),
         "protect": sorted(set(protect)),
@@ -160,7 +162,7 @@ def sweep(
         largest = most_removed(setting.blocks.depth, run["protect"])
         if {p["removed"] for p in before["points"]} >= set(range(1, largest + 1)):
             return Frontier(target, before)
-    session = Session(setting, chosen, protect, seed, say)
+    session = Session(setting, chosen, protect, seed, say, progress)
     data = before or {
         "format": FORMAT,
         "run": run,
@@ -256,7 +258,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         few = value.detach().flatten()[:: max(1, value.numel() // 256)][:256]
-        digest.update(few.double().cpu().numpy().tobytes())
+        digest.update(few.cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
