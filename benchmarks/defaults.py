@@ -44,7 +44,7 @@ def variants(width: int, spans: list[str]) -> Iterator[tuple[str, Plan, Options]
     for ridge in (0.0, 1e-6, 1e-2, 1e-1, None):
         name = "auto" if ridge is None else f"{ridge:g}"
         yield f"ridge of maps {name} (default {RIDGE:g})", plan, replace(default, ridge=ridge)
-    for ridge in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0):
+    for ridge in (0.1, 0.3, 1.0, 3.0, 10.0):
         if ridge == default.repair_ridge:
             continue
         yield f"ridge of repairs {ridge:g}", plan, replace(default, repair_ridge=ridge)

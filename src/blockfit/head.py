@@ -24,10 +24,13 @@ class Observation:
         features: final features, shape (images, F): what the head's linear layers read, or the
             model's primary output flattened where it has no head.
         logits: shape (images, classes), ``None`` where the model has no head.
+        shape: of the features before they were flattened: with a token or position axis or two
+            where the model has no head and hands them out.
     """
 
     features: Tensor
     logits: Tensor | None
+    shape: tuple[int, ...] = ()
 
 
 def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
@@ -64,9 +67,10 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
         primary = primary_output(call(model, inputs))
         heads = _heads(primary, seen)
     if not heads:
-        return Observation(primary.detach().reshape(len(primary), -1), None)
+        flat = primary.detach().reshape(len(primary), -1)
+        return Observation(flat, None, tuple(primary.shape))
     features = torch.cat([read.flatten(1) for read in heads], dim=1)
-    return Observation(features.detach(), primary.detach())
+    return Observation(features.detach(), primary.detach(), tuple(features.shape))
 
 
 def primary_output(output: Any) -> Tensor:
