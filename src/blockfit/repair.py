@@ -26,7 +26,7 @@ from blockfit.surgery import apply_plan
 
 REPAIRS = ("none", "mlp", "mlp+attention")
 
-REPAIR_RIDGE = 1.0
+REPAIR_RIDGE = 3.0
 """Default λ of the repairs, towards the original weights; measured in docs/measurements.md."""
 
 
