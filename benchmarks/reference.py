@@ -2,8 +2,8 @@
 
 ``../shared/reference.json`` holds what the reference reaches with the linear map on its draw of 512
 images. This prints what blockfit reaches, on several draws: as ``--span 9:11`` does it (fitted on
-the images that are not held out, with the default ridge), and by plain least squares (λ = 0), as the
-paper does it, on all tokens of several numbers of images.
+the images that are not held out, with the default ridge), and by plain least squares (λ = 0), as
+the paper does it, on all tokens of several numbers of images.
 """
 
 from __future__ import annotations
