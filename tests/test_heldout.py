@@ -152,6 +152,26 @@ def test_accuracy_is_that_of_the_applied_model_on_labelled_images() -> None:
 
 
 @torch.no_grad()
+def test_a_folded_maps_error_stands_beside_that_of_dropping_the_span() -> None:
+    model = small_vit()
+    blocks = small_blocks(model)
+    plan = Plan.of(["3:5"], "folded")
+    solution = solve(Originals(model, blocks, open_images(FIT)), plan, Options(repair="none"))
+    (error,) = HeldOut(model, blocks, open_images(NEW, batch_size=len(NEW))).map_errors(solution)
+    with record(model, blocks) as seen:
+        model(NEW)
+    small = applied(model, blocks, solution)
+    with record(small, blocks) as after:
+        small(NEW)
+    target = seen[5].double()
+    size = float((target - target.mean(dim=(0, 1))).square().sum())
+    dropped = float((seen[3] - target).square().sum()) / size
+    assert error.identity_error == pytest.approx(dropped, rel=1e-3)
+    mapped = float((after[5] - target).square().sum()) / size
+    assert error.error == pytest.approx(mapped, rel=1e-3)
+    assert error.error < error.identity_error
+
+
 def test_map_errors_are_those_of_the_applied_models_states_beside_identity() -> None:
     model = small_vit()
     blocks = small_blocks(model)

@@ -108,12 +108,18 @@ class HeldOut:
         return right / total
 
     def map_errors(self, solution: Solution) -> list[MapError]:
-        """The local held-out error of every map of ``solution``, beside identity's."""
+        """The local held-out error of every map of ``solution``, beside identity's.
+
+        A folded map lies in the block before its span, so that identity's error is that of the
+        original's state before the span.
+        """
         k = self.blocks.prefix_tokens
         sums = {entry: torch.zeros(3, 2, dtype=torch.float64) for entry in solution.plan}
 
         def note(entry: Replacement, seen: Trace, before: Tensor, after: Tensor) -> None:
             target = exact(seen.states[entry.span.stop])
+            if entry.map == "folded":
+                before = exact(seen.states[entry.span.start])
             spread = target - target.mean(dim=(0, 1))
             for column, tokens in enumerate((slice(0, k), slice(k, None))):
                 for row, gap in enumerate((after - target, before - target, spread)):
