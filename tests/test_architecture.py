@@ -26,10 +26,10 @@ ROWS = (
     ("moments",),
     ("fit",),
     ("similarity",),
-    ("probe", "blocks", "surgery", "head", "residual", "trace", "tensors", "measure"),
-    ("preprocess", "source", "libraries", "models", "demo"),
+    ("probe", "watch", "blocks", "surgery", "head", "residual", "trace", "tensors", "measure"),
+    ("preprocess", "source", "hub", "libraries", "models", "demo"),
     ("decode", "records", "tables", "shards", "lists", "layouts", "ready", "paths"),
-    ("stream", "data"),
+    ("classes", "stream", "data"),
     ("calibrate",),
     ("originals", "repair"),
     ("fidelity", "recipes", "budget", "heldout", "search", "session"),
@@ -40,7 +40,7 @@ ROWS = (
     ("report",),
     ("api", "sweep"),
     ("__init__",),
-    ("console", "options", "cli", "__main__"),
+    ("console", "options", "commands", "cli", "__main__"),
 )
 """Each row may import from the rows above it; modules of one row from one another, in no circle."""
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,21 +17,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from blockfit.classes import model_labels
 from blockfit.decode import Unreadable, decode
 from blockfit.errors import BlockfitError
-from blockfit.models import label_names
+from blockfit.paths import from_files, from_path
 from blockfit.preprocess import Preprocessing, preprocessing_of
 from blockfit.probe import Batch
-from blockfit.records import (
-    Records,
-    from_arrays,
-    from_dataset,
-    from_files,
-    from_items,
-    from_path,
-    one_split,
-)
+from blockfit.records import Records, from_arrays, from_items
 from blockfit.stream import Stream, stream_of
+from blockfit.tables import from_dataset, one_split
 
 MOST_UNREADABLE = 0.1
 """The share of unreadable images beyond which a run stops."""
@@ -198,8 +191,10 @@ class Images:
     def _relabelled(self, labels: Tensor | None) -> Tensor | None:
         if labels is None or self.new_label is None:
             return labels
-        known = self.new_label
-        return torch.tensor([known[int(label)] for label in labels], dtype=torch.int64)
+        numbers = [self.new_label.get(int(label)) for label in labels]
+        if any(number is None for number in numbers):
+            return None
+        return torch.tensor(numbers, dtype=torch.int64)
 
 
 def images(
@@ -248,7 +243,7 @@ def images(
     positions = np.arange(records.size)
     if limit is not None:
         positions = np.random.default_rng(seed).permutation(records.size)[:limit]
-    names, new_label = _model_labels(records.class_names, model)
+    names, new_label = model_labels(records.class_names, model)
     drawn = len(positions)
     return Images(records, positions, prepare, batch_size, seed, workers, drawn, names, new_label)
 
@@ -295,37 +290,6 @@ def _prepare(
             f"how are the images of {records.source} prepared? give the model, or preprocessing="
         )
     return preprocessing_of(model)
-
-
-def _model_labels(
-    names: list[str] | None, model: nn.Module | None
-) -> tuple[list[str] | None, dict[int, int] | None]:
-    """Class names in the model's order, and the model's number for each label of the data set.
-
-    Where every class of the data set has a namesake among the model's, labels go by name;
-    otherwise by position.
-    """
-    known = label_names(model) if model is not None else None
-    if names is None or known is None:
-        return names, None
-    if [_plain(name) for name in names] == [_plain(name) for name in known]:
-        return known, None
-    number = _numbers(known, lambda name: [name])
-    number = {**_numbers(known, lambda name: name.split(",")), **number}
-    if not all(_plain(name) in number for name in names):
-        return names, None
-    return known, {i: number[_plain(name)] for i, name in enumerate(names)}
-
-
-def _numbers(known: list[str], aliases: Callable[[str], list[str]]) -> dict[str, int]:
-    """The model's number of each name; names that two classes share are left out."""
-    pairs = [(_plain(alias), i) for i, name in enumerate(known) for alias in aliases(name)]
-    shared = {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
-    return {name: i for name, i in pairs if name not in shared}
-
-
-def _plain(name: str) -> str:
-    return name.strip().casefold().replace("_", " ")
 
 
 @dataclass(frozen=True)
