@@ -3,70 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
-import shutil
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commandline import FEW, Done, blockfit_command
+from commandline import small as small
 from families import one_thread as one_thread
-from pictures import folder_of
 
 import blockfit
 from blockfit import cli
 from blockfit.console import Output, amount
 from blockfit.demo import digits, load_demo
-
-FEW = ("--images", "digits", "--limit", "40")
-
-
-@dataclass
-class Done:
-    """What a command left: exit code, standard output, standard error."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        assert self.code == 0, self.err
-        assert self.out.count("\n") == 1
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> str:
-        """The one sentence of a refused call, behind what was told of the images."""
-        assert self.code == 2, self.err
-        assert self.out == ""
-        *told, sentence = self.err.splitlines()
-        assert all(line.startswith(("images: ", "preprocessing: ")) for line in told)
-        assert sentence.startswith("blockfit: error: ")
-        return sentence.removeprefix("blockfit: error: ")
-
-
-def blockfit_command(*arguments: str | Path) -> Done:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.run([str(a) for a in arguments])
-    return Done(code, out.getvalue(), err.getvalue())
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    """The demo model without blocks 9 and 10, and what ``compress --json`` said of it."""
-    folder = tmp_path_factory.mktemp("cli") / "small"
-    done = blockfit_command(
-        "compress", "demo", *FEW, "--span", "9:11", "--map", "affine", "-o", folder, "--json"
-    )
-    return folder, done
 
 
 @pytest.fixture
@@ -132,65 +86,6 @@ def test_quiet_says_nothing(tmp_path: Path) -> None:
     done = blockfit_command("compress", "demo", *FEW, "--span", "9:11", "-o", folder, "--quiet")
     assert (done.code, done.out, done.err) == (0, "", "")
     assert folder.is_dir()
-
-
-def test_evaluate_prints_the_promised_keys_as_fractions(small: tuple[Path, Done]) -> None:
-    done = blockfit_command(
-        "evaluate", small[0], "--against", "demo", "--data", "digits:test", "--json"
-    )
-    told = done.json
-    assert told["images"] == 599
-    keys = {"top1", "parameters", "flops", "size_bytes", "images_per_second"}
-    for name in ("original", "compressed"):
-        assert keys <= told[name].keys()
-        assert 0.9 < told[name]["top1"] <= 1
-    assert told["fidelity"].keys() == {
-        "kl", "agreement", "feature_cosine", "feature_relative_error",
-    }  # fmt: skip
-    pictures, labels = digits("test")
-    with torch.inference_mode():
-        right = (load_demo()(pictures).argmax(1) == labels).float().mean()
-    assert told["original"]["top1"] == pytest.approx(float(right), abs=1e-6)
-    assert told["compressed"]["parameters"] == small[1].json["parameters_after"]
-    assert told["compressed"]["flops"] == small[1].json["flops_after"]
-
-
-def test_evaluate_of_a_single_model_has_no_original(small: tuple[Path, Done]) -> None:
-    done = blockfit_command("evaluate", "demo", "--data", "digits:test", "--limit", "30")
-    assert done.code == 0
-    assert "On 30 images" in done.out
-    assert "original" not in done.out
-
-
-def test_evaluate_prepares_images_as_the_original_where_the_small_model_does_not_say(
-    small: tuple[Path, Done], tmp_path: Path
-) -> None:
-    silent = tmp_path / "silent"
-    shutil.copytree(small[0], silent)
-    manifest = json.loads((silent / "blockfit.json").read_text())
-    assert manifest["base"]["preprocessing"] is not None
-    manifest["base"]["preprocessing"] = None
-    (silent / "blockfit.json").write_text(json.dumps(manifest))
-    pictures = folder_of(tmp_path / "pictures", 3)
-    alone = blockfit_command("evaluate", silent, "--data", pictures)
-    assert "does not say how its images are prepared" in alone.error
-    helped = blockfit_command("evaluate", silent, "--data", pictures, "--against", "demo")
-    assert "preprocessing: resize to 8 × 8" in helped.err
-    assert helped.code == 0
-
-
-def test_analyze_writes_the_tables(tmp_path: Path) -> None:
-    folder = tmp_path / "analysis"
-    done = blockfit_command("analyze", "demo", *FEW, "-o", folder, "--json")
-    told = done.json
-    assert told["output"] == str(folder)
-    assert told["similarity"]["boundaries"] == list(range(13))
-    with (folder / "similarity.csv").open(newline="") as file:
-        first = next(csv.DictReader(file))
-    assert first["metric"] == "mse"
-    assert json.loads((folder / "analysis.json").read_text())["similarity"] == told["similarity"]
-    again = blockfit_command("analyze", "demo", *FEW, "-o", folder)
-    assert "--overwrite" in again.error
 
 
 def test_a_sweep_makes_models_without_images(tmp_path: Path) -> None:

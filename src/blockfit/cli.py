@@ -11,27 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import nn
 
 from blockfit import __version__, api, store
 from blockfit import options as opt
-from blockfit.analysis import analyze as analyze_model
-from blockfit.analysis import check_folder as check_analysis
-from blockfit.blocks import find_blocks
 from blockfit.budget import Budget
+from blockfit.commands import analyze, evaluate, opened
 from blockfit.console import (
     Output,
     guarded,
-    show_analysis,
     show_compression,
     show_evaluation,
     show_frontier,
-    show_images,
 )
-from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.evaluate import evaluate as evaluate_model
-from blockfit.models import source_of
 from blockfit.session import HOLD_OUT
 from blockfit.sweep import from_sweep
 from blockfit.sweep import sweep as sweep_model
@@ -145,7 +138,7 @@ def compress(
     chosen = opt.recipe(recipe, plain, select, contiguous)
     protected = opt.block_numbers(protect)
     with out.working():
-        original, pictures = _open(out, model, images, limit, seed, batch_size, device)
+        original, pictures = opened(out, model, images, limit, seed, batch_size, device)
         result = api.compress(
             original,
             pictures,
@@ -171,89 +164,8 @@ def compress(
     _compressed(out, result, model, output)
 
 
-@app.command()
-def evaluate(
-    small: opt.Small,
-    data: opt.TestData,
-    against: opt.Against = None,
-    limit: opt.Limit = None,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 32,
-    device: opt.Device = None,
-    blocks: opt.BlocksPath = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Measure a model's accuracy, size and speed, and its fidelity to the original."""
-    out = Output(as_json, quiet)
-    with out.working():
-        out.say(f"loading {small}")
-        where = None
-        if store.is_saved(small):
-            saved = store.load_saved(small, device=opt.device(device))
-            compressed, where = saved.model, saved.blocks
-        else:
-            compressed = api.load(small, device=opt.device(device))
-        original = None if against is None else api.load(against, device=device)
-        # The small model's own preprocessing; the original's where it has none.
-        own = source_of(compressed).preprocessing is not None or original is None
-        pictures = api.images(
-            data, compressed if own else original, limit=limit, seed=seed, batch_size=batch_size
-        )
-        show_images(out, pictures.description())
-        if blocks is not None:
-            where = find_blocks(compressed, next(iter(pictures), None), blocks)
-        out.say("evaluating")
-        worth = evaluate_model(
-            compressed, pictures, against=original, blocks=where, progress=out.count
-        ).to_json()
-    show_evaluation(out, worth)
-    out.result(worth)
-
-
-@app.command()
-def analyze(
-    model: opt.Model,
-    images: opt.Pictures,
-    output: opt.MaybeFolder = None,
-    limit: opt.Limit = None,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 32,
-    device: opt.Device = None,
-    blocks: opt.BlocksPath = None,
-    overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Compare the hidden states of all blocks: MSE, cosine, angle, CKA and R²."""
-    started = time.perf_counter()
-    out = Output(as_json, quiet)
-    if output is not None:
-        check_analysis(output, overwrite)
-    with out.working():
-        original, pictures = _open(out, model, images, limit, seed, batch_size, device)
-        result = analyze_model(
-            original,
-            pictures,
-            output,
-            blocks=blocks,
-            seed=seed,
-            overwrite=overwrite,
-            say=out.say,
-            progress=out.count,
-        )
-    show_analysis(out, result.tables, result.warnings)
-    if output is not None:
-        out.line(f"all pairs of states: {', '.join(str(output / name) for name in result.files)}")
-    out.result(
-        {
-            **result.to_json(),
-            "seconds": round(time.perf_counter() - started, 3),
-            "output": None if output is None else str(output),
-        }
-    )
+app.command()(evaluate)
+app.command()(analyze)
 
 
 @app.command()
@@ -290,7 +202,7 @@ def sweep(
     chosen = api.recipe_for(opt.recipe(recipe, plain, select, contiguous), **opt.how(context))
     protected = opt.block_numbers(protect)
     with out.working():
-        original, pictures = _open(out, model, images, limit, seed, batch_size, device)
+        original, pictures = opened(out, model, images, limit, seed, batch_size, device)
         frontier = sweep_model(
             original,
             pictures,
@@ -331,7 +243,7 @@ def demo(
     if output is not None:
         store.check_folder(output, overwrite)
     with out.working():
-        original, pictures = _open(out, "demo", "digits", DEMO_IMAGES, seed, 64, None)
+        original, pictures = opened(out, "demo", "digits", DEMO_IMAGES, seed, 64, None)
         result = api.compress(
             original, pictures, remove=remove, seed=seed, say=out.say, progress=out.count
         )
@@ -350,22 +262,6 @@ def demo(
     if output is not None:
         out.line(f"saved to {output}")
     out.result({"compress": _compression(result, output), "evaluate": worth})
-
-
-def _open(
-    out: Output,
-    model: str,
-    images: str,
-    limit: int | None,
-    seed: int,
-    batch_size: int,
-    device: str | None,
-) -> tuple[nn.Module, Images]:
-    out.say(f"loading {model}")
-    loaded = api.load(model, device=opt.device(device))
-    pictures = api.images(images, loaded, limit=limit, seed=seed, batch_size=batch_size)
-    show_images(out, pictures.description())
-    return loaded, pictures
 
 
 def _compression(result: api.Result, output: Path | None) -> dict[str, Any]:

@@ -254,10 +254,28 @@ def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
             ("feature cosine", "", number(fidelity["feature_cosine"]), ""),
             ("feature relative error", "", number(fidelity["feature_relative_error"]), ""),
         ]
+    for protocol, models in worth.get("protocols", {}).items():
+        rows += _protocol_rows(protocol, models)
     header = BEFORE_AFTER
     if worth["original"] is None:
         header, rows = ("", "model"), [(name, value) for name, _, value, _ in rows]
     out.table(header, rows, f"On {worth['images']} images")
+
+
+def _protocol_rows(protocol: str, models: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Accuracy by features, or recall by how many are looked at."""
+    if protocol == "retrieval":
+        before, after = models.get("original", {}), models["compressed"]
+        return [
+            (f"retrieval {key}", percent(before.get(key)), percent(value), "")
+            for key, value in after.items()
+        ]
+    rows: list[tuple[str, ...]] = [
+        (protocol, percent(models.get("original")), percent(models["compressed"]), "")
+    ]
+    if (fixed := models.get("compressed_with_original_head")) is not None:
+        rows.append((f"{protocol}, learnt from the original", "", percent(fixed), ""))
+    return rows
 
 
 def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 import typer
 
 from blockfit.errors import BlockfitError
+from blockfit.protocols import PROTOCOLS
 from blockfit.recipes import RECIPES, SELECTIONS, Recipe
 from blockfit.recipes import recipe as named_recipe
 from blockfit.repair import REPAIRS
@@ -37,6 +38,20 @@ TestData = Annotated[
 ]
 Against = Annotated[
     str | None, option("--against", help="The original model, to compare with.", panel=DATA)
+]
+Protocol = Annotated[
+    list[str] | None,
+    option(
+        "--protocol",
+        help=f"Judge features as well, by {', '.join(PROTOCOLS)}. Repeatable.",
+        panel=HOW,
+    ),
+]
+Train = Annotated[
+    str | None, option("--train", help="Labelled images that --protocol learns from.", panel=DATA)
+]
+TrainLimit = Annotated[
+    int | None, option("--train-limit", help="Draw this many of --train.", panel=DATA)
 ]
 Pictures = Annotated[
     str,

@@ -1,0 +1,161 @@
+"""The commands that measure: ``evaluate`` and ``analyze``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from blockfit import api, store
+from blockfit import options as opt
+from blockfit.analysis import analyze as analyze_model
+from blockfit.analysis import check_folder
+from blockfit.blocks import Blocks, find_blocks
+from blockfit.console import Output, show_analysis, show_evaluation, show_images
+from blockfit.data import Images
+from blockfit.errors import BlockfitError
+from blockfit.evaluate import evaluate as evaluate_model
+from blockfit.models import source_of
+from blockfit.protocols import Features, check_protocols, extract, judge
+
+
+def opened(
+    out: Output,
+    model: str,
+    images: str,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    device: str | None,
+) -> tuple[nn.Module, Images]:
+    """A model and images for it, as the command line names them; both are told of."""
+    out.say(f"loading {model}")
+    loaded = api.load(model, device=opt.device(device))
+    pictures = api.images(images, loaded, limit=limit, seed=seed, batch_size=batch_size)
+    show_images(out, pictures.description())
+    return loaded, pictures
+
+
+def evaluate(
+    small: opt.Small,
+    data: opt.TestData,
+    against: opt.Against = None,
+    protocol: opt.Protocol = None,
+    train: opt.Train = None,
+    train_limit: opt.TrainLimit = None,
+    limit: opt.Limit = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    device: opt.Device = None,
+    blocks: opt.BlocksPath = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure a model's accuracy, size and speed, and its fidelity to the original."""
+    out = Output(as_json, quiet)
+    protocols = tuple(dict.fromkeys(protocol or ()))
+    check_protocols(protocols)
+    if (train is None) == bool(protocols):
+        raise BlockfitError(
+            "--protocol and --train go together: k-NN, probes and retrieval learn from labelled "
+            "images, such as --protocol knn --train TRAIN_IMAGES"
+        )
+    with out.working():
+        out.say(f"loading {small}")
+        where = None
+        if store.is_saved(small):
+            saved = store.load_saved(small, device=opt.device(device))
+            compressed, where = saved.model, saved.blocks
+        else:
+            compressed = api.load(small, device=opt.device(device))
+        original = None if against is None else api.load(against, device=device)
+        # The small model's own preprocessing; the original's where it has none.
+        own = source_of(compressed).preprocessing is not None or original is None
+        prepared = compressed if own else original
+        pictures = api.images(data, prepared, limit=limit, seed=seed, batch_size=batch_size)
+        show_images(out, pictures.description())
+        if blocks is not None:
+            where = find_blocks(compressed, next(iter(pictures), None), blocks)
+        out.say("evaluating")
+        worth = evaluate_model(
+            compressed, pictures, against=original, blocks=where, progress=out.count
+        ).to_json()
+        if train is not None:
+            learn = api.images(train, prepared, limit=train_limit, seed=seed, batch_size=batch_size)
+            worth["protocols"] = _protocols(
+                out,
+                protocols,
+                {"original": original, "compressed": compressed},
+                where,
+                learn,
+                pictures,
+            )
+    show_evaluation(out, worth)
+    out.result(worth)
+
+
+def _protocols(
+    out: Output,
+    protocols: Sequence[str],
+    models: dict[str, nn.Module | None],
+    where: Blocks | None,
+    train: Images,
+    test: Images,
+) -> dict[str, Any]:
+    """Judge the models that are there by their features."""
+    found: list[dict[str, Features]] = []
+    for name, part in (("train", train), ("test", test)):
+        found.append({})
+        for which, model in models.items():
+            if model is not None:
+                out.say(f"features of the {which} model on the {name} images")
+                blocks = where or find_blocks(model, next(iter(part)))
+                found[-1][which] = extract(model, blocks, part, out.count)
+    out.say("learning from the features")
+    return judge(protocols, *found)
+
+
+def analyze(
+    model: opt.Model,
+    images: opt.Pictures,
+    output: opt.MaybeFolder = None,
+    limit: opt.Limit = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    device: opt.Device = None,
+    blocks: opt.BlocksPath = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Compare the hidden states of all blocks: MSE, cosine, angle, CKA and R²."""
+    started = time.perf_counter()
+    out = Output(as_json, quiet)
+    if output is not None:
+        check_folder(output, overwrite)
+    with out.working():
+        original, pictures = opened(out, model, images, limit, seed, batch_size, device)
+        result = analyze_model(
+            original,
+            pictures,
+            output,
+            blocks=blocks,
+            seed=seed,
+            overwrite=overwrite,
+            say=out.say,
+            progress=out.count,
+        )
+    show_analysis(out, result.tables, result.warnings)
+    if output is not None:
+        out.line(f"all pairs of states: {', '.join(str(output / name) for name in result.files)}")
+    out.result(
+        {
+            **result.to_json(),
+            "seconds": round(time.perf_counter() - started, 3),
+            "output": None if output is None else str(output),
+        }
+    )
