@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +66,53 @@ def test_a_split_with_an_empty_part_is_refused(fraction: float, tmp_path: Path) 
         data.split(fraction)
 
 
-def test_worker_processes_give_the_same_images_and_leave_the_random_state_alone(
-    tmp_path: Path,
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    "folder": lambda folder: folder,
+    "list": lambda folder: listed(folder),
+    "shards": lambda folder: sharded(folder),
+    "table": lambda folder: table(40, broken=7),
+    "array": lambda folder: (
+        np.arange(40, dtype=np.uint8).reshape(40, 1, 1) + np.zeros((8, 8), "u1")
+    ),
+}
+
+
+def listed(folder: Path) -> Path:
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / "list.txt").write_text("".join(f"{n}\t{i % 3}\n" for i, n in enumerate(names)))
+    return folder / "list.txt"
+
+
+def sharded(folder: Path) -> str:
+    files = sorted(folder.iterdir())
+    for number in range(2):
+        with tarfile.open(folder / f"shard-{number}.tar", "w") as tar:
+            for file in files[20 * number : 20 * number + 20]:
+                tar.add(file, file.name)
+    return str(folder / "shard-{0..1}.tar")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("kind", SOURCES)
+def test_any_number_of_workers_gives_the_same_batches_and_leaves_the_random_state_alone(
+    kind: str, tmp_path: Path
 ) -> None:
-    folder = folder_of(tmp_path, 40)
-    spoil(folder, 7)
-    alone = images(folder, preprocessing=PIXELS, limit=30, seed=2, batch_size=8)
-    helped = images(folder, preprocessing=PIXELS, limit=30, seed=2, batch_size=8, workers=2)
+    spoil(folder_of(tmp_path, 40), 7)
+    source = SOURCES[kind](tmp_path)
     before = torch.get_rng_state()
-    assert levels(helped) == levels(alone)
-    assert helped.skipped == alone.skipped
+    options: dict[str, Any] = {"preprocessing": PIXELS, "limit": 30, "seed": 2, "batch_size": 8}
+    alone = images(source, **options)
+    expected = list(alone.batches())
+    for workers in (1, 2, 3):
+        helped = images(source, **options, workers=workers)
+        for found, batch in zip(helped.batches(), expected, strict=True):
+            assert isinstance(found.inputs, Tensor)
+            assert torch.equal(found.inputs, batch.inputs)  # type: ignore[arg-type]
+            assert found.names == batch.names
+            assert (found.labels is None) == (batch.labels is None)
+            assert found.labels is None or torch.equal(found.labels, batch.labels)  # type: ignore[arg-type]
+        assert helped.skipped == alone.skipped
+    assert len(alone.skipped) == (kind != "array")
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -155,6 +155,9 @@ def test_columns_that_are_not_clear_must_be_named(tmp_path: Path) -> None:
     assert levels(images(two, preprocessing=PIXELS, image_column="other")) == [99] * 6
     with pytest.raises(BlockfitError, match=r"no column 'nope'; it has picture, kind"):
         images(table(), preprocessing=PIXELS, label_column="nope")
+    lists = table().add_column("many", [[1, 2]] * 6)
+    with pytest.raises(BlockfitError, match="'many' holds a list, and a label is a whole number"):
+        images(lists, preprocessing=PIXELS, label_column="many")
     with pytest.raises(BlockfitError, match="has no image column"):
         images(table().remove_columns("picture"), preprocessing=PIXELS)
 

@@ -213,12 +213,21 @@ def images(
     """Images from anywhere, prepared for a model.
 
     Args:
-        source: a folder (flat, or one folder per class), an image, parquet or arrow file, a list
-            or pattern of them, a ``datasets`` folder or Hub id (``NAME:SPLIT`` names a split),
-            ``digits`` or ``digits:test`` (the demo's); a uint8 array (N, H, W[, C]); a tensor
-            (N, C, H, W) that is already prepared, or a pair (array or tensor, labels); a data set
-            with positions; a ``DataLoader`` or any re-iterable of tensors, (tensor, label) pairs
-            or dictionaries.
+        source: where the images are; ``:SPLIT`` behind a name or folder chooses one of its splits.
+
+            - a folder: flat, one folder per class (WordNet ids in ImageNet's order), or of splits
+            - an image file, or a list or pattern of them
+            - a text file with a path per line, and perhaps a label behind a tab or space
+            - parquet or arrow files, a ``datasets`` folder or a Hub id
+            - tar shards: files, a pattern such as ``shard-{000000..000003}.tar``, or their folder
+            - a ``.npy`` file, or a ``.npz`` file with labels
+            - a folder of torchvision's: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100
+            - ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100-fine``, ``cifar100-coarse``,
+              ``imagenet-1k`` (from the Hub or its cache), ``digits`` (the demo's)
+            - a uint8 array (N, H, W[, C]), a tensor (N, C, H, W) that is already prepared, or a
+              pair of one of them and labels
+            - a data set with positions, such as torchvision's; a ``DataLoader`` or any re-iterable
+              of tensors, (tensor, label) pairs or dictionaries
         model: the model whose preprocessing and class names are used.
         limit: how many images to draw with the seed over the whole set; all, in their order,
             by default.
@@ -226,10 +235,10 @@ def images(
         batch_size: images per batch; a stream's own batches stay as they are.
         preprocessing: a ``Preprocessing`` or any function from a Pillow image to a tensor
             (C, H, W), instead of the model's own.
-        image_column: of a table; found by its type by default.
-        label_column: likewise.
+        image_column: of a table or ``.npz`` file, or the ending in shards; found by default.
+        label_column: likewise, or the key in the shards' ``.json``.
         split: of a data set with several.
-        workers: processes that decode; 0 decodes in this one.
+        workers: processes that decode; 0 decodes in this one. The batches are the same.
 
     Raises:
         BlockfitError: where there are no images, or it is not clear how to prepare them.

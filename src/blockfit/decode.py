@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,11 @@ _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm pnm jp2 avi
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
 """Files with these endings (in any case) count as images when a folder is read."""
 
+LONGEST_SHAPE = 100
+"""How many times as long as wide an image may be: preprocessing would blow a longer one up."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+
 
 class Unreadable(Exception):
     """An image that cannot be decoded; ``data.Images`` skips, counts and names it."""
@@ -24,7 +30,8 @@ def decode(content: bytes | str | Path | Image.Image | np.ndarray) -> Image.Imag
 
     EXIF orientation is applied, transparency is laid over white, greyscale, palette and CMYK are
     converted, 16 bits are scaled to 8 (Pillow alone would clip them), and the first frame of an
-    animation is taken.
+    animation is taken. What the content is counts, not the file's ending; formats that other
+    programs would have to draw (EPS, WMF) are not tried.
 
     Args:
         content: an encoded file's bytes or path, a Pillow image, or a uint8 array (H, W),
@@ -32,16 +39,20 @@ def decode(content: bytes | str | Path | Image.Image | np.ndarray) -> Image.Imag
 
     Raises:
         Unreadable: for anything that Pillow cannot decode completely, empty, truncated or
-            missing files and images beyond Pillow's size limit included.
+            missing files, images beyond Pillow's size limit and those of a shape beyond
+            ``LONGEST_SHAPE`` included.
     """
     if isinstance(content, np.ndarray):
-        return rgb(array_image(content))
+        return rgb(_checked(array_image(content)))
     if isinstance(content, Image.Image):
-        return rgb(ImageOps.exif_transpose(content))
+        return rgb(_upright(_checked(content)))
     try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            image.load()
-            return rgb(ImageOps.exif_transpose(image))
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        with Image.open(file, formats=_formats()) as image:
+            _checked(image).load()
+            return rgb(_upright(image))
+    except Unreadable:
+        raise
     except Exception as error:  # Pillow's plugins raise nearly anything on broken files
         raise Unreadable(f"{type(error).__name__}: {error}") from error
 
@@ -69,6 +80,29 @@ def rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(form for form in _FORMATS if form in Image.OPEN)
+
+
+def _checked(image: Image.Image) -> Image.Image:
+    short, long = sorted(image.size)
+    if long > LONGEST_SHAPE * short:
+        raise Unreadable(
+            f"{image.width} × {image.height} pixels are more than {LONGEST_SHAPE} times as long "
+            "as wide"
+        )
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF: the picture itself may be whole
+        return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

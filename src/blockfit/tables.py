@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,13 @@ def from_dataset(
         dataset = dataset.cast_column(image, library.Image(decode=False))
     names = getattr(dataset.features[label], "names", None) if label else None
     numbers = {}
-    if label and dataset.features[label].dtype == "string":
+    kind = getattr(dataset.features[label], "dtype", "a list") if label else ""
+    if not re.fullmatch(r"|u?int\d+|bool|(large_)?string", kind):
+        raise BlockfitError(
+            f"{source}: the column {label!r} holds {kind}, and a label is a whole number or a "
+            "text; name another with label_column= (--label-column)"
+        )
+    if "string" in kind:
         names = sorted(name for name in dataset.unique(label) if name is not None)
         numbers = {name: number for number, name in enumerate(names)}
     columns = {"image": image, **({"label": label} if label else {})}
