@@ -61,15 +61,26 @@ def test_blocks_are_plain_values(model: nn.Module) -> None:
 
 
 def test_two_towers_of_the_same_depth_are_both_named() -> None:
-    model = TwoTowers().eval()
-    with pytest.raises(BlockfitError, match=r"'vision.transformer' and 'words'.*--blocks"):
-        find_blocks(model, towers_example())
-    vision = find_blocks(model, towers_example(), path="vision.transformer")
-    assert (vision.path, vision.prefix_tokens) == ("vision.transformer", 1)
+    class Stereo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = PlainViT(), PlainViT()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.left(images) + self.right(images)
+
+    model, example = Stereo().eval(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(
+        BlockfitError, match=r"'left.transformer' and 'right.transformer'.*--blocks"
+    ):
+        find_blocks(model, example)
+    assert find_blocks(model, example, path="right.transformer").path == "right.transformer"
 
 
-def test_the_longer_tower_wins() -> None:
-    assert find_blocks(TwoTowers(2).eval(), towers_example()).path == "vision.transformer"
+@pytest.mark.parametrize("depth", [2, DEPTH, DEPTH + 2])
+def test_the_tower_that_reads_the_images_wins_however_long_the_other_is(depth: int) -> None:
+    found = find_blocks(TwoTowers(depth).eval(), towers_example())
+    assert (found.path, found.prefix_tokens) == ("vision.transformer", 1)
 
 
 def test_a_tower_that_ignores_the_noise_asks_for_its_prefix_tokens() -> None:
@@ -266,10 +277,14 @@ def test_text_and_vision_model_of_a_library() -> None:
         text_config={**tower, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1},
     )
     model = transformers.CLIPModel(config).eval()
-    with pytest.raises(BlockfitError, match=r"text_model.*and 'vision_model.encoder.layers'"):
-        find_blocks(model)
-    found = find_blocks(model, path="vision_model.encoder.layers")
-    assert (found.depth, found.prefix_tokens) == (2, 1)
+    images = example_input(model)
+    assert isinstance(images, Tensor)
+    for example in (images, {"pixel_values": images, "input_ids": torch.randint(50, (2, 4))}):
+        found = find_blocks(model, example)
+        assert (found.path, found.depth) == ("vision_model.encoder.layers", 2)
+        assert found.prefix_tokens == 1
+    with pytest.raises(BlockfitError, match="only 0 of its 2 modules ran"):
+        find_blocks(model, path="text_model.encoder.layers")
 
 
 def test_a_compressed_model_is_found_again_although_inner_lists_are_unique_now() -> None:

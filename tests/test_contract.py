@@ -46,8 +46,8 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def run(model: nn.Module, images: Tensor) -> list[Tensor]:
-    return tensors(model(images))
+def run(family: Family, model: nn.Module, images: Tensor) -> list[Tensor]:
+    return tensors(family.run(model, images))
 
 
 def assert_same(left: list[Tensor], right: list[Tensor], **tolerance: float) -> None:
@@ -109,9 +109,9 @@ def test_recorded_states_are_the_models_own(name: str) -> None:
     model, images = family.build(), family.images()
     blocks = find_blocks(model)
     with torch.no_grad(), record(model, blocks) as states:
-        model(family.images(seed=1))
+        family.run(model, family.images(seed=1))
         before = [state.clone() for state in states]
-        model(images)
+        family.run(model, images)
     assert len(states) == len(before) == DEPTH + 1
     assert {state.shape for state in states} == {(3, states[0].shape[1], WIDTH)}
     assert all(not torch.equal(a, b) for a, b in zip(before, states, strict=True))
@@ -128,12 +128,12 @@ def test_recorded_states_are_the_models_own(name: str) -> None:
 def test_identity_in_place_of_a_block_drops_it_and_then_gives_it_back(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images()
-    blocks, original = find_blocks(model), run(model, images)
-    dropped = run(by_hand(family, model, {1: lambda hidden: hidden}), images)
+    blocks, original = find_blocks(model), run(family, model, images)
+    dropped = run(family, by_hand(family, model, {1: lambda hidden: hidden}), images)
     with overridden(model, blocks, {1: lambda hidden: hidden}):
-        assert_same(run(model, images), dropped)
+        assert_same(run(family, model, images), dropped)
     assert any(not torch.equal(a, b) for a, b in zip(original, dropped, strict=True))
-    assert_same(run(model, images), original)
+    assert_same(run(family, model, images), original)
 
 
 @every_plan
@@ -141,18 +141,18 @@ def test_identity_in_place_of_a_block_drops_it_and_then_gives_it_back(name: str)
 def test_outputs_equal_those_of_blocks_replaced_by_hand(name: str, plan: Plan) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images()
-    kind, form, keys = type(model), type(model(images)), set(model.state_dict())
+    kind, form, keys = type(model), type(family.run(model, images)), set(model.state_dict())
     blocks = find_blocks(model)
     removed = [family.blocks(model)[i] for i in plan.removed_blocks]
     maps = random_maps(plan, blocks)
-    expected = run(planned_by_hand(family, model, plan, maps), images)
-    original = run(model, images)
+    expected = run(family, planned_by_hand(family, model, plan, maps), images)
+    original = run(family, model, images)
     apply_plan(model, blocks, plan, maps)
 
-    assert_same(run(model, images), expected, rtol=1e-5, atol=1e-5)
+    assert_same(run(family, model, images), expected, rtol=1e-5, atol=1e-5)
     assert any(not torch.allclose(a, b) for a, b in zip(original, expected, strict=True))
     assert type(model) is kind
-    assert type(model(images)) is form
+    assert type(family.run(model, images)) is form
     assert len(family.blocks(model)) == DEPTH
     gone = sum(p.numel() for block in removed for p in block.parameters())
     added = sum(p.numel() for module in maps for p in module.parameters())
@@ -194,9 +194,15 @@ def test_state_dict_loads_strictly_into_a_fresh_model_with_the_same_plan(name: s
     for seed, model in enumerate((first, second)):
         blocks = find_blocks(model)
         apply_plan(model, blocks, plan, random_maps(plan, blocks, seed))
-    assert any(map(torch.ne, run(first, images)[0].flatten(), run(second, images)[0].flatten()))
+    assert any(
+        map(
+            torch.ne,
+            run(family, first, images)[0].flatten(),
+            run(family, second, images)[0].flatten(),
+        )
+    )
     second.load_state_dict(first.state_dict(), strict=True)
-    assert_same(run(second, images), run(first, images))
+    assert_same(run(family, second, images), run(family, first, images))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -206,10 +212,10 @@ def test_copies_run_in_other_precisions(name: str, dtype: torch.dtype) -> None:
     model, images = family.build(), family.images()
     blocks = find_blocks(model)
     apply_plan(model, blocks, plan, random_maps(plan, blocks))
-    expected = run(model, images)
+    expected = run(family, model, images)
     twin = copy.deepcopy(model)
-    assert_same(run(twin, images), expected)
-    found = run(twin.to(dtype), images.to(dtype))
+    assert_same(run(family, twin, images), expected)
+    found = run(family, twin.to(dtype), images.to(dtype))
     assert {t.dtype for t in found} == {dtype}
     close = {torch.float16: 0.05, torch.bfloat16: 0.3, torch.float64: 1e-4}[dtype]
     assert_same([t.float() for t in found], expected, atol=close, rtol=close)
@@ -236,22 +242,22 @@ def test_refused_plans_change_nothing(name: str) -> None:
         (replace(blocks, depth=DEPTH + 1), good, maps, f"found {DEPTH}"),
     ]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    expected, modules = run(model, images), list(model.modules())
+    expected, modules = run(family, model, images), list(model.modules())
     for where, plan, given, message in refused:
         with pytest.raises(BlockfitError, match=message):
             apply_plan(model, where, plan, given)
     assert list(model.modules()) == modules
-    assert_same(run(model, images), expected)
+    assert_same(run(family, model, images), expected)
     assert list(before) == list(model.state_dict())
     assert_same(list(before.values()), list(model.state_dict().values()))
 
     apply_plan(model, blocks, good, maps)
-    expected, modules = run(model, images), list(model.modules())
+    expected, modules = run(family, model, images), list(model.modules())
     again = Plan.of(["0:1", "2:3"], "affine")
     with pytest.raises(BlockfitError, match="block 2 is replaced already"):
         apply_plan(model, blocks, again, random_maps(again, blocks))
     assert list(model.modules()) == modules
-    assert_same(run(model, images), expected)
+    assert_same(run(family, model, images), expected)
 
 
 @every_family
@@ -281,9 +287,9 @@ def test_compiles_into_one_graph(name: str) -> None:
     model, images = family.build(), family.images()
     blocks = find_blocks(model)
     apply_plan(model, blocks, plan, random_maps(plan, blocks))
-    expected = run(model, images)
+    expected = run(family, model, images)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_same(run(compiled, images), expected, rtol=1e-5, atol=1e-5)
+    assert_same(run(family, compiled, images), expected, rtol=1e-5, atol=1e-5)
     torch.compiler.reset()
 
 
@@ -295,7 +301,7 @@ def test_gradients_reach_the_map_and_the_blocks_before_it(name: str) -> None:
     model = family.build().train()
     blocks = find_blocks(model)
     apply_plan(model, blocks, plan, random_maps(plan, blocks))
-    tensors(model(family.images()))[-1].square().sum().backward()
+    tensors(family.run(model, family.images()))[-1].square().sum().backward()
     modules = block_modules(model, blocks)
     assert [is_replaced(module) for module in modules] == [False, True, True, False]
     for module in (modules[0], modules[2], modules[3]):
@@ -308,7 +314,7 @@ def test_features_lead_to_the_logits_through_the_head(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images()
     seen = observe(model, find_blocks(model), images)
-    final = run(model, images)
+    final = run(family, model, images)
     if not family.heads:
         assert seen.logits is None
         assert any(torch.equal(seen.features, tensor.flatten(1)) for tensor in final)

@@ -30,6 +30,7 @@ from blockfit.head import primary_output
 from blockfit.maps import empty_map
 from blockfit.models import Source, source_of
 from blockfit.preprocess import Preprocessing
+from blockfit.probe import call
 from blockfit.spans import Plan, Replacement, Span
 from blockfit.store import check_folder, is_saved, load, load_saved, save
 from blockfit.surgery import apply_plan
@@ -69,7 +70,7 @@ def saved(folder: Path, name: str = "plain", plan: Plan = PLAN, **options: Any) 
 
 def output(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return primary_output(model(images))
+        return primary_output(call(model, images))
 
 
 # -- the same model again -----------------------------------------------------------------------

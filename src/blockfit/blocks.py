@@ -9,23 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import combinations, permutations
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.probe import (
     Batch,
-    Watch,
     call,
-    candidates,
     container_at,
     example_input,
     place,
     runs_in,
     two_different,
-    watch_forward,
 )
+from blockfit.watch import Watch, candidates, watch_forward
 
 __all__ = [
     "Batch",
@@ -199,7 +199,7 @@ def find_blocks(
     watch_forward(
         model, watches, two_different(model, example_input(model) if example is None else example)
     )
-    watch = _choose(watches, path)
+    watch = _choose(model, watches, path)
     assert watch.first is not None
     images, tokens, width = watch.first.shape
     if tokens == 2 != images:
@@ -227,17 +227,16 @@ def find_blocks(
     return blocks
 
 
-def _choose(watches: Sequence[Watch], path: str | None) -> Watch:
+def _choose(model: nn.Module, watches: Sequence[Watch], path: str | None) -> Watch:
     good = [watch for watch in watches if not watch.problem]
-    if not good:
+    if not good and path is not None:
         tried = max(watches, key=lambda watch: len(watch.run))
         where = f"{place(tried.path)} with {len(tried.run)} modules"
-        if path is not None:
-            raise BlockfitError(f"{where} is no list of blocks: {tried.problem}; correct --blocks")
-        raise BlockfitError(
-            f"found no blocks: the longest list is {where}, but {tried.problem}; {HINT}"
-        )
+        raise BlockfitError(f"{where} is no list of blocks: {tried.problem}; correct --blocks")
     outer = [w for w in good if not any(_inside(w, other) for other in good)]
+    if path is None:
+        outer = _without_stages(model, watches, outer)
+        outer = [watch for watch in outer if _depends_on_input(watch)] or outer
     longest = max(len(watch.run) for watch in outer)
     best = [watch for watch in outer if len(watch.run) == longest]
     if len(best) > 1:
@@ -246,12 +245,90 @@ def _choose(watches: Sequence[Watch], path: str | None) -> Watch:
     return best[0]
 
 
+def _without_stages(model: nn.Module, watches: Sequence[Watch], good: list[Watch]) -> list[Watch]:
+    """The lists of blocks that are no stages of a hierarchical model.
+
+    Stages are lists inside several modules of a list that changes the shape, and lists of one
+    class of which a later one has fewer tokens.
+
+    Raises:
+        BlockfitError: where there is none; it says what was seen.
+    """
+    changes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    stages: list[Watch] = []
+    for outer in watches:
+        inner = [watch for watch in good if _inside(watch, outer)]
+        if outer.turned and len({_place_in(outer, watch) for watch in inner}) > 1:
+            changes, stages = [*changes, outer.turned], [*stages, *inner]
+    for one, other in permutations(good, 2):
+        if _is_stage_before(one, other):
+            changes, stages = [*changes, (one.takes, other.takes)], [*stages, one, other]
+    left = [watch for watch in good if all(watch is not stage for stage in stages)]
+    if left:
+        return left
+    tried = max(watches, key=lambda watch: len(watch.run))
+    if not stages:
+        changes = _changes_around(tried, watches)
+    if changes:
+        before, after = (" × ".join(map(str, shape)) for shape in changes[0])
+        hint = f"; name one stage, such as --blocks {stages[0].path}" if stages else ""
+        raise BlockfitError(
+            f"{type(model).__name__} is hierarchical: from one of its blocks or stages to the next "
+            f"the hidden state turns from {before} to {after}, and a map needs one number of "
+            f"tokens and one width in all blocks{hint}"
+        )
+    raise BlockfitError(
+        f"found no blocks: the longest list is {place(tried.path)} with {len(tried.run)} modules, "
+        f"but {tried.problem}; {HINT}"
+    )
+
+
+def _changes_around(
+    tried: Watch, watches: Sequence[Watch]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Changes of shape in a list that failed, in the lists around it, and to lists of its class."""
+    around = [watch.turned for watch in watches if watch is tried or _inside(tried, watch)]
+    if tried.block_class.__module__.startswith("torch.nn"):
+        return [*filter(None, around)]  # linear layers of two sizes are no stages
+    alike = [
+        (one.takes, other.takes)
+        for one, other in combinations(watches, 2)
+        if one.block_class is other.block_class is tried.block_class
+        and one.takes
+        and other.takes
+        and one.takes != other.takes
+    ]
+    return [*filter(None, around), *alike]
+
+
+def _is_stage_before(one: Watch, other: Watch) -> bool:
+    return (
+        one.block_class is other.block_class
+        and 0 <= one.started < other.started
+        and one.takes[0] > other.takes[0]
+        and _depends_on_input(one)
+        and _depends_on_input(other)
+    )
+
+
+def _depends_on_input(watch: Watch) -> bool:
+    """Whether the list's first hidden state differs between the two entries of the example."""
+    first = watch.first
+    return first is None or first.is_meta or len(first) < 2 or not torch.equal(first[0], first[1])
+
+
 def _inside(watch: Watch, other: Watch) -> bool:
     """Whether the modules of ``watch`` are parts of a block of ``other``."""
-    if watch is other:
-        return False
+    return watch is not other and _place_in(other, watch) is not None
+
+
+def _place_in(outer: Watch, watch: Watch) -> str | None:
+    """The name of the module of ``outer`` that has the modules of ``watch`` as its parts."""
     part = next(iter(watch.run.values()))
-    return any(part is inner for b in other.run.values() for inner in b.modules() if inner is not b)
+    for name, module in outer.run.items():
+        if part is not module and any(part is inner for inner in module.modules()):
+            return name
+    return None
 
 
 def _count_prefix_tokens(first: Tensor) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +37,9 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
 
     A head is one or several ``nn.Linear`` outside the blocks, run after the last block, whose
     output is the model's primary output of shape (images, classes), or whose mean or sum is.
-    Linear layers on the way there (poolers) are no heads. Both results are detached, in the
-    model's dtype and on its device; modes, hooks and random state are as before.
+    Linear layers on the way there (poolers) and those that make image embeddings are no heads.
+    Both results are detached, in the model's dtype and on its device; modes, hooks and random
+    state are as before.
 
     Raises:
         BlockfitError: where the model's output holds no tensor.
@@ -64,8 +64,9 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
                 undo.callback(module.register_forward_hook(after_linear).remove)
         undo.enter_context(evaluating(model))
         undo.enter_context(torch.no_grad())
-        primary = primary_output(call(model, inputs))
-        heads = _heads(primary, seen)
+        output = call(model, inputs)
+        primary = primary_output(output)
+        heads = [] if primary is _member(output, "image_embeds") else _heads(primary, seen)
     if not heads:
         flat = primary.detach().reshape(len(primary), -1)
         return Observation(flat, None, tuple(primary.shape))
@@ -76,24 +77,28 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
 def primary_output(output: Any) -> Tensor:
     """The tensor of a model's output that matters most, batch first.
 
-    ``logits`` before ``last_hidden_state`` before the first tensor; of a list of feature maps the
-    last one, which is the deepest.
+    ``logits`` before ``image_embeds`` before ``last_hidden_state`` before the first tensor; of a
+    list of feature maps the last one, which is the deepest.
 
     Raises:
         BlockfitError: where there is none.
     """
-    get = output.get if isinstance(output, Mapping) else partial(getattr, output)
     items: Iterable[Any] = (output,)
     if isinstance(output, Mapping):
         items = output.values()
     elif isinstance(output, (tuple, list)):
         items = output if isinstance(output, tuple) else reversed(output)
-    for value in (get("logits", None), get("last_hidden_state", None), *items):
+    telling = (_member(output, name) for name in ("logits", "image_embeds", "last_hidden_state"))
+    for value in (*telling, *items):
         if isinstance(value, (tuple, list)) and value:
             value = value[-1]
         if isinstance(value, Tensor) and value.ndim > 0:
             return value
     raise BlockfitError(f"the model returned {type(output).__name__}, which holds no tensor")
+
+
+def _member(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def _heads(primary: Tensor, seen: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

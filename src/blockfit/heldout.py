@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -161,14 +162,14 @@ def observe_solution(
     """What ``model`` says of a traced batch with ``solution`` in it, without changing the model.
 
     Only the blocks behind the first one that the solution touches are run; ``seen`` must hold
-    the state at ``first_touched``. ``listen`` gets every replacement with its map's input and
-    output in float64.
+    the state at ``first_touched``, and those before it where a head reads intermediate layers.
+    ``listen`` gets every replacement with its map's input and output in float64.
     """
     first = first_touched(solution, blocks.depth)
     functions: dict[int, Callable[[Tensor], Tensor]] = {}
     start = seen.states[first]
     for index in range(first - 1):
-        functions[index] = _same
+        functions[index] = partial(_known, seen.states.get(index + 1))
     if first > 0:
         # A copy: the block that reads it may write into its input.
         functions[first - 1] = lambda hidden: start.clone()
@@ -197,6 +198,10 @@ def first_touched(solution: Solution, depth: int) -> int:
 
 def _same(hidden: Tensor) -> Tensor:
     return hidden
+
+
+def _known(state: Tensor | None, hidden: Tensor) -> Tensor:
+    return hidden if state is None else state
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,10 +23,41 @@ Batch = Tensor | Mapping[str, Tensor]
 def call(model: nn.Module, inputs: Batch) -> Any:
     """One forward: ``model(inputs)``, or ``model(**inputs)`` for a mapping.
 
-    Tensors are brought to the model's device and floating dtype first.
+    Tensors are brought to the model's device and floating dtype first. A model of images and texts
+    that is given images alone runs its image tower and returns ``{"image_embeds": …}``. In eval
+    mode a model that draws random numbers (masking) draws the same ones in every call.
     """
     inputs = placed(model, inputs)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    tower = image_tower(model)
+    with nullcontext() if model.training else same_draws(model):
+        if tower is not None and (isinstance(inputs, Tensor) or not _TEXTS & inputs.keys()):
+            out = tower(**inputs) if isinstance(inputs, Mapping) else tower(inputs)
+            return {"image_embeds": getattr(out, "pooler_output", out)}
+        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+_TEXTS = {"input_ids", "text"}
+
+
+def image_tower(model: nn.Module) -> Callable[..., Any] | None:
+    """What gives the features of images alone, where the model's forward wants texts, too."""
+    if _TEXTS.isdisjoint(p.name for p in parameters_of(model.forward)):
+        return None
+    own = (getattr(model, name, None) for name in ("get_image_features", "encode_image"))
+    return next(filter(callable, own), None)
+
+
+@contextmanager
+def same_draws(model: nn.Module) -> Iterator[None]:
+    """Random numbers as after a fixed seed; the random state comes back after."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        # Not torch.manual_seed: it would also seed devices whose state is not brought back.
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
 
 
 def placed(model: nn.Module, inputs: Batch) -> Batch:
@@ -110,129 +140,11 @@ def container_at(model: nn.Module, path: str) -> nn.Module:
     raise BlockfitError(f"the model has no module {path!r}; {there}; correct --blocks")
 
 
-@dataclass
-class Watch:
-    """What one candidate list does during a forward pass: how far it got, or why it is no list."""
-
-    path: str
-    run: dict[str, nn.Module]
-    problem: str = ""
-    done: int = 0
-    first: Tensor | None = None
-    last: Tensor | None = None
-    input_name: str = ""
-    output_items: int = 0
-    handles: list[Any] = field(default_factory=list)
-
-    def listen(self) -> None:
-        if len({id(module) for module in self.run.values()}) < len(self.run):
-            self.problem = "some of its blocks are one and the same module"
-            return
-        for index, module in enumerate(self.run.values()):
-            self.handles.append(
-                module.register_forward_pre_hook(self._before(index), with_kwargs=True)
-            )
-            self.handles.append(module.register_forward_hook(self._after(index)))
-
-    def _before(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.problem:
-                return
-            hidden, name = hidden_argument(module, args, kwargs)
-            if index != self.done:
-                self.problem = f"block {index} ran when block {self.done} was due"
-            elif hidden is None:
-                self.problem = f"block {index} does not take a tensor (batch, tokens, width) first"
-            elif self.last is None:
-                self.first, self.last = hidden.clone(), hidden
-                self.input_name = name
-            elif not _same(hidden, self.last):
-                self.problem = f"block {index} does not read what block {index - 1} returned"
-            else:
-                self.last = hidden
-
-        return hook
-
-    def _after(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self.problem or self.last is None:
-                return
-            items = len(output) if isinstance(output, tuple) else 0
-            hidden = output[0] if items else output
-            if not isinstance(hidden, Tensor) or hidden.shape != self.last.shape:
-                self.problem = f"block {index} does not return the shape that it takes"
-            elif index and items != self.output_items:
-                self.problem = f"block {index} returns another number of items than block 0"
-            else:
-                self.output_items, self.last, self.done = items, hidden, index + 1
-
-        return hook
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        if not self.problem and self.done < len(self.run):
-            self.problem = f"only {self.done} of its {len(self.run)} modules ran"
-
-
-def hidden_argument(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tensor | None, str]:
-    """The hidden state among a block's arguments, and the name of the parameter that takes it."""
+def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
-        parameters = [*inspect.signature(block_class(module).forward).parameters.values()][1:]
+        return [*inspect.signature(forward).parameters.values()]
     except (TypeError, ValueError):  # compiled code has no signature
-        parameters = []
-    name = next((p.name for p in parameters if p.kind is not p.VAR_POSITIONAL), "")
-    if args:
-        return (args[0] if _is_hidden(args[0]) else None), name
-    if not _is_hidden(kwargs.get(name)):
-        name = next((key for key, value in kwargs.items() if _is_hidden(value)), name)
-    return (kwargs[name] if _is_hidden(kwargs.get(name)) else None), name
-
-
-def _is_hidden(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    if left is right:
-        return True
-    if left.shape != right.shape or left.dtype != right.dtype or left.device != right.device:
-        return False
-    return left.is_meta or torch.allclose(left, right, rtol=0, atol=0, equal_nan=True)
-
-
-def candidates(model: nn.Module) -> list[Watch]:
-    watches: dict[tuple[int, ...], Watch] = {}
-    for path, module in model.named_modules():
-        for run in runs_in(module):
-            watches.setdefault(tuple(map(id, run.values())), Watch(path, run))
-    return list(watches.values())
-
-
-def watch_forward(model: nn.Module, watches: Sequence[Watch], inputs: Batch) -> None:
-    try:
-        for watch in watches:
-            watch.listen()
-        # Not inference_mode: a model may keep tensors that it made here and train with them later.
-        with evaluating(model), torch.no_grad():
-            call(model, inputs)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-    ) as error:
-        raise BlockfitError(
-            f"the model cannot be run on the example ({describe(inputs)}): {error}; "
-            "pass an example of what it is called with"
-        ) from error
-    finally:
-        for watch in watches:
-            watch.close()
+        return []
 
 
 def _model_float(model: nn.Module) -> Tensor:
@@ -264,7 +176,7 @@ def example_input(model: nn.Module) -> Batch:
     noise = torch.randn((2, _channels(model), *size), generator=torch.Generator().manual_seed(0))
     pixels = noise.to(device=like.device, dtype=like.dtype)
     names = list(inspect.signature(model.forward).parameters)
-    if "pixel_values" not in names[1:]:
+    if "pixel_values" not in names[1:] or image_tower(model) is not None:
         return pixels
     inputs = {"pixel_values": pixels}
     if "input_ids" in names:
@@ -298,11 +210,15 @@ def _channels(model: nn.Module) -> int:
 def two_different(model: nn.Module, example: Batch) -> Batch:
     """The first two entries of an example with noise added, on the model's device, in its dtype.
 
+    What accompanies images (texts, times) is the same for both.
+
     Raises:
         BlockfitError: where the example is empty, not finite, or holds no tensors.
     """
     like = _model_float(model)
     generator = torch.Generator().manual_seed(1)
+    values = example.values() if isinstance(example, Mapping) else (example,)
+    pictures = any(isinstance(value, Tensor) and value.ndim >= 3 for value in values)
 
     def two(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -316,7 +232,7 @@ def two_different(model: nn.Module, example: Batch) -> Batch:
                 raise BlockfitError(f"{name} holds NaN or infinite values; pass finite images")
             rows = rows.to(like.dtype)
         if rows.ndim < 3:
-            return rows
+            return rows[:1].expand_as(rows) if pictures else rows  # the same text for both images
         if rows.is_floating_point():
             return rows + torch.randn(rows.shape, generator=generator).to(rows)
         if rows.dtype == torch.uint8:
