@@ -2,7 +2,8 @@
 
 Every row is measured in this run: the same model, the same calibration images, the same split of
 them, the same test images. Run by ``make bench-quality``. Figures so far are written to
-``benchmarks/results/quality.json`` after every chunk of test images.
+``benchmarks/results/quality.json`` after every chunk of test images; a run that was stopped goes
+on behind the images that are in that file, if it finds the same plans again.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def main() -> None:
     del session  # and the cached hidden states with it
     test = blockfit.images(args.test, model, limit=args.test_limit, batch_size=args.batch_size)
     rows = {"0 original": Solution(Plan(), ()), **found}
-    done = 0
+    if Path(args.out).is_file():
+        stored["chunks"].append(earlier(Path(args.out), rows))
+    done = sum(chunk["images"] for chunk in stored["chunks"])
     while done < len(test):
         part = replace(test, positions=test.positions[done : done + args.chunk])
         result = evaluate_many(model, blocks, rows, part)
@@ -99,6 +102,19 @@ def main() -> None:
         Path(args.out).write_text(table + "\n")
         say(f"{done} of {len(test)} test images")
     say(markdown(summary(stored)))
+
+
+def earlier(path: Path, rows: dict[str, Solution]) -> dict[str, Any]:
+    """The figures of a stopped run, as one chunk."""
+    table = json.loads(path.read_text())
+    plans = {f"{row['removed']} {row['method']}": row["plan"] for row in table["rows"]}
+    if plans != {name: str(s.plan) if len(s.plan) else "" for name, s in rows.items()}:
+        raise SystemExit(f"{path} is of other plans; move it away to start anew")
+    figures = {
+        f"{row['removed']} {row['method']}": (row["top1"], row["agreement"], row["kl"])
+        for row in table["rows"]
+    }
+    return {"images": table["test_images"], "rows": figures}
 
 
 def summary(stored: dict[str, Any]) -> dict[str, Any]:

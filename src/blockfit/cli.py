@@ -15,7 +15,7 @@ import typer
 from blockfit import __version__, api, store
 from blockfit import options as opt
 from blockfit.budget import Budget
-from blockfit.commands import analyze, evaluate, opened
+from blockfit.commands import analyze, evaluate, export, opened
 from blockfit.console import (
     Output,
     guarded,
@@ -166,6 +166,7 @@ def compress(
 
 app.command()(evaluate)
 app.command()(analyze)
+app.command()(export)
 
 
 @app.command()

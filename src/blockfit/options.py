@@ -102,6 +102,10 @@ RecipeName = Annotated[
 Plain = Annotated[
     bool, option("--plain", help="The same as --recipe plain: adds no module.", panel=HOW)
 ]
+PlainCheckpoint = Annotated[
+    bool,
+    option("--plain", help="An ordinary transformers or timm checkpoint with fewer blocks."),
+]
 Map = Annotated[str | None, option("--map", help=f"{', '.join(MAP_KINDS)}.", panel=HOW)]
 Rank = Annotated[int | None, option("--rank", help="Of low-rank maps.", panel=HOW)]
 Repair = Annotated[str | None, option("--repair", help=f"{', '.join(REPAIRS)}.", panel=HOW)]
