@@ -23,14 +23,22 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from blockfit.errors import BlockfitError
+from blockfit import hub
+from blockfit.errors import BlockfitError, first_line
 from blockfit.preprocess import (
     Preprocessing,
     timm_preprocessing,
     torchvision_preprocessing,
     transformers_preprocessing,
 )
-from blockfit.source import ATTENTIONS, Source, check_config, check_timm, without_loading
+from blockfit.source import (
+    Source,
+    attention_of,
+    check_attention,
+    check_config,
+    check_timm,
+    without_loading,
+)
 
 
 class Loaded(NamedTuple):
@@ -74,6 +82,7 @@ def load_transformers(
 ) -> Loaded:
     transformers = _library("transformers", "transformers")
     remote = {"trust_remote_code": trust_remote_code}
+    options = {**options, **({} if Path(name).is_dir() else hub.only_cached(options))}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **remote, **options)
         model_class = _transformers_class(config, name, trust_remote_code)
@@ -91,7 +100,8 @@ def load_transformers(
             f"{name} does not hold the weights of {type(model).__name__}: {len(missing)} are "
             f"missing, the first is {missing[0]}; give a folder or id whose weights are complete"
         )
-    files = {k: v for k, v in options.items() if k in ("revision", "cache_dir", "token")}
+    keys = ("revision", "cache_dir", "token", "local_files_only")
+    files = {key: options[key] for key in keys if key in options}
     own = transformers_preprocessing(name, **files)
     return Loaded(model, name, _licence(Path(name)), own)
 
@@ -126,8 +136,7 @@ def transformers_sources(model: nn.Module) -> Iterator[Source]:
         return
     name = values.pop("_name_or_path", "") or cls.__name__
     arguments = {"class": cls.__name__, "config": values}
-    attention = getattr(config, "_attn_implementation", None)
-    if attention in ATTENTIONS:
+    if (attention := attention_of(config)) is not None:
         arguments["attention"] = attention
     for options in _switches(cls):
         yield Source("transformers", name, {**arguments, "options": options}, _licence(Path(name)))
@@ -156,8 +165,7 @@ def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
         raise BlockfitError(f"{name!r} is no model class of the installed transformers")
     check_config(values)
     attention, options = arguments.get("attention"), arguments.get("options", {})
-    if attention not in (None, *ATTENTIONS):
-        raise BlockfitError(f"unknown attention {attention!r}; choose {' or '.join(ATTENTIONS)}")
+    check_attention(attention)
     parameters = inspect.signature(model_class).parameters
     if unknown := [
         k for k in options if type(getattr(parameters.get(k), "default", k)) is not bool
@@ -213,11 +221,14 @@ def load_timm(name: str, options: dict[str, Any]) -> Loaded:
         near = difflib.get_close_matches(architecture, timm.list_models(), 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
         raise BlockfitError(f"timm has no model {architecture!r}; {hint}")
+    config, hub_id = None, f"timm/{name}"
     try:
+        if ":" not in name and options.get("pretrained", True):
+            config = timm.models.get_pretrained_cfg(name)
+            hub_id = config.hf_hub_id or hub_id
+            hub.need(config, options)
         model = timm.create_model(name, **{"pretrained": True, **options})
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
-        config = timm.models.get_pretrained_cfg(name) if ":" not in name else None
-        hub_id = getattr(config, "hf_hub_id", None) or f"timm/{name}"
         hint = (
             f"; where there is no network, download it elsewhere (hf download {hub_id} "
             "--local-dir FOLDER) and give FOLDER"
@@ -387,8 +398,3 @@ def _library(module: str, extra: str) -> Any:
         raise BlockfitError(
             f'{module.partition(".")[0]} is not installed; pip install "blockfit[{extra}]"'
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

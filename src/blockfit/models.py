@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from blockfit import libraries
-from blockfit.errors import BlockfitError
-from blockfit.libraries import first_line
+from blockfit.errors import BlockfitError, first_line
 from blockfit.preprocess import own_preprocessing
 from blockfit.source import LIBRARIES, Source, attach
 

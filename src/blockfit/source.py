@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -86,6 +86,34 @@ _TIMM_LOADS = re.compile(
 
 ATTENTIONS = ("eager", "sdpa")
 """What a saved transformers model may compute attention with; the rest depend on the machine."""
+
+
+def attention_of(config: Any) -> str | dict[str, Any] | None:
+    """What a transformers config computes attention with, as ``attn_implementation`` takes it.
+
+    One of ``ATTENTIONS``, a mapping where its parts (a backbone, a tower) differ from the whole,
+    or ``None`` where it cannot be saved.
+    """
+    own = getattr(config, "_attn_implementation", None)
+    if own not in ATTENTIONS:
+        return None
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
+    inner = {name: attention_of(part) for name, part in parts.items()}
+    different = {name: value for name, value in inner.items() if value not in (None, own)}
+    return {"": own, **different} if different else cast(str, own)
+
+
+def check_attention(value: object) -> None:
+    """Refuse an attention that ``attention_of`` does not give.
+
+    Raises:
+        BlockfitError: names it.
+    """
+    if isinstance(value, Mapping):
+        for part in value.values():
+            check_attention(part)
+    elif value not in (None, *ATTENTIONS):
+        raise BlockfitError(f"unknown attention {value!r}; choose {' or '.join(ATTENTIONS)}")
 
 
 def without_loading(config: Any) -> Any:
