@@ -99,6 +99,26 @@ def test_a_plain_model_in_a_row_of_parts_that_change_the_shape_is_found() -> Non
     assert find_blocks(model, torch.randn(2, 3, 32, 32)).path == "2"
 
 
+def test_blocks_on_maps_before_a_neck_are_refused_but_not_called_hierarchical() -> None:
+    class MapBlock(PlainBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(1, 2)).reshape(x.shape)
+
+    class OnMaps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+            self.blocks = nn.Sequential(*[MapBlock() for _ in range(4)])
+            self.neck = nn.Sequential(nn.Linear(WIDTH, 7))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.neck(self.blocks(self.stem(images).permute(0, 2, 3, 1)))
+
+    message = r"found no blocks.*'blocks' with 4 modules, but block 0 does not take a tensor"
+    with pytest.raises(BlockfitError, match=message):
+        find_blocks(OnMaps().eval(), torch.randn(2, 3, 32, 32))
+
+
 def test_a_decoder_that_gets_more_tokens_back_is_no_stage() -> None:
     class Masked(PlainViT):
         def __init__(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from blockfit.errors import BlockfitError
 from blockfit.probe import (
     Batch,
+    block_class,
     call,
     container_at,
     example_input,
@@ -287,7 +288,7 @@ def _changes_around(
     tried: Watch, watches: Sequence[Watch]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Changes of shape in a list that failed, in the lists around it, and to lists of its class."""
-    around = [watch.turned for watch in watches if watch is tried or _inside(tried, watch)]
+    around = [w.turned for w in watches if w is tried or _several_hold(w, tried.block_class)]
     if tried.block_class.__module__.startswith("torch.nn"):
         return [*filter(None, around)]  # linear layers of two sizes are no stages
     alike = [
@@ -299,6 +300,11 @@ def _changes_around(
         and one.takes != other.takes
     ]
     return [*filter(None, around), *alike]
+
+
+def _several_hold(outer: Watch, kind: type[nn.Module]) -> bool:
+    holders = (any(block_class(m) is kind for m in one.modules()) for one in outer.run.values())
+    return sum(holders) > 1
 
 
 def _is_stage_before(one: Watch, other: Watch) -> bool:
