@@ -18,11 +18,11 @@ from common import MODEL, TRAIN, say
 
 import blockfit
 from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate
+from blockfit.candidates import race
 from blockfit.data import Images
 from blockfit.fit import fit_map
 from blockfit.heldout import HeldOut
 from blockfit.repair import Solution
-from blockfit.search import race
 from blockfit.session import JUDGE_BATCH
 from blockfit.spans import Plan, Replacement, spans_up_to
 from blockfit.sweep import loss_of, sweep

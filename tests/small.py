@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from blockfit.blocks import Blocks, find_blocks
 from blockfit.data import Images
 from blockfit.data import images as open_images
+from blockfit.spans import Span
 
 WIDTH, CLASSES, PREFIX = 16, 4, 1
 
@@ -104,3 +108,15 @@ def small_pictures(count: int, seed: int = 0) -> Tensor:
 
 def small_images(count: int, seed: int = 0, batch_size: int = 8) -> Images:
     return open_images(small_pictures(count, seed), batch_size=batch_size)
+
+
+def separate_sets(depth: int, size: int, spans: Iterable[Span]) -> list[tuple[Span, ...]]:
+    """By trying all: sets of spans that remove ``size`` blocks, with a kept block between them."""
+    out = []
+    every = sorted(spans)
+    for count in range(1, size + 1):
+        for chosen in itertools.combinations(every, count):
+            apart = all(a.stop < b.start for a, b in itertools.pairwise(chosen))
+            if apart and sum(map(len, chosen)) == size:
+                out.append(chosen)
+    return out

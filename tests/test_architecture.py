@@ -32,7 +32,7 @@ ROWS = (
     ("classes", "stream", "data"),
     ("calibrate",),
     ("originals", "repair"),
-    ("fidelity", "recipes", "budget", "heldout", "search", "session"),
+    ("fidelity", "recipes", "budget", "heldout", "candidates", "search", "session"),
     ("evaluate", "protocols"),
     ("atomic", "manifest", "store"),
     ("analysis",),

@@ -30,6 +30,15 @@ class Fidelity:
     feature_relative_error: float
 
     @property
+    def effect(self) -> float:
+        """What candidates are compared by: the square of the feature error.
+
+        It adds up over independent changes, and every image has its say in it; the KL of a hundred
+        images hangs on the few that the model is unsure of (docs/measurements.md).
+        """
+        return self.feature_relative_error**2
+
+    @property
     def loss(self) -> float:
         """What searches minimise: the KL, or the features' relative error without a head."""
         return self.feature_relative_error if self.kl is None else self.kl

@@ -63,7 +63,6 @@ class HeldOut:
         images: Images,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.model, self.blocks = model, blocks
         self.traces: list[Trace] = []
         self.labels: list[Tensor | None] = []
         with evaluating(model):
@@ -75,6 +74,18 @@ class HeldOut:
                     progress(len(self), len(images))
         if not self.traces:
             raise BlockfitError("there are no held-out images to judge by; give more images")
+        self._begin(model, blocks)
+
+    @classmethod
+    def of_traces(cls, model: nn.Module, blocks: Blocks, traces: Sequence[Trace]) -> HeldOut:
+        """The same on batches that were traced already, with all their hidden states."""
+        made = cls.__new__(cls)
+        made.traces, made.labels = list(traces), [None] * len(traces)
+        made._begin(model, blocks)
+        return made
+
+    def _begin(self, model: nn.Module, blocks: Blocks) -> None:
+        self.model, self.blocks = model, blocks
         whole = Solution(Plan(), ())
         self.original = [observe_solution(model, blocks, seen, whole) for seen in self.traces]
         self.passes = 0.0
@@ -109,7 +120,11 @@ class HeldOut:
         return right / total
 
     def map_errors(self, solution: Solution) -> list[MapError]:
-        """The local held-out error of every map of ``solution``, beside identity's.
+        """The local held-out error of every map of ``solution``, beside identity's."""
+        return self.judge(solution)[1]
+
+    def judge(self, solution: Solution) -> tuple[Fidelity, list[MapError]]:
+        """``score``, and the local error of every map beside identity's, in one go.
 
         A folded map lies in the block before its span, so that identity's error is that of the
         original's state before the span.
@@ -126,15 +141,18 @@ class HeldOut:
                 for row, gap in enumerate((after - target, before - target, spread)):
                     sums[entry][row, column] += gap[:, tokens].square().sum().cpu()
 
-        for seen in self.traces:
-            observe_solution(
+        meter = FidelityMeter()
+        for seen, original in zip(self.traces, self.original, strict=True):
+            found = observe_solution(
                 self.model,
                 self.blocks,
                 seen,
                 solution,
                 lambda entry, x, y, seen=seen: note(entry, seen, x, y),  # type: ignore[misc]
             )
-        return [
+            meter.add(original, found)
+        self.passes += meter.images * self.cost(solution)
+        return meter.result(), [
             MapError(
                 span=str(entry.span),
                 map=entry.map,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from blockfit.candidates import cheapest, race
 from blockfit.errors import BlockfitError
 from blockfit.fidelity import Fidelity
 from blockfit.fit import RIDGE, fit_map, identity_error
@@ -19,11 +20,12 @@ from blockfit.recipes import Recipe
 from blockfit.repair import Solution, solve
 from blockfit.spans import Plan, Replacement, Span, runs_of, spans_up_to
 
-RACE_PASSES = 9.0
-"""Work of the race of single spans, in plain passes over the held-out images."""
-
-PROPOSALS = 4
+PROPOSALS = 3
 """Plans per size that are refitted and run."""
+
+JUDGE_IMAGES = 128
+"""Images, beside the held-out ones, on which the better half of the proposals is judged again:
+of the fit images those that quick refits have not seen."""
 
 QUICK_IMAGES = 128
 """Images on which proposals are refitted; the best is solved on all, repair included."""
@@ -50,82 +52,6 @@ class Point:
     def removed(self) -> int:
         """Blocks removed."""
         return len(self.solution.plan.removed_blocks)
-
-
-def race(
-    held_out: HeldOut, candidates: Sequence[Solution], passes: float = RACE_PASSES
-) -> dict[Replacement, float]:
-    """Score single-span solutions by their effect on the output, spending most on the best.
-
-    All candidates are scored on the first batch of held-out images; then, round by round, the
-    better half of each span length goes on to the next batches, until ``passes`` plain passes
-    over the held-out images are spent. A candidate runs only the blocks behind its span.
-
-    Returns:
-        replacement → mean loss over the images that it was run on, for every candidate.
-    """
-    left = passes * len(held_out)
-    entries = {c.plan.replacements[0]: c for c in candidates}
-    totals: dict[Replacement, tuple[float, int]] = dict.fromkeys(entries, (0.0, 0))
-    alive = list(entries)
-    depth = held_out.blocks.depth
-    price = {entry: held_out.cost(candidate) for entry, candidate in entries.items()}
-    batch = 0
-    while alive and batch < len(held_out.traces):
-        images = len(held_out.traces[batch].states[0])
-        cost = sum(images * price[e] for e in alive)
-        while batch > 0 and cost > left:
-            halved = _better_half(alive, totals)
-            if len(halved) == len(alive):
-                return {e: total / max(n, 1) for e, (total, n) in totals.items()}
-            alive = halved
-            cost = sum(images * price[e] for e in alive)
-        for entry in alive:
-            loss = held_out.score(entries[entry], [batch]).loss
-            total, n = totals[entry]
-            totals[entry] = (total + loss * images, n + images)
-        left -= cost
-        batch += 1
-        if len(alive) > 2 * depth:
-            alive = _better_half(alive, totals)
-    return {entry: total / max(n, 1) for entry, (total, n) in totals.items()}
-
-
-def _better_half(
-    alive: Sequence[Replacement], totals: dict[Replacement, tuple[float, int]]
-) -> list[Replacement]:
-    """The better half of each span length, at least one of each."""
-    kept = []
-    for length in sorted({len(e.span) for e in alive}):
-        group = [e for e in alive if len(e.span) == length]
-        group.sort(key=lambda e: totals[e][0] / max(totals[e][1], 1))
-        kept += group[: (len(group) + 1) // 2]
-    return kept
-
-
-def cheapest(
-    depth: int, size: int, costs: dict[Span, float], how_many: int
-) -> list[tuple[Span, ...]]:
-    """The sets of separate spans that remove ``size`` blocks with the smallest summed cost.
-
-    Dynamic programming over blocks with the ``how_many`` best sets kept in every state. Spans that
-    touch are not considered: one map does what two in a row do.
-    """
-    # best[n] of block l: sets over blocks l … depth − 1 that remove n blocks, cheapest first.
-    ends: list[dict[int, list[tuple[float, tuple[Span, ...]]]]] = [{} for _ in range(depth + 2)]
-    ends[depth] = ends[depth + 1] = {0: [(0.0, ())]}
-    for start in reversed(range(depth)):
-        options: dict[int, list[tuple[float, tuple[Span, ...]]]] = {
-            n: list(sets) for n, sets in ends[start + 1].items()
-        }
-        for span, cost in costs.items():
-            if span.start != start:
-                continue
-            for n, sets in ends[span.stop + 1 if span.stop < depth else depth].items():
-                longer = [(c + cost, (span, *spans)) for c, spans in sets]
-                options.setdefault(n + len(span), []).extend(longer)
-        ends[start] = {n: sorted(sets)[:how_many] for n, sets in options.items() if n <= size}
-    return [spans for _, spans in ends[0].get(size, [])]
 
 
 def most_removed(depth: int, protected: Iterable[int] = ()) -> int:
@@ -164,8 +90,10 @@ class Search:
         self.recipe, self.protected, self.seed = recipe, frozenset(protected), seed
         self.depth = originals.blocks.depth
         self.quick = originals.part(QUICK_IMAGES)
+        self._more: HeldOut | None = None
         self.scores: dict[Replacement, float] = {}
         self.tried: dict[Plan, float] = {}
+        self.effects: dict[Plan, float] = {}
         self.best: dict[int, list[Plan]] = {}
         self._say, self._progress = say or (lambda line: None), progress
         self._precision = precision
@@ -212,7 +140,7 @@ class Search:
         """Solve a plan on all fit images and judge it; maps worse than identity are replaced."""
         while True:
             solution = self._solve(plan)
-            errors = self.held_out.map_errors(solution)
+            fidelity, errors = self.held_out.judge(solution)
             worse = {e.span for e in errors if e.error > e.identity_error}
             if not worse:
                 break
@@ -222,7 +150,7 @@ class Search:
                 for entry in plan
             ]
             plan = Plan(tuple(changed))
-        return Point(solution, self.held_out.score(solution), tuple(errors))
+        return Point(solution, fidelity, tuple(errors))
 
     def _solve(self, plan: Plan) -> Solution:
         solution = solve(self.originals, plan, self.recipe.options, self._progress)
@@ -321,11 +249,35 @@ class Search:
     def _decide(self, size: int) -> list[Plan]:
         """Refit and run the most promising plans of one size; best first."""
         pool = self._pool(size)
+        options = replace(self.recipe.options, repair="none", refit=True)
+        solved, effects = {}, self.effects
         for number, plan in enumerate(pool):
             self._say(f"{size} blocks: trying plan {number + 1} of {len(pool)}")
-            options = replace(self.recipe.options, repair="none", refit=True)
-            self.tried[plan] = self.held_out.score(solve(self.quick, plan, options)).loss
-        return sorted(pool, key=lambda plan: self.tried[plan])
+            solved[plan] = solve(self.quick, plan, options)
+            found = self.held_out.score(solved[plan])
+            self.tried[plan], effects[plan] = found.loss, found.effect
+        pool.sort(key=lambda plan: effects[plan])
+        better, rest = pool[: (len(pool) + 1) // 2], pool[(len(pool) + 1) // 2 :]
+        if len(better) > 1 and (more := self._judges()) is not None:
+            weight = len(more) / (len(more) + len(self.held_out))
+            for plan in better:
+                again = more.score(solved[plan]).effect
+                effects[plan] += weight * (again - effects[plan])
+            better.sort(key=lambda plan: effects[plan])
+        return better + rest
+
+    def _judges(self) -> HeldOut | None:
+        """Fit images that quick refits have not seen; ``None`` where their states are not kept."""
+        if self._more is None:
+            model, blocks = self.originals.model, self.originals.blocks
+            traces, count = [], 0
+            for seen in self.originals.traces[len(self.quick.traces) :]:
+                if count >= JUDGE_IMAGES or len(seen.states) <= self.depth:
+                    break
+                traces.append(seen)
+                count += len(seen.states[0])
+            self._more = HeldOut.of_traces(model, blocks, traces)
+        return self._more if self._more.traces else None
 
     def _pool(self, size: int) -> list[Plan]:
         costs: dict[Span, float] = {}
