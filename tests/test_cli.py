@@ -114,13 +114,14 @@ def test_every_option_of_compress_reaches_the_call(
         "--images", "digits", "--limit", "40", "--seed", "7", "--batch-size", "16",
         "--params", "62%", "--recipe", "plain", "--map", "low-rank", "--rank", "4",
         "--repair", "mlp", "--ridge", "auto", "--select", "mse", "--contiguous",
-        "--per-token-type", "--prefix-weight", "5", "--repair-ridge", "0.3",
+        "--workers", "1", "--per-token-type", "--prefix-weight", "5", "--repair-ridge", "0.3",
         "--protect", "3, 6,9", "--blocks", "blocks", "--hold-out", "0.3", "--device", "cpu",
     )  # fmt: skip
     assert blockfit_command("compress", "demo", *given, "-o", tmp_path / "x").error == "seen"
     call = calls[0]
     assert (len(call["images"]), call["images"].seed, call["images"].batch_size) == (40, 7, 16)
     assert (call["params"], call["remove"], call["spans"]) == ("62%", None, None)
+    assert call["images"].workers == 1
     recipe = call["recipe"]
     assert (recipe.name, recipe.select, recipe.contiguous) == ("plain", "mse", True)
     assert (call["map"], call["rank"], call["per_token_type"]) == ("low-rank", 4, True)

@@ -85,9 +85,11 @@ def test_the_decided_plan_is_never_worse_than_the_best_of_additive_scores() -> N
     assert misled  # or this test shows nothing
 
 
-def test_the_better_proposals_are_judged_again_on_images_that_quick_refits_have_not_seen(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("first", [8, 48])
+def test_the_best_proposals_are_judged_again_on_images_that_quick_refits_have_not_seen(
+    monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
+    monkeypatch.setattr("blockfit.search.FIRST_IMAGES", first)
     monkeypatch.setattr("blockfit.search.QUICK_IMAGES", 8)
     model = small_vit(seed=2)
     search = searching(model)
@@ -98,9 +100,15 @@ def test_the_better_proposals_are_judged_again_on_images_that_quick_refits_have_
     quick = search.originals.part(8)
     for rank, plan in enumerate(plans):
         solution = solve(quick, plan, replace(search.recipe.options, repair="none"))
-        judged = (search.held_out, judges) if rank < 2 else (search.held_out,)
-        total = sum(len(h) * h.score(solution).effect for h in judged)
-        expected = total / sum(len(h) for h in judged)
+        judged = [search.held_out.score(solution)]
+        if rank < 2:
+            judged.append(judges.score(solution))
+        elif first < len(NEW):
+            judged = [search.held_out.score(solution, [0, 1])]  # batches of four images
+            if rank == 2:
+                continue  # may be of the better half, or not
+        total = sum(f.images * f.feature_relative_error for f in judged)
+        expected = (total / sum(f.images for f in judged)) ** 2
         assert search.effects[plan] == pytest.approx(expected, rel=1e-6)
     seen = torch.cat([trace.inputs for trace in judges.traces])
     assert torch.equal(seen, FIT[8:])

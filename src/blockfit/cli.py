@@ -73,6 +73,9 @@ def compress(
     limit: opt.Limit = None,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
+    workers: opt.Workers = 0,
     device: opt.Device = None,
     blocks: opt.BlocksPath = None,
     span: opt.Spans = None,
@@ -138,7 +141,9 @@ def compress(
     chosen = opt.recipe(recipe, plain, select, contiguous)
     protected = opt.block_numbers(protect)
     with out.working():
-        original, pictures = opened(out, model, images, limit, seed, batch_size, device)
+        original, pictures = opened(
+            out, model, images, limit, seed, batch_size, device, **opt.reading(context)
+        )
         result = api.compress(
             original,
             pictures,
@@ -178,6 +183,9 @@ def sweep(
     limit: opt.Limit = None,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
+    workers: opt.Workers = 0,
     device: opt.Device = None,
     blocks: opt.BlocksPath = None,
     recipe: opt.RecipeName = None,
@@ -203,7 +211,9 @@ def sweep(
     chosen = api.recipe_for(opt.recipe(recipe, plain, select, contiguous), **opt.how(context))
     protected = opt.block_numbers(protect)
     with out.working():
-        original, pictures = opened(out, model, images, limit, seed, batch_size, device)
+        original, pictures = opened(
+            out, model, images, limit, seed, batch_size, device, **opt.reading(context)
+        )
         frontier = sweep_model(
             original,
             pictures,

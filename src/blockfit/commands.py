@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import typer
 from torch import nn
 
 from blockfit import api, store
@@ -30,16 +31,18 @@ def opened(
     seed: int,
     batch_size: int,
     device: str | None,
+    **reading: Any,
 ) -> tuple[nn.Module, Images]:
     """A model and images for it, as the command line names them; both are told of."""
     out.say(f"loading {model}")
     loaded = api.load(model, device=opt.device(device))
-    pictures = api.images(images, loaded, limit=limit, seed=seed, batch_size=batch_size)
+    pictures = api.images(images, loaded, limit=limit, seed=seed, batch_size=batch_size, **reading)
     show_images(out, pictures.description())
     return loaded, pictures
 
 
 def evaluate(
+    context: typer.Context,
     small: opt.Small,
     data: opt.TestData,
     against: opt.Against = None,
@@ -49,6 +52,9 @@ def evaluate(
     limit: opt.Limit = None,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
+    workers: opt.Workers = 0,
     device: opt.Device = None,
     blocks: opt.BlocksPath = None,
     as_json: opt.Json = False,
@@ -76,7 +82,8 @@ def evaluate(
         # The small model's own preprocessing; the original's where it has none.
         own = source_of(compressed).preprocessing is not None or original is None
         prepared = compressed if own else original
-        pictures = api.images(data, prepared, limit=limit, seed=seed, batch_size=batch_size)
+        how = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
+        pictures = api.images(data, prepared, limit=limit, **how)
         show_images(out, pictures.description())
         if blocks is not None:
             where = find_blocks(compressed, next(iter(pictures), None), blocks)
@@ -85,7 +92,7 @@ def evaluate(
             compressed, pictures, against=original, blocks=where, progress=out.count
         ).to_json()
         if train is not None:
-            learn = api.images(train, prepared, limit=train_limit, seed=seed, batch_size=batch_size)
+            learn = api.images(train, prepared, limit=train_limit, **how)
             worth["protocols"] = _protocols(
                 out,
                 protocols,
@@ -120,12 +127,16 @@ def _protocols(
 
 
 def analyze(
+    context: typer.Context,
     model: opt.Model,
     images: opt.Pictures,
     output: opt.MaybeFolder = None,
     limit: opt.Limit = None,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
+    workers: opt.Workers = 0,
     device: opt.Device = None,
     blocks: opt.BlocksPath = None,
     overwrite: opt.Overwrite = False,
@@ -139,7 +150,9 @@ def analyze(
     if output is not None:
         check_folder(output, overwrite)
     with out.working():
-        original, pictures = opened(out, model, images, limit, seed, batch_size, device)
+        original, pictures = opened(
+            out, model, images, limit, seed, batch_size, device, **opt.reading(context)
+        )
         result = analyze_model(
             original,
             pictures,

@@ -66,6 +66,15 @@ Limit = Annotated[
 ]
 Seed = Annotated[int, option("--seed", help="Of every draw.", panel=DATA)]
 BatchSize = Annotated[int, option("--batch-size", help="Images per forward.", panel=DATA)]
+ImageColumn = Annotated[
+    str | None, option("--image-column", help="Of a table; found by its type.", panel=DATA)
+]
+LabelColumn = Annotated[
+    str | None, option("--label-column", help="Of a table; found by its type.", panel=DATA)
+]
+Workers = Annotated[
+    int, option("--workers", help="Processes that decode; 0 decodes in this one.", panel=DATA)
+]
 Device = Annotated[
     str | None, option("--device", help="cpu (default), cuda, cuda:1, mps.", panel=DATA)
 ]
@@ -169,6 +178,15 @@ def recipe(name: str | None, plain: bool, select: str | None, contiguous: bool) 
     if contiguous:
         changes["contiguous"] = True
     return named_recipe(chosen, **changes) if changes else chosen
+
+
+READING_NAMES = ("image_column", "label_column", "workers")
+"""Options that say how images are read, by their names in ``api.images``."""
+
+
+def reading(context: typer.Context) -> dict[str, Any]:
+    """The options of ``READING_NAMES`` that a command was given."""
+    return {name: context.params[name] for name in READING_NAMES}
 
 
 HOW_NAMES = (

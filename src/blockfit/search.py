@@ -20,12 +20,15 @@ from blockfit.recipes import Recipe
 from blockfit.repair import Solution, solve
 from blockfit.spans import Plan, Replacement, Span, runs_of, spans_up_to
 
-PROPOSALS = 3
-"""Plans per size that are refitted and run."""
+PROPOSALS = 6
+"""Plans per size that are refitted and run; half as many where more than half of the blocks go."""
 
-JUDGE_IMAGES = 128
-"""Images, beside the held-out ones, on which the better half of the proposals is judged again:
-of the fit images those that quick refits have not seen."""
+FIRST_IMAGES = 48
+"""Held-out images on which all proposals are run; only the better half sees the others."""
+
+JUDGE_IMAGES = 96
+"""Images, beside the held-out ones, on which the two best proposals are judged again: of the fit
+images those that quick refits have not seen."""
 
 QUICK_IMAGES = 128
 """Images on which proposals are refitted; the best is solved on all, repair included."""
@@ -247,24 +250,43 @@ class Search:
         return total
 
     def _decide(self, size: int) -> list[Plan]:
-        """Refit and run the most promising plans of one size; best first."""
+        """Refit and run the most promising plans of one size; best first.
+
+        All are run on some of the held-out images, the better half on the others, and the two
+        best on further images.
+        """
         pool = self._pool(size)
         options = replace(self.recipe.options, repair="none", refit=True)
-        solved, effects = {}, self.effects
+        solved = {}
         for number, plan in enumerate(pool):
             self._say(f"{size} blocks: trying plan {number + 1} of {len(pool)}")
             solved[plan] = solve(self.quick, plan, options)
-            found = self.held_out.score(solved[plan])
-            self.tried[plan], effects[plan] = found.loss, found.effect
-        pool.sort(key=lambda plan: effects[plan])
+        first: list[int] = []
+        others: list[int] = []
+        count = 0
+        for batch, seen in enumerate(self.held_out.traces):
+            (first if count < FIRST_IMAGES else others).append(batch)
+            count += len(seen.states[0])
+        totals = {plan: [0.0, 0.0, 0.0] for plan in pool}  # images, feature error, loss
+
+        def run(plans: list[Plan], judge: HeldOut, batches: list[int] | None) -> None:
+            for plan in plans:
+                found, total = judge.score(solved[plan], batches), totals[plan]
+                total[0] += found.images
+                total[1] += found.images * found.feature_relative_error
+                total[2] += found.images * found.loss
+                self.effects[plan] = (total[1] / total[0]) ** 2
+                self.tried[plan] = total[2] / total[0]
+            plans.sort(key=lambda plan: self.effects[plan])
+
+        run(pool, self.held_out, first)
         better, rest = pool[: (len(pool) + 1) // 2], pool[(len(pool) + 1) // 2 :]
-        if len(better) > 1 and (more := self._judges()) is not None:
-            weight = len(more) / (len(more) + len(self.held_out))
-            for plan in better:
-                again = more.score(solved[plan]).effect
-                effects[plan] += weight * (again - effects[plan])
-            better.sort(key=lambda plan: effects[plan])
-        return better + rest
+        if others and rest:
+            run(better, self.held_out, others)
+        best, rest = better[:2], better[2:] + rest
+        if len(best) > 1 and (more := self._judges()) is not None:
+            run(best, more, None)
+        return best + rest
 
     def _judges(self) -> HeldOut | None:
         """Fit images that quick refits have not seen; ``None`` where their states are not kept."""
@@ -284,7 +306,8 @@ class Search:
         for entry, score in self.scores.items():
             costs[entry.span] = min(score, costs.get(entry.span, score))
         pool: dict[Plan, None] = {}
-        for spans in cheapest(self.depth, size, costs, PROPOSALS // 2):
+        most = PROPOSALS if size <= self.depth // 2 else PROPOSALS // 2
+        for spans in cheapest(self.depth, size, costs, (most + 1) // 2):
             pool.setdefault(self._plan(spans))
         children: dict[Plan, None] = {}
         for parent in self.best.get(size - 1, [])[:2]:
@@ -295,7 +318,7 @@ class Search:
                     if all(self._kinds(s) for s in spans):
                         children.setdefault(self._plan(spans))
         for plan in sorted(children, key=self._summed):
-            if len(pool) >= PROPOSALS:
+            if len(pool) >= most:
                 break
             pool.setdefault(plan)
         if not pool:
