@@ -7,7 +7,9 @@ import io
 import json
 import lzma
 import pickle
+import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +84,14 @@ def test_ranges_that_make_no_sense_are_refused(inside: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("form", ["tar.gz", "tgz", "tar.xz", "misnamed tar"])
 def test_compressed_shards_are_unpacked_for_the_time_of_the_run(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    room = tmp_path / "room"
-    room.mkdir()
+    # Short, since the loader's workers put sockets there, whose paths may have 107 characters.
+    room = Path(tempfile.mkdtemp(prefix="room", dir="/tmp"))
+    request.addfinalizer(lambda: shutil.rmtree(room, ignore_errors=True))
     monkeypatch.setattr("tempfile.tempdir", str(room))
     plain = (shards(tmp_path, 1) / "shard-000000.tar").read_bytes()
     file = tmp_path / f"packed.{form.split()[-1]}"
