@@ -37,6 +37,19 @@ def test_compress_leaves_the_original_alone_and_returns_a_smaller_model(model, i
     assert type(result.model) is type(model)
 
 
+def test_the_report_names_the_kept_blocks_whose_weights_changed(model, images):
+    original = dict(model.named_parameters())
+    for recipe in ("default", "paper", "plain"):
+        result = blockfit.compress(model, images, remove=2, recipe=recipe)
+        changed = {
+            int(name.split(".")[1])
+            for name, value in result.model.named_parameters()
+            if name in original and not torch.equal(value, original[name])
+        }
+        assert result.report["repaired_blocks"] == sorted(changed)
+        assert bool(changed) == (recipe != "paper")
+
+
 def test_inplace_changes_the_model_itself(images):
     model = blockfit.load("demo")
     result = blockfit.compress(model, images, spans=["2:3"], inplace=True)

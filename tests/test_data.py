@@ -126,6 +126,7 @@ def test_broken_files_are_skipped_named_and_do_not_change_the_others(tmp_path: P
     assert [Path(name).stem for name in data.skipped] == [f"{whole[i]:03d}" for i in (3, 17)]
     assert len(data) == 28
     assert data.description()["used"] == 28
+    assert data.description()["drawn"] == 30
     assert data.description()["skipped"] == data.skipped
     assert json.loads(json.dumps(data.description())) == data.description()
 

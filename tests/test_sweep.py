@@ -51,6 +51,19 @@ def test_a_model_is_made_without_images_and_has_the_written_figures(folder, mode
     assert result.report["held_out"]["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
 
 
+def test_a_model_from_a_sweep_tells_where_it_is_from(folder):
+    report = from_sweep(folder, Budget("remove", 3)).report
+    assert report["sweep"] == str(folder)
+    assert report["repaired_blocks"] == read_sweep(folder).points[2]["repaired_blocks"]
+    assert report["calibration"]["drawn"] == 40
+
+
+def test_a_sweep_of_another_number_of_images_is_another_sweep(folder, model):
+    more = blockfit.images("digits", model, limit=48, seed=0)
+    with pytest.raises(blockfit.BlockfitError, match="another calibration"):
+        sweep(model, more, folder)
+
+
 def test_a_sweep_of_single_spans_reaches_every_size(model, images, tmp_path):
     frontier = sweep(model, images, tmp_path / "paper", recipe="paper")
     assert [[e["stop"] - e["start"] for e in p["plan"]] for p in frontier.points] == [

@@ -250,6 +250,7 @@ def describe(
         },
         "held_out": dataclasses.asdict(point.fidelity),
         "maps": [dataclasses.asdict(error) for error in point.map_errors],
+        "repaired_blocks": session.repaired_blocks(point),
         "warnings": session.warnings(point),
     }
 

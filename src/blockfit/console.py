@@ -17,6 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from blockfit.amounts import amount, number, percent, share
 from blockfit.errors import BlockfitError
 from blockfit.similarity import Tables
 
@@ -162,31 +163,6 @@ def _fault(error: Exception) -> tuple[int, str]:
     first = (str(error).splitlines() or ["no message"])[0]
     text = f"error: unexpected {type(error).__name__}: {first}; add --debug to see where"
     return UNEXPECTED, text
-
-
-def amount(value: float | None, unit: str = "") -> str:
-    """``22.1 M``, ``44.2 MB``; a dash where there is none."""
-    if value is None:
-        return "–"
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.2f} {prefix}{unit}"
-    return f"{value:.0f} {unit}".rstrip()
-
-
-def percent(value: float | None) -> str:
-    """A fraction as percent; a dash where there is none."""
-    return "–" if value is None else f"{value:.2%}"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A number; a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def share(part: float | None, whole: float | None) -> str:
-    """``part`` of ``whole`` in percent; a dash where either is missing."""
-    return "–" if part is None or not whole else f"{part / whole:.1%}"
 
 
 def show_images(out: Output, told: Mapping[str, Any]) -> None:

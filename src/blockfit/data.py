@@ -135,6 +135,7 @@ class Images:
         return {
             "source": self.records.source,
             "total": self.records.size,
+            "drawn": len(self.positions),
             "used": len(self),
             "seed": self.seed,
             "skipped": self.skipped,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from blockfit.blocks import Batch, Blocks, find_blocks
+from blockfit.blocks import Batch, Blocks, find_blocks, named_blocks
 from blockfit.budget import Budget, Sizes
 from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate
 from blockfit.data import Images
@@ -292,6 +292,14 @@ class Session:
         assert before is not None
         assert after is not None
         return 100 * (before - after)
+
+    def repaired_blocks(self, point: Point) -> list[int]:
+        """The kept blocks of which a solution holds weights that were solved anew."""
+        blocks = self.setting.blocks
+        names = named_blocks(self.setting.model, blocks)
+        starts = [".".join(filter(None, (blocks.path, name))) + "." for name in names]
+        changed = point.solution.weights
+        return [i for i, start in enumerate(starts) if any(n.startswith(start) for n in changed)]
 
     def warnings(self, point: Point) -> list[str]:
         """What the user should know: a costly budget, and the nearest safe one."""

@@ -40,6 +40,14 @@ class Source:
                 f"unknown library {self.library!r}; choose one of {', '.join(LIBRARIES)}"
             )
 
+    @property
+    def loads_as(self) -> str | None:
+        """What ``blockfit.load`` and the command line take for it; ``None`` for a user's module."""
+        if self.library == "module":
+            return None
+        prefix = {"timm": "timm/", "torchvision": "torchvision/"}.get(self.library, "")
+        return self.name if self.name.startswith(prefix) else prefix + self.name
+
     def to_json(self) -> dict[str, Any]:
         """The source as plain JSON values."""
         return {

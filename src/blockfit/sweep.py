@@ -45,6 +45,8 @@ POINT_KEYS = {
     "file",
     "seconds",
 }
+LATER_KEYS = {"repaired_blocks"}
+"""Keys of points that sweeps of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ def from_sweep(
     solution.apply(small, blocks)
     report = {
         "budget": str(budget),
+        "sweep": str(folder),
         "recipe": data["run"]["recipe"],
         "seed": data["run"]["seed"],
         "removed_blocks": point["removed"],
@@ -246,6 +249,7 @@ def from_sweep(
         "calibration": data["run"]["calibration"],
         "held_out": point["held_out"],
         "maps": point["maps"],
+        **{key: point[key] for key in LATER_KEYS if key in point},
         "warnings": point["warnings"],
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -263,11 +267,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _name(data: dict[str, Any]) -> str:
-    source = Source.from_json(data["source"])
-    if source.library == "module":
+    name = Source.from_json(data["source"]).loads_as
+    if name is None:
         raise BlockfitError("the sweep's model was built by the user; give it as MODEL (model=)")
-    prefix = {"timm": "timm/", "torchvision": "torchvision/"}.get(source.library, "")
-    return source.name if source.name.startswith(prefix) else prefix + source.name
+    return name
 
 
 def _stable(description: dict[str, Any]) -> dict[str, Any]:
@@ -295,6 +298,7 @@ def _write_point(folder: Path, session: Session, point: Point, started: float) -
         "flops": flops,
         "held_out": asdict(point.fidelity),
         "maps": [asdict(error) for error in point.map_errors],
+        "repaired_blocks": session.repaired_blocks(point),
         "warnings": session.warnings(point),
         "file": name,
         "seconds": round(time.perf_counter() - started, 3),
@@ -362,7 +366,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if data["format"] != FORMAT:
         raise BlockfitError(f"{path} has format {data['format']!r}; this version reads {FORMAT}")
     if not isinstance(data["points"], list) or any(
-        not isinstance(point, dict) or set(point) != POINT_KEYS for point in data["points"]
+        not isinstance(point, dict) or set(point) - LATER_KEYS != POINT_KEYS
+        for point in data["points"]
     ):
         raise BlockfitError(f"{path}: points are damaged; run the sweep again")
     return data

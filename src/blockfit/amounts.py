@@ -1,0 +1,28 @@
+"""Numbers as people read them: on the command line and in reports."""
+
+from __future__ import annotations
+
+
+def amount(value: float | None, unit: str = "") -> str:
+    """``22.1 M``, ``44.2 MB``; a dash where there is none."""
+    if value is None:
+        return "–"
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {prefix}{unit}"
+    return f"{value:.0f} {unit}".rstrip()
+
+
+def percent(value: float | None) -> str:
+    """A fraction as percent; a dash where there is none."""
+    return "–" if value is None else f"{value:.2%}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number; a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """``part`` of ``whole`` in percent; a dash where either is missing."""
+    return "–" if part is None or not whole else f"{part / whole:.1%}"
