@@ -29,7 +29,7 @@ ROWS = (
     ("probe", "watch", "blocks", "surgery", "head", "residual", "trace", "tensors", "measure"),
     ("preprocess", "source", "hub", "libraries", "models", "demo"),
     ("decode", "records", "tables", "shards", "lists", "layouts", "ready", "paths"),
-    ("classes", "stream", "data"),
+    ("classes", "stream", "data", "splits"),
     ("calibrate",),
     ("originals", "repair"),
     ("fidelity", "recipes", "budget", "heldout", "candidates", "search", "session"),
@@ -37,10 +37,11 @@ ROWS = (
     ("atomic", "manifest", "store"),
     ("analysis",),
     ("export",),
-    ("report",),
+    ("report", "charts", "pages", "findings"),
+    ("translators", "judge", "laboratory", "experiments", "reproduce"),
     ("api", "sweep"),
     ("__init__",),
-    ("console", "options", "commands", "cli", "__main__"),
+    ("console", "options", "commands", "command_reproduce", "cli", "__main__"),
 )
 """Each row may import from the rows above it; modules of one row from one another, in no circle."""
 

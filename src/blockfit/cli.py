@@ -15,6 +15,7 @@ import typer
 from blockfit import __version__, api, store
 from blockfit import options as opt
 from blockfit.budget import Budget
+from blockfit.command_reproduce import reproduce
 from blockfit.commands import analyze, evaluate, export, opened
 from blockfit.console import (
     Output,
@@ -172,6 +173,7 @@ def compress(
 app.command()(evaluate)
 app.command()(analyze)
 app.command()(export)
+app.command()(reproduce)
 
 
 @app.command()

@@ -74,7 +74,7 @@ def extract(
                 "need one for each"
             )
         seen = observe(model, blocks, placed(model, batch.inputs))
-        rows.append(_vectors(seen, blocks.prefix_tokens).float().cpu())
+        rows.append(vectors(seen, blocks.prefix_tokens).float().cpu())
         labels.append(batch.labels)
         done += len(batch.labels)
         if progress is not None:
@@ -87,7 +87,7 @@ def extract(
     return Features(values.numpy(), torch.cat(labels).numpy())
 
 
-def _vectors(seen: Observation, prefix_tokens: int) -> Tensor:
+def vectors(seen: Observation, prefix_tokens: int) -> Tensor:
     """One vector per image."""
     whole = seen.features.reshape(seen.shape)
     if whole.ndim == 3:

@@ -115,10 +115,15 @@ class Tables:
                 'pip install "blockfit[plots]"'
             ) from error
         types, metrics = self.token_types, tuple(self.values)
-        height = 3.0 * len(types) + 0.5
-        figure = Figure(figsize=(3.4 * len(metrics), height))
+        width, height = 3.4 * len(metrics), 3.0 * len(types) + 0.5
+        figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
-        edges = {"left": 0.04, "right": 0.98, "bottom": 0.5 / height, "top": 1 - 0.8 / height}
+        edges = {
+            "left": 0.7 / width,
+            "right": 0.98,
+            "bottom": 0.5 / height,
+            "top": 1 - 0.8 / height,
+        }
         room = {"wspace": 0.25, "hspace": 0.25}
         axes = figure.subplots(len(types), len(metrics), squeeze=False, gridspec_kw=edges | room)
         for row, token_type in enumerate(types):
