@@ -6,13 +6,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-quality clean
+.PHONY: help demo test lint format docs bench bench-quality clean
 
 help:
 	@echo "make demo           compress the shipped model, print a table of before and after"
 	@echo "make test           lint, types and all tests"
 	@echo "make lint           ruff (lint, format) and mypy"
 	@echo "make format         let ruff rewrite the files"
+	@echo "make docs           the documentation as a site, in site/"
 	@echo "make bench          cost of calibration, search and sweep; speed of the small model"
 	@echo "make bench-quality  accuracy of the small models on the real model and images"
 	@echo "make clean          remove .venv, builds and caches"
@@ -38,6 +39,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/speed.py
@@ -47,5 +52,5 @@ bench-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

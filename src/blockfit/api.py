@@ -15,7 +15,7 @@ from torch import nn
 from blockfit import store
 from blockfit.blocks import Blocks
 from blockfit.budget import Budget
-from blockfit.data import Images
+from blockfit.data import Images, images
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.models import load_model, source_of
@@ -67,11 +67,6 @@ def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) ->
     if model is not None:
         raise BlockfitError(f"{name} is no folder saved by blockfit, so model= has no use there")
     return load_model(str(name), **options)
-
-
-def images(source: Any, model: nn.Module | None = None, **options: Any) -> Images:
-    """Images from a folder, files, a parquet file, a data set or tensors; see ``data.images``."""
-    return open_images(source, model, **options)
 
 
 def recipe_for(
