@@ -11,8 +11,9 @@ from torch import nn
 
 from blockfit import api
 from blockfit import options as opt
+from blockfit.amounts import number
 from blockfit.blocks import Blocks, find_blocks
-from blockfit.console import Output, number
+from blockfit.console import Output
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.judge import JUDGES, Judge, fitting_judge
