@@ -37,11 +37,12 @@ ROWS = (
     ("atomic", "manifest", "store"),
     ("analysis",),
     ("export",),
+    ("engines", "speed", "speed_report", "shortfall", "bench"),
     ("report", "charts", "pages", "findings"),
     ("translators", "judge", "laboratory", "experiments", "reproduce"),
     ("api", "sweep"),
     ("__init__",),
-    ("console", "options", "commands", "command_reproduce", "cli", "__main__"),
+    ("console", "options", "commands", "command_reproduce", "command_bench", "cli", "__main__"),
 )
 """Each row may import from the rows above it; modules of one row from one another, in no circle."""
 

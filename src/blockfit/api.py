@@ -54,7 +54,7 @@ def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) ->
         name: a saved folder; a transformers folder or Hub id; ``timm/NAME``;
             ``torchvision/NAME``; ``demo``.
         model: the freshly built original, for folders saved from a user's own module class.
-        options: ``device``, and for models by name ``dtype`` and ``trust_remote_code``.
+        options: ``device``, ``dtype``, and for models by name ``trust_remote_code``.
 
     Returns:
         The model in eval mode.

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -80,6 +80,50 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)  # not there any more where all went well
 
 
+def check_file(path: Path, suffix: str, overwrite: bool) -> None:
+    """Refuse to write a file where something would be lost.
+
+    Raises:
+        BlockfitError: where the name does not end in ``suffix``, or is taken.
+    """
+    if path.suffix != suffix:
+        raise BlockfitError(f"{path} must end in {suffix}; write -o {path.stem or 'small'}{suffix}")
+    if path.is_dir():
+        raise BlockfitError(f"{path} is a folder; give a file to write")
+    if path.exists() and not overwrite:
+        raise BlockfitError(
+            f"{path} is there already; choose another name, or replace it with --overwrite "
+            "(overwrite=True in Python)"
+        )
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file in a hidden folder beside ``path``; it takes that name when all went well.
+
+    What else was written in the hidden folder (weights that a file refers to) takes its place
+    beside it first. Whatever goes wrong, the hidden folder is removed and ``path`` is as it was.
+
+    Raises:
+        BlockfitError: where the file system refuses; it says why.
+    """
+    target = path.resolve()
+    hidden: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        hidden = _hidden(target)
+        yield hidden / target.name
+        for entry in sorted(hidden.iterdir(), key=lambda entry: entry.name == target.name):
+            _to_disk(entry)
+            entry.replace(target.with_name(entry.name))
+        _to_disk(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        if hidden is not None:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
 def _hidden(target: Path) -> Path:
     made = tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=PARTIAL, dir=target.parent)
     umask = os.umask(0)
@@ -124,8 +168,8 @@ def _give_back(old: Path, target: Path) -> None:
         ) from error
 
 
-def _cannot_write(folder: Path, error: Exception) -> BlockfitError:
+def _cannot_write(target: Path, error: Exception) -> BlockfitError:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return BlockfitError(
-        f"cannot write {folder}: {reason}; nothing was saved, make room or choose another folder"
+        f"cannot write {target}: {reason}; nothing was saved, make room or choose another place"
     )

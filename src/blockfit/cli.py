@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -15,6 +16,7 @@ import typer
 from blockfit import __version__, api, store
 from blockfit import options as opt
 from blockfit.budget import Budget
+from blockfit.command_bench import bench
 from blockfit.command_reproduce import reproduce
 from blockfit.commands import analyze, evaluate, export, opened
 from blockfit.console import (
@@ -37,6 +39,9 @@ QUIET_LIBRARIES = {
     "DATASETS_VERBOSITY": "error",
 }
 """Keeps other libraries' bars and warnings off the screen; what the user has set stays."""
+
+QUIET_LOGGERS = ("torch.utils._pytree", "torch.utils.cpp_extension")
+"""Warn of what no user of this command can change, when torchao or a compiler is loaded."""
 
 DEMO_IMAGES = 512
 """Calibration images of the demo."""
@@ -174,6 +179,7 @@ app.command()(evaluate)
 app.command()(analyze)
 app.command()(export)
 app.command()(reproduce)
+app.command()(bench)
 
 
 @app.command()
@@ -297,6 +303,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; see ``console.guarded``."""
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     command = list(arguments) or ["--help"]
     return guarded(
         lambda: app(command, prog_name="blockfit", standalone_mode=False), "--debug" in command

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def flops(model: nn.Module, inputs: Batch) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     bare = plain(model)
-    with _measuring(bare), _countable(), FlopCounterMode(display=False) as counter:
+    with measuring(bare), _countable(), FlopCounterMode(display=False) as counter:
         call(bare, placed(bare, first_images(inputs, 1)))
     return int(counter.get_total_flops())
 
@@ -114,36 +115,63 @@ def alternate(
     Raises:
         BlockfitError: for fewer than two rounds.
     """
-    if rounds < 2:
-        raise BlockfitError(f"a spread needs at least 2 rounds, got {rounds}")
     ready = {name: placed(model, inputs) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(-2, rounds):
-        for name, model in models.items():
-            with _measuring(model):
-                device = _device(ready[name])
-                _wait(device)
-                start = time.perf_counter()
-                call(model, ready[name])
-                _wait(device)
-                taken = time.perf_counter() - start
-            if turn >= 0:
-                seconds[name].append(taken)
+
+    def run(name: str) -> None:
+        call(models[name], ready[name])
+        wait(_device(ready[name]))
+
+    with ExitStack() as modes:
+        for model in models.values():
+            modes.enter_context(measuring(model))
+        seconds = in_turn({name: functools.partial(run, name) for name in models}, rounds)
     return {
         name: Timing(
-            tuple(seconds[name]),
+            seconds[name],
             _count(ready[name]),
             torch.get_num_threads(),
-            _device_name(_device(ready[name])),
+            device_name(_device(ready[name])),
         )
         for name in models
     }
 
 
+def in_turn(
+    runs: Mapping[str, Callable[[], object]], rounds: int = ROUNDS
+) -> dict[str, tuple[float, ...]]:
+    """Call functions in turn, A B A B, and return the seconds that each call took, by name.
+
+    Every function is called twice untimed first.
+
+    Args:
+        runs: by name; each has done all of its work when it returns.
+        rounds: timed calls of each, two at least.
+
+    Raises:
+        BlockfitError: for fewer than two rounds.
+    """
+    if rounds < 2:
+        raise BlockfitError(f"a spread needs at least 2 rounds, got {rounds}")
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-2, rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            taken = time.perf_counter() - start
+            if turn >= 0:
+                seconds[name].append(taken)
+    return {name: tuple(values) for name, values in seconds.items()}
+
+
+def paired_ratios(before: Timing, after: Timing) -> list[float]:
+    """How many times faster ``after`` was in each round, per image."""
+    share = after.images / before.images
+    return [share * a / b for a, b in zip(before.seconds, after.seconds, strict=True)]
+
+
 def speedup(before: Timing, after: Timing) -> float:
     """How many times faster ``after`` is: the median over rounds that were measured together."""
-    ratios = [a / b for a, b in zip(before.seconds, after.seconds, strict=True)]
-    return statistics.median(ratios) * after.images / before.images
+    return statistics.median(paired_ratios(before, after))
 
 
 def peak_memory(model: nn.Module, inputs: Batch) -> int | None:
@@ -157,18 +185,18 @@ def peak_memory(model: nn.Module, inputs: Batch) -> int | None:
     batch = placed(bare, inputs)
     device = _device(batch)
     held = {id(t): t.nbytes for t in (*named_tensors(bare).values(), *_tensors(batch))}
-    with _measuring(bare):
-        call(bare, batch)  # what is made once and kept is made now
+    with measuring(bare):
+        call(model, batch)  # what is made once and kept is made now
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            call(bare, batch)
+            call(model, batch)
             torch.cuda.synchronize(device)
             return sum(held.values()) + torch.cuda.max_memory_allocated(device) - before
         if device.type != "cpu" or not torch.profiler.kineto_available():
             return None
-        return sum(held.values()) + _profiled_peak(bare, batch)
+        return sum(held.values()) + _profiled_peak(model, batch)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -211,7 +239,8 @@ def _quiet_profiler() -> Iterator[None]:
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients for the duration."""
     with evaluating(model), torch.no_grad():
         yield
 
@@ -241,13 +270,15 @@ def _device(inputs: Batch) -> torch.device:
     return _tensors(inputs)[0].device
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a device is called where figures are told."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.machine() if device.type == "cpu" else device.type
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until an accelerator has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

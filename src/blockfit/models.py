@@ -18,7 +18,16 @@ from blockfit.errors import BlockfitError, first_line
 from blockfit.preprocess import own_preprocessing
 from blockfit.source import LIBRARIES, Source, attach
 
-__all__ = ["LIBRARIES", "Source", "attach", "label_names", "load_model", "skeleton", "source_of"]
+__all__ = [
+    "LIBRARIES",
+    "Source",
+    "attach",
+    "label_names",
+    "load_model",
+    "read_dtype",
+    "skeleton",
+    "source_of",
+]
 
 
 def load_model(
@@ -43,7 +52,7 @@ def load_model(
         BlockfitError: where nothing of that name can be loaded; it says what to do.
     """
     text = str(name)
-    wanted = _dtype(dtype)
+    wanted = read_dtype(dtype)
     if text == "demo":
         loaded = libraries.load_demo()
     elif (folder := Path(text).expanduser()).is_dir():
@@ -159,7 +168,12 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A floating dtype by name; float32 for ``None``.
+
+    Raises:
+        BlockfitError: where it is none.
+    """
     if dtype is None:
         return torch.float32
     found: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

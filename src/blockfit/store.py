@@ -18,7 +18,7 @@ from blockfit.blocks import Blocks
 from blockfit.errors import BlockfitError
 from blockfit.manifest import FLOATING, Manifest, dumps, installed_versions, read_manifest
 from blockfit.maps import empty_map
-from blockfit.models import attach, skeleton
+from blockfit.models import attach, read_dtype, skeleton
 from blockfit.source import Source
 from blockfit.spans import Plan
 from blockfit.surgery import apply_plan, removed_plan
@@ -132,6 +132,7 @@ def load(
     *,
     model: nn.Module | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """The model that ``save`` wrote, in eval mode: the same outputs, bit for bit.
 
@@ -142,12 +143,15 @@ def load(
         model: the original as your own code builds it, where blockfit cannot build it; it stays
             as it is.
         device: where to put the weights; the CPU by default.
+        dtype: of the weights, such as ``"bfloat16"``; by default what was saved.
 
     Raises:
         BlockfitError: where the folder is none of blockfit's, or anything in it is unknown,
             missing or does not fit; file and key are named.
     """
-    return load_saved(folder, model=model, device=device).model
+    wanted = None if dtype is None else read_dtype(dtype)
+    loaded = load_saved(folder, model=model, device=device).model
+    return loaded if wanted is None else loaded.to(wanted)
 
 
 def load_saved(
