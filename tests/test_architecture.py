@@ -20,7 +20,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "blockfit"
 
 ROWS = (
-    ("errors", "numerics", "amounts"),
+    ("errors", "numerics", "untrusted", "amounts"),
     ("spans",),
     ("maps",),
     ("moments",),
@@ -34,7 +34,7 @@ ROWS = (
     ("originals", "repair"),
     ("fidelity", "recipes", "budget", "heldout", "candidates", "search", "session"),
     ("evaluate", "protocols"),
-    ("atomic", "manifest", "store"),
+    ("atomic", "manifest", "store", "sweepfile"),
     ("analysis",),
     ("export",),
     ("engines", "speed", "speed_report", "shortfall", "bench"),

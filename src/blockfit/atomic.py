@@ -63,7 +63,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         BlockfitError: where the file system refuses; it says why.
     """
-    target = folder.resolve()
+    target = Path(os.path.realpath(folder))  # resolve() fails where links run in a circle
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

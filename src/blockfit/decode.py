@@ -47,6 +47,8 @@ def decode(content: bytes | str | Path | Image.Image | np.ndarray) -> Image.Imag
     if isinstance(content, Image.Image):
         return rgb(_upright(_checked(content)))
     try:
+        if not isinstance(content, bytes) and not Path(content).is_file():
+            raise Unreadable("it is not there, or no regular file")
         file = io.BytesIO(content) if isinstance(content, bytes) else content
         with Image.open(file, formats=_formats()) as image:
             _checked(image).load()

@@ -1,14 +1,32 @@
 """The one exception that blockfit raises on purpose."""
 
+_LONGEST = 1000
+
 
 class BlockfitError(ValueError):
     """Bad input, said in one sentence: what was wrong, where, and what to do.
 
     The command line prints it and exits with code 2; a traceback is shown only with ``--debug``.
+    Whatever text of a file or a library is in the sentence, it stays one line of printable
+    characters, and its middle is left out where it is very long.
     """
 
+    def __init__(self, message: str) -> None:
+        text = printable(message)
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+        super().__init__(text)
 
-def first_line(error: Exception) -> str:
+
+def printable(text: str) -> str:
+    """One line: line breaks become spaces, other control characters and broken UTF-8 escapes."""
+    return "".join(
+        c if c.isprintable() else " " if c in "\n\r\t" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def first_line(error: BaseException) -> str:
     """What an error of a library says in its first line, without a full stop; or its name."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

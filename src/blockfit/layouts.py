@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from blockfit.errors import BlockfitError
-from blockfit.records import Records, first_line, from_arrays
+from blockfit.errors import BlockfitError, first_line
+from blockfit.records import Records, from_arrays
 
 _FASHION = [
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),

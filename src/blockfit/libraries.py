@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from blockfit import hub
@@ -39,6 +38,7 @@ from blockfit.source import (
     check_timm,
     without_loading,
 )
+from blockfit.untrusted import read_json
 
 
 class Loaded(NamedTuple):
@@ -64,10 +64,7 @@ def load_folder(
             f"{folder} is no model folder: it has no config.json; give a folder that "
             "transformers or timm saved"
         )
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BlockfitError(f"{config} is not valid JSON: {error}") from error
+    values = read_json(config, exact=False)
     if isinstance(values, dict) and "architecture" in values:
         return load_timm(f"local-dir:{folder}", options)
     if not isinstance(values, dict) or not {"model_type", "auto_map"} & values.keys():
@@ -93,7 +90,7 @@ def load_transformers(
         )
     except BlockfitError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # a folder's files may make the library raise nearly anything
         raise BlockfitError(_cannot_load(name, error)) from error
     if missing := sorted(info["missing_keys"]):
         raise BlockfitError(
@@ -228,7 +225,7 @@ def load_timm(name: str, options: dict[str, Any]) -> Loaded:
             hub_id = config.hf_hub_id or hub_id
             hub.need(config, options)
         model = timm.create_model(name, **{"pretrained": True, **options})
-    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+    except Exception as error:  # a folder's files may make the library raise nearly anything
         hint = (
             f"; where there is no network, download it elsewhere (hf download {hub_id} "
             "--local-dir FOLDER) and give FOLDER"

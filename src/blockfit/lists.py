@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from blockfit.decode import IMAGE_SUFFIXES
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, first_line
 from blockfit.records import (
     LABEL_NAMES,
     SPLIT_NAMES,
     Picture,
     Records,
-    first_line,
     from_arrays,
     from_pictures,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -15,6 +14,7 @@ from blockfit.errors import BlockfitError
 from blockfit.source import Source
 from blockfit.spans import Plan
 from blockfit.tensors import DTYPES
+from blockfit.untrusted import read_json
 
 FORMAT = 1
 """The version of the folder's format that this blockfit writes and reads."""
@@ -106,7 +106,7 @@ def read_manifest(path: Path) -> Manifest:
         BlockfitError: names the file and the key.
     """
     where = str(path)
-    values = _object(_parsed(path), where)
+    values = _object(read_json(path), where)
     version = values.get("format")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise BlockfitError(f"{where}: format must be a whole number from 1 on, got {version!r}")
@@ -117,7 +117,7 @@ def read_manifest(path: Path) -> Manifest:
         )
     names = ("versions", "base", "blocks", "plan", "dtype", "other_dtypes", "tied", "layout")
     _keys(values, ("format", *names, "report"), where)
-    blocks = _blocks(values["blocks"], f"{where}: blocks")
+    blocks = read_blocks(values["blocks"], f"{where}: blocks")
     plan = _within(where, lambda: Plan.from_json(values["plan"], "plan"))
     _within(f"{where}: plan", lambda: plan.check(blocks.depth))
     versions = _object(values["versions"], f"{where}: versions")
@@ -150,27 +150,8 @@ def read_manifest(path: Path) -> Manifest:
     )
 
 
-def _parsed(path: Path) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"key {twice!r} appears twice")
-        return values
-
-    def no_number(text: str) -> None:
-        raise ValueError(f"{text} is no number of JSON")
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
-    except OSError as error:
-        raise BlockfitError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise BlockfitError(f"{path} is not valid JSON: {error}") from error
-
-
-def _blocks(value: Any, where: str) -> Blocks:
+def read_blocks(value: Any, where: str) -> Blocks:
+    """Where a model keeps its blocks, from JSON; ``where`` names the place in messages."""
     entries = _object(value, where)
     kinds = {"path": str, "input_name": str}
     least = {"depth": 1, "width": 1, "prefix_tokens": 0, "output_items": 0}

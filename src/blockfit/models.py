@@ -16,7 +16,7 @@ from torch import nn
 from blockfit import libraries
 from blockfit.errors import BlockfitError, first_line
 from blockfit.preprocess import own_preprocessing
-from blockfit.source import LIBRARIES, Source, attach
+from blockfit.source import LIBRARIES, Source, attach, bounded
 
 __all__ = [
     "LIBRARIES",
@@ -56,7 +56,8 @@ def load_model(
     if text == "demo":
         loaded = libraries.load_demo()
     elif (folder := Path(text).expanduser()).is_dir():
-        loaded = libraries.load_folder(folder, trust_remote_code, wanted, options)
+        with bounded():
+            loaded = libraries.load_folder(folder, trust_remote_code, wanted, options)
     elif text.startswith("torchvision/"):
         loaded = libraries.load_torchvision(text.removeprefix("torchvision/"), options)
     elif text.startswith("timm/") or ("/" not in text and libraries.is_timm_name(text)):
@@ -130,11 +131,11 @@ def skeleton(source: Source) -> nn.Module:
             "build it yourself and give it as model="
         )
     try:
-        with torch.device("meta"), _linspace_with_values():
+        with bounded(), torch.device("meta"), _linspace_with_values():
             return builders[source.library](arguments).eval()
     except BlockfitError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # unfit arguments make the libraries raise nearly anything
         raise BlockfitError(
             f"cannot rebuild {source.name} with the installed {source.library}: "
             f"{type(error).__name__}: {first_line(error)}"

@@ -56,6 +56,10 @@ def from_files(
     files = [Path(p).expanduser() for p in paths]
     source = str(files[0]) if len(files) == 1 else f"{files[0]} … ({len(files)} files)"
     suffixes = {file.suffix.lower() for file in files}
+    if suffixes & _ALONE or any(is_shard(file) for file in files):
+        for file in files:  # a pipe or a device would be waited for, or read for ever
+            if file.exists() and not file.is_file():
+                raise BlockfitError(f"{file} is no regular file; give files that lie on a disk")
     if len(files) == 1 and suffixes <= {".npy", ".npz"}:
         return from_numpy(files[0], image_column, label_column, split)
     if split is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockfit.errors import BlockfitError
-from blockfit.records import Records, first_line
+from blockfit.errors import BlockfitError, first_line
+from blockfit.records import Records
 from blockfit.tables import from_dataset, load_dataset, one_split
 
 

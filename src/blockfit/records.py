@@ -137,12 +137,6 @@ def numbered(labels: Sequence[int | str | None]) -> tuple[list[int | None], list
     return [None if label is None else number[str(label)] for label in labels], names
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says first, as a part of a sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 def _split_item(item: Any, image_key: str | None, label_key: str | None) -> tuple[Any, Any]:
     """One item of a data set as picture and label (or ``None``)."""
     if isinstance(item, Mapping):

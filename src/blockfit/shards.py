@@ -26,8 +26,8 @@ from typing import IO, Any
 import numpy as np
 
 from blockfit.decode import IMAGE_SUFFIXES, Unreadable
-from blockfit.errors import BlockfitError
-from blockfit.records import LABEL_NAMES, Picture, Records, first_line, numbered
+from blockfit.errors import BlockfitError, first_line
+from blockfit.records import LABEL_NAMES, Picture, Records, numbered
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 """Files with these endings (in any case) are read as shards."""

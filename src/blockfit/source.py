@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from blockfit.errors import BlockfitError
 from blockfit.preprocess import Preprocessing
@@ -177,6 +180,51 @@ def check_timm(architecture: object, options: object) -> None:
             f"timm's option {loading[0]!r} is not part of an architecture; a saved folder may not "
             "hold it, since its weights are all in the folder"
         )
+
+
+MOST_TENSORS = 5_000
+"""Parameters of a model built from somebody's file, counted when made and when they get values.
+
+The largest vision transformers have about 1,000.
+"""
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Models are built within limits: a number in a file must not take hours or all memory.
+
+    Raises:
+        BlockfitError: where more than ``MOST_TENSORS`` parameters are made.
+    """
+    made = 0
+    linspace = torch.linspace
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += 1
+        if made > MOST_TENSORS:
+            raise _too_large()
+
+    def schedule(start: Any, end: Any, steps: int, **options: Any) -> torch.Tensor:
+        """Stochastic depth's: one step per block, values read out of it."""
+        if isinstance(steps, int) and steps > MOST_TENSORS:
+            raise _too_large()
+        return linspace(start, end, steps, **options)
+
+    hook = register_module_parameter_registration_hook(count)
+    torch.linspace = cast(Any, schedule)
+    try:
+        yield
+    finally:
+        torch.linspace = linspace
+        hook.remove()
+
+
+def _too_large() -> BlockfitError:
+    return BlockfitError(
+        f"it describes a model of more than {MOST_TENSORS} blocks or parameters; the numbers in "
+        "the file are wrong"
+    )
 
 
 def attach(model: nn.Module, source: Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockfit.atomic import PARTIAL, check_target, new_folder
 from blockfit.blocks import Blocks
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, first_line
 from blockfit.manifest import FLOATING, Manifest, dumps, installed_versions, read_manifest
 from blockfit.maps import empty_map
 from blockfit.models import attach, read_dtype, skeleton
@@ -33,6 +33,7 @@ from blockfit.tensors import (
     tied,
     valueless,
 )
+from blockfit.untrusted import open_tensors
 
 MARK = "blockfit.json"
 WEIGHTS = "model.safetensors"
@@ -266,13 +267,13 @@ def _file(folder: str | Path, name: str) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise BlockfitError(f"there is no folder {folder}")
-    real = path.resolve()
+    real = Path(os.path.realpath(path))
     if real.name.endswith(PARTIAL) or not (path / MARK).is_file():
         raise BlockfitError(
             f"{folder} is no folder that blockfit saved: it has no finished {MARK}; "
             "give one that blockfit compress wrote"
         )
-    found = (path / name).resolve()
+    found = Path(os.path.realpath(path / name))  # resolve() fails where links run in a circle
     inside = [real]
     if real.parent.name == "snapshots":  # the Hub's cache keeps the files beside its snapshots
         inside.append(real.parent.parent / "blobs")
@@ -289,7 +290,7 @@ def _read(
     """Every tensor of ``bare`` from the file, after all of them were checked."""
     expected = named_tensors(bare)
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             _check_names(path, expected, set(file.keys()), manifest)
             for name in file.keys():  # noqa: SIM118
                 entry = file.get_slice(name)
@@ -302,12 +303,8 @@ def _read(
                 ).to(device)
                 for name in file.keys()  # noqa: SIM118
             }
-    except (OSError, SafetensorError) as error:
-        raise BlockfitError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:
-        raise BlockfitError(
-            f"cannot put {path} on {device}: {str(error).splitlines()[0]}"
-        ) from error
+        raise BlockfitError(f"cannot put {path} on {device}: {first_line(error)}") from error
     values.update({alias: values[name] for alias, name in manifest.tied.items()})
     return values
 

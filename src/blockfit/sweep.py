@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,23 +30,7 @@ from blockfit.search import Point, most_removed
 from blockfit.session import HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.source import Source
 from blockfit.spans import Plan, Replacement
-
-MARK = "sweep.json"
-FORMAT = 1
-KEYS = {"format", "run", "source", "blocks", "original", "points", "search"}
-POINT_KEYS = {
-    "removed",
-    "plan",
-    "parameters",
-    "flops",
-    "held_out",
-    "maps",
-    "warnings",
-    "file",
-    "seconds",
-}
-LATER_KEYS = {"repaired_blocks"}
-"""Keys of points that sweeps of earlier versions lack."""
+from blockfit.sweepfile import FORMAT, LATER_KEYS, MARK, read_point_file, read_sweep_file
 
 
 @dataclass(frozen=True)
@@ -200,7 +184,7 @@ def read_sweep(folder: str | Path) -> Frontier:
     path = target / MARK
     if not path.is_file():
         raise BlockfitError(f"{folder} is no sweep folder (it has no {MARK}); make one with sweep")
-    data = _read_json(path)
+    data = read_sweep_file(path)
     if not data["points"]:
         raise BlockfitError(f"{folder} holds an unfinished sweep without a plan; run it again")
     return Frontier(target, data)
@@ -306,17 +290,8 @@ def _write_point(folder: Path, session: Session, point: Point, started: float) -
 
 
 def _read_point(folder: Path, point: dict[str, Any], blocks: Blocks) -> Solution:
-    name = str(point["file"])
-    path = folder / name
-    if Path(name).name != name or not path.is_file():
-        raise BlockfitError(f"{folder / MARK}: file {name!r} is missing; run the sweep again")
     plan = Plan.from_json(point["plan"], f"{MARK}: plan")
-    plan.check(blocks.depth)
-    try:
-        with safe_open(path, framework="pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise BlockfitError(f"{path} cannot be read ({error}); run the sweep again") from error
+    tensors, path = read_point_file(folder, point["file"]), folder / point["file"]
     maps = []
     for number, entry in enumerate(plan):
         prefix = f"maps.{number}."
@@ -347,29 +322,12 @@ def _resume(target: Path, run: dict[str, Any]) -> dict[str, Any] | None:
         ):
             raise BlockfitError(f"{target} is not empty and holds no sweep; choose a new folder")
         return None
-    data = _read_json(target / MARK)
+    data = read_sweep_file(target / MARK)
     if data["run"] != run:
         different = [k for k in run if data["run"].get(k) != run[k]]
         raise BlockfitError(
             f"{target} holds a sweep with another {' and '.join(different)}; choose a new folder"
         )
-    return data
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BlockfitError(f"{path} cannot be read ({error}); run the sweep again") from error
-    if not isinstance(data, dict) or set(data) != KEYS:
-        raise BlockfitError(f"{path} is no sweep of this version; run the sweep again")
-    if data["format"] != FORMAT:
-        raise BlockfitError(f"{path} has format {data['format']!r}; this version reads {FORMAT}")
-    if not isinstance(data["points"], list) or any(
-        not isinstance(point, dict) or set(point) - LATER_KEYS != POINT_KEYS
-        for point in data["points"]
-    ):
-        raise BlockfitError(f"{path}: points are damaged; run the sweep again")
     return data
 
 

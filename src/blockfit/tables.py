@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from blockfit.decode import Unreadable
-from blockfit.errors import BlockfitError
-from blockfit.records import LABEL_NAMES, Picture, Records, first_line
+from blockfit.errors import BlockfitError, first_line
+from blockfit.records import LABEL_NAMES, Picture, Records
 
 
 @dataclass(frozen=True, eq=False)

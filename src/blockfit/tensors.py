@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, first_line
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -155,7 +155,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise BlockfitError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); "
+            f"{type(model).__name__} cannot be copied ({first_line(error)}); "
             "give a model as its class builds it"
         ) from error
 
