@@ -17,6 +17,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 MARKS = "osD^vPX"
 
+LEAST_RANGE = 0.04
+"""Of an axis of accuracies: noise of a few images must not look like a cliff."""
+
 
 def draw(name: str, rows: Rows, path: Path, title: str) -> None:
     """Draw the picture of an experiment.
@@ -42,6 +45,8 @@ def draw(name: str, rows: Rows, path: Path, title: str) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (panel, part) in zip(axes, panels, strict=True):
         panel(axis, part)
+        if len(parts) > 1 and axis is not axes[-1]:
+            axis.get_legend().remove()
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
@@ -146,6 +151,7 @@ def _positions(axis: Any, rows: Rows) -> None:
         said = way if way == "all tokens" else f"one per {way}"
         _line(axis, [r["images"] for r in here], [r["top1"] for r in here], number, said)
     _images_axis(axis, rows)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     span = _values(rows, "spans")[0]
     axis.set_title(f"blocks {span}", fontsize=10)
 
@@ -213,8 +219,10 @@ def _values(rows: Rows, column: str) -> list[Any]:
 
 
 def _line(axis: Any, x: Sequence[float], y: Sequence[float], number: int, label: str) -> None:
+    """A line; later ones are thinner, so that those that they cover still show."""
     axis.plot(
-        x, y, color=COLOURS[number % 7], marker=MARKS[number % 7], markersize=5, label=label
+        x, y, color=COLOURS[number % 7], marker=MARKS[number % 7], label=label,
+        markersize=max(4.0, 8.0 - number), linewidth=max(1.0, 3.0 - 0.5 * number),
     )  # fmt: skip
 
 
@@ -224,7 +232,10 @@ def _original(axis: Any, rows: Rows) -> None:
 
 
 def _percent(axis: Any) -> None:
-    axis.yaxis.set_major_formatter(lambda value, position: f"{100 * value:.0f}%")
+    low, high = axis.get_ylim()
+    room = max(0.0, LEAST_RANGE - (high - low)) / 2
+    axis.set_ylim(low - room, high + room)
+    axis.yaxis.set_major_formatter(lambda value, position: f"{round(100 * value, 2):g}%")
     axis.set_ylabel("top-1 accuracy")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +10,9 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from blockfit import api
+from blockfit import __version__, api
 from blockfit import options as opt
-from blockfit.amounts import number
-from blockfit.blocks import Blocks, find_blocks
+from blockfit.blocks import Batch, Blocks, find_blocks
 from blockfit.console import Output
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
@@ -23,6 +23,7 @@ from blockfit.models import source_of
 from blockfit.reproduce import BY_NAME, INDEX, chosen, earlier
 from blockfit.reproduce import reproduce as run_experiments
 from blockfit.splits import Source, train_and_test
+from blockfit.surgery import removed_plan
 from blockfit.sweep import fingerprint
 
 QUICK_TEST, QUICK_TRAIN = 500, 2000
@@ -135,10 +136,12 @@ def reproduce(
         out.say(f"loading {model}")
         loaded = api.load(model, device=opt.device(device))
         pictures = api.images(judged, loaded, limit=test_limit, seed=seed, **how)
-        example = next(iter(pictures), None)
-        if example is None:
-            raise BlockfitError(f"{pictures.records.source} holds no images that can be read")
+        example = _example(pictures)
         where = find_blocks(loaded, example, blocks)
+        if done := removed_plan(loaded, where):
+            raise BlockfitError(
+                f"the model is compressed already ({done}); the experiments need the original"
+            )
         kind = judge or fitting_judge(loaded, where, example, pictures.class_names)
         labelled = None
         if kind != "head":
@@ -149,7 +152,7 @@ def reproduce(
             settings.fitting(where.depth),
             _draw(learn, loaded, how),
             Judge(loaded, where, pictures, kind, labelled, progress=out.count),
-            {name: _draw(_train_part(name), loaded, how) for name in transfer or ()},
+            _transfers(transfer or (), loaded, how),
             out.say,
             out.count,
         )
@@ -157,7 +160,7 @@ def reproduce(
         out.note(f"{where.depth} blocks of width {where.width}; judged by: {about['judge']}")
         result = run_experiments(lab, output, about, wanted, lambda line: out.warn([line]))
     for name, entry in result["experiments"].items():
-        out.line(f"{name} ({number(entry['seconds'], 0)} s): {entry['finding']}")
+        out.line(f"{name} ({entry['seconds']:.0f} s): {entry['finding']}")
     out.line(f"written to {output / INDEX}")
     out.result({**result, "output": str(output)})
 
@@ -194,6 +197,34 @@ def _train_part(name: str) -> Source:
         return name
 
 
+def _example(images: Images) -> Batch:
+    """The first batch.
+
+    Raises:
+        BlockfitError: where there is none, or its images have no labels.
+    """
+    first = next(images.batches(), None)
+    if first is None:
+        raise BlockfitError(f"{images.records.source} holds no images that can be read")
+    if first.labels is None:
+        raise BlockfitError(
+            f"{images.records.source} has images without a label; accuracy needs one for each"
+        )
+    return first.inputs
+
+
+def _transfers(names: Iterable[str], model: nn.Module, how: dict[str, Any]) -> dict[str, Draw]:
+    """Sources by what tables call them, the last part of a path; each must hold an image."""
+    found: dict[str, Draw] = {}
+    for name in names:
+        short = Path(name).name if Path(name).exists() else name
+        draw = _draw(_train_part(name), model, how)
+        if next(iter(draw(1, 0)), None) is None:
+            raise BlockfitError(f"{name} holds no images that can be read")
+        found[name if short in found else short] = draw
+    return found
+
+
 def _about(
     model: nn.Module,
     blocks: Blocks,
@@ -206,6 +237,7 @@ def _about(
     learnt = "" if labelled is None else f", probes learn from {len(labelled)} images"
     told = test.description()
     return {
+        "version": __version__,
         "model": {
             "name": source_of(model).name,
             "fingerprint": fingerprint(model),

@@ -13,7 +13,7 @@ from blockfit.analysis import analyze
 from blockfit.candidates import cheapest
 from blockfit.data import Images
 from blockfit.fit import fit_map
-from blockfit.laboratory import Lab, Row, thinned
+from blockfit.laboratory import Candidate, Lab, Row, thinned
 from blockfit.moments import Moments
 from blockfit.repair import Options, Solution, solve
 from blockfit.spans import Plan, Replacement, Span
@@ -24,6 +24,9 @@ COMPARED = ("mse", "cosine", "cka")
 
 PAPER = Options(ridge=0.0, refit=False, repair="none")
 """Maps as in the paper: plain least squares, each span fitted on the original's hidden states."""
+
+OWN = "own images"
+"""What the data set's own training images are called among the sources."""
 
 POSITION_RIDGE = 1e-1
 """λ of the second row of maps per token position: few images for many maps."""
@@ -67,111 +70,113 @@ def similarity(lab: Lab) -> list[Row]:
 
 def spans(lab: Lab) -> list[Row]:
     """One span at a time, by length and place."""
-    moments = lab.moments()
     chosen = thinned(lab.spans, lab.settings.starts)
     nearest = [lab.nearest(length) for length in range(1, lab.settings.longest + 1)]
-    rows = {}
-    for span in sorted({*chosen, *nearest}, key=lambda s: (len(s), s.start)):
-        known = _known(span, "linear", mse=lab.distance(span), chosen=span in nearest)
-        rows[str(span)] = (known, lab.solved(span, "linear", moments))
-    return lab.judged(rows)
+    return lab.judged(
+        (
+            _known(span, "linear", mse=lab.distance(span), chosen=span in nearest),
+            lab.solved(span, "linear", lab.moments()),
+        )
+        for span in sorted({*chosen, *nearest}, key=lambda s: (len(s), s.start))
+    )
 
 
 def several(lab: Lab) -> list[Row]:
     """The same number of blocks taken as one span, and as several separate ones."""
+    return lab.judged(_several(lab))
+
+
+def _several(lab: Lab) -> Iterator[Candidate]:
     costs = {span: lab.distance(span) for span in lab.spans}
-    rows: dict[str, tuple[Row, Solution]] = {}
     for removed in range(2, lab.settings.longest + 1):
         one = lab.nearest(removed)
-        known = _known(one, "linear", removed=removed, fitted="apart", mse=costs[one])
-        rows[str(one)] = (known, lab.solved(one, "linear", lab.moments()))
-        apart = (s for s in cheapest(lab.blocks.depth, removed, costs, lab.settings.sets + 1))
-        separate = [spans for spans in apart if len(spans) > 1][: lab.settings.sets]
-        for chosen in separate:
-            for way, refit in (("apart", False), ("in turn", True)):
-                solution = _many(lab, chosen, refit)
-                words = ", ".join(map(str, chosen))
-                total = sum(costs[span] for span in chosen)
+        known = _known(one, "linear", fitted="apart", mse=costs[one])
+        yield known, lab.solved(one, "linear", lab.moments())
+        sets = cheapest(lab.blocks.depth, removed, costs, lab.settings.sets + 1)
+        for chosen in [spans for spans in sets if len(spans) > 1][: lab.settings.sets]:
+            words = ", ".join(map(str, chosen))
+            total = sum(costs[span] for span in chosen)
+            for way in ("apart", "in turn"):
                 known = {"removed": removed, "spans": words, "map": "linear", "fitted": way}
-                rows[f"{words} {way}"] = ({**known, "mse": total}, solution)
-    return lab.judged(rows)
+                yield {**known, "mse": total}, _many(lab, chosen, way == "in turn")
 
 
 def translators(lab: Lab) -> list[Row]:
     """Closed-form maps beside trained ones, on the same spans and images."""
-    rows: dict[str, tuple[Row, Solution]] = {}
+    return lab.judged(_translators(lab))
+
+
+def _translators(lab: Lab) -> Iterator[Candidate]:
     settings = lab.settings
     for span, x, y in lab.states(lab.calibration(), lab.compared()):
         for kind in ("identity", "linear", "affine"):
             solution = lab.solved(span, kind, lab.moments())
-            rows[f"{span} {kind}"] = (_worth(span, kind, False, solution.maps[0], x, y), solution)
+            yield _worth(span, kind, False, solution.maps[0], x, y), solution
         for kind in TRAINED:
             lab.say(f"training {kind} for span {span}")
             done = train(
-                kind, x, y, steps=settings.steps, tokens=settings.tokens, seed=settings.seed
+                kind,
+                x,
+                y,
+                steps=settings.steps,
+                tokens=settings.tokens,
+                seed=settings.seed,
+                device=lab.device,
             )
-            known = _worth(span, kind, True, done.module, x, y)
-            rows[f"{span} {kind}"] = (known, _with(span, done.module))
-    return lab.judged(rows)
+            yield _worth(span, kind, True, done.module, x, y), _with(span, done.module)
 
 
 def samples(lab: Lab) -> list[Row]:
-    """The linear map of each span from few and from many calibration images.
-
-    Each number's images hold those of all smaller numbers, so that every image is run once.
-    """
+    """The linear map of each span from few and from many calibration images."""
     spans = lab.compared()
-    rows = {}
-    for images, moments in _growing(lab, lab.settings.samples, spans):
-        for span in spans:
-            known = _known(span, "linear", images=images)
-            rows[f"{span} {images}"] = (known, lab.solved(span, "linear", moments))
-    return lab.judged(rows)
+    rows = lab.judged(
+        (_known(span, "linear", images=images), lab.solved(span, "linear", moments))
+        for images, moments in _growing(lab, lab.settings.samples, spans)
+        for span in spans
+    )
+    return sorted(rows, key=_order)
 
 
 def positions(lab: Lab) -> list[Row]:
     """One linear map for all tokens, one per token type, and one per token position."""
-    spans = lab.compared()
-    rows: dict[str, tuple[Row, Solution]] = {}
-    numbers = lab.settings.positions
+    return sorted(lab.judged(_positions(lab)), key=_order)
+
+
+def _positions(lab: Lab) -> Iterator[Candidate]:
+    spans, numbers = lab.compared(), lab.settings.positions
     for images, moments in _growing(lab, numbers, spans):
         for span in spans:
-            shared = lab.solved(span, "linear", moments)
-            rows[f"{span} {images} all"] = (_position(span, "all tokens", images, shared), shared)
+            yield _position(span, "all tokens", images, lab.solved(span, "linear", moments))
             if lab.blocks.prefix_tokens:
                 entry = Replacement(span, "linear", per_token_type=True)
                 split = Solution(Plan((entry,)), (fit_map(entry, moments, 0.0),))
-                known = _position(span, "token type", images, split)
-                rows[f"{span} {images} type"] = (known, split)
+                yield _position(span, "token type", images, split)
     most = lab.draw(max(numbers), lab.settings.seed)
     for span, x, y in lab.states(most, spans):
         lab.say(f"a map per token position for span {span}")
         for images in sorted({min(number, len(x)) for number in numbers}):
             for ridge in (0.0, POSITION_RIDGE):
-                module = fit_per_position(x[:images], y[:images], ridge)
-                solution = _with(span, module)
                 word = "position" if ridge == 0 else f"position, ridge {ridge:g}"
-                known = _position(span, word, images, solution)
-                rows[f"{span} {images} {word}"] = (known, solution)
-    return lab.judged(dict(sorted(rows.items(), key=lambda row: _order(row[1][0]))))
+                fitted = fit_per_position(x[:images], y[:images], ridge)
+                yield _position(span, word, images, _with(span, fitted))
 
 
 def transfer(lab: Lab) -> list[Row]:
     """Maps fitted on images of other data sets, judged on the test images of this one."""
-    spans = lab.compared()
-    rows: dict[str, tuple[Row, Solution]] = {}
-    number, seed = lab.settings.calibration, lab.settings.seed
-    sources = {"": lab.draw, **lab.transfers}
-    for source, draw in sources.items():
-        images = draw(number, seed)
-        moments = lab.moments() if not source else lab.calibrated(images, spans)
+    return sorted(lab.judged(_transfer(lab)), key=lambda row: row["removed"])
+
+
+def _transfer(lab: Lab) -> Iterator[Candidate]:
+    spans, settings = lab.compared(), lab.settings
+    for source, draw in {OWN: lab.draw, **lab.transfers}.items():
+        images = draw(settings.calibration, settings.seed)
+        moments = lab.moments() if source == OWN else lab.calibrated(images, spans)
         for span in spans:
-            known = _known(span, "linear", source=source or "own images", images=len(images))
-            rows[f"{span} {source}"] = (known, lab.solved(span, "linear", moments))
+            known = _known(span, "linear", source=source, images=len(images))
+            yield known, lab.solved(span, "linear", moments)
     for span in spans:
         known = _known(span, "identity", source="none", images=0)
-        rows[f"{span} none"] = (known, lab.solved(span, "identity", lab.moments()))
-    return lab.judged(dict(sorted(rows.items(), key=lambda row: row[1][0]["removed"])))
+        yield known, lab.solved(span, "identity", lab.moments())
 
 
 def seeds(lab: Lab) -> list[Row]:
@@ -183,9 +188,8 @@ def seeds(lab: Lab) -> list[Row]:
         moments = lab.moments()
         if number:
             moments = lab.calibrated(lab.draw(lab.settings.calibration, seed), spans)
-        solved = {str(span): lab.solved(span, "linear", moments) for span in spans}
-        known = {str(span): _known(span, "linear") for span in spans}
-        runs.append(lab.judged({name: (known[name], s) for name, s in solved.items()}, seed))
+        solved = [(_known(s, "linear"), lab.solved(s, "linear", moments)) for s in spans]
+        runs.append(lab.judged(solved, seed))
     out = []
     for same in zip(*runs, strict=True):
         row = {name: same[0][name] for name in ("removed", "spans", "map")}
@@ -280,24 +284,22 @@ def _worth(
     span: Span, kind: str, trained: bool, module: nn.Module, x: torch.Tensor, y: torch.Tensor
 ) -> Row:
     """Size and local error of a translator: its mean squared error per element on its images."""
-    own = module.to(x.device)
     with torch.no_grad():
         total = sum(
-            float((own(a) - b).double().square().sum())
+            float((module(a) - b).double().square().sum())
             for a, b in zip(x.split(64), y.split(64), strict=True)
         )
     size = sum(p.numel() for p in module.parameters())
     return _known(span, kind, trained=trained, parameters=size, fit_mse=total / y.numel())
 
 
-def _position(span: Span, per: str, images: int, solution: Solution) -> Row:
-    module = solution.maps[0]
-    size = sum(tensor.numel() for tensor in module.state_dict().values())
-    return _known(span, "linear", per=per, images=images, parameters=size)
+def _position(span: Span, per: str, images: int, solution: Solution) -> Candidate:
+    size = sum(tensor.numel() for tensor in solution.maps[0].state_dict().values())
+    return _known(span, "linear", per=per, images=images, parameters=size), solution
 
 
 def _order(row: Row) -> tuple[int, int]:
-    return row["removed"], row["images"]
+    return row["removed"], row["images"] or 0
 
 
 def _growing(

@@ -103,9 +103,12 @@ def _positions(rows: Rows) -> str:
 def _transfer(rows: Rows) -> str:
     said = []
     for span, here in _by(rows, "spans"):
-        parts = [f"{row['source']} {_percent(row)}" for row in here]
-        said.append(f"blocks {span}: {', '.join(parts)}")
-    return _sentence("fitted on " + "; ".join(said))
+        fitted = [f"{row['source']} {_percent(row)}" for row in here if row["images"]]
+        bare = next(row for row in here if not row["images"])
+        said.append(
+            f"blocks {span} fitted on {', on '.join(fitted)}, without a map {_percent(bare)}"
+        )
+    return _sentence("; ".join(said))
 
 
 def _seeds(rows: Rows) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -28,8 +28,8 @@ from blockfit.translators import STEPS, TOKENS
 Row = dict[str, Any]
 """One line of a table: column → text, number or nothing."""
 
-Candidates = Mapping[str, tuple[Row, Solution]]
-"""By name, what is known of a solution, and the solution."""
+Candidate = tuple[Row, Solution]
+"""What is known of a solution, and the solution."""
 
 MOST_BYTES = 2 << 30
 """Memory for hidden states at single boundaries; beyond it, the images are run again."""
@@ -119,6 +119,11 @@ class Lab:
     _originals: Originals | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
     def spans(self) -> list[Span]:
         """Every span that may be looked at."""
         return spans_up_to(self.blocks.depth, self.settings.longest)
@@ -164,32 +169,35 @@ class Lab:
         entry = Replacement(span, kind)
         return Solution(Plan((entry,)), (fit_map(entry, moments, ridge),))
 
-    def judged(self, rows: Candidates, seed: int | None = None) -> list[Row]:
-        """Judge solutions, and put the verdicts behind what is known of each; the original first.
+    def judged(self, candidates: Iterable[Candidate], seed: int | None = None) -> list[Row]:
+        """Judge candidates, and put the verdicts behind what is known of each; the original first.
+
+        Only as many are held at a time as their maps have room for in ``MOST_BYTES``.
 
         Args:
-            rows: the solutions.
+            candidates: all rows with the same columns.
             seed: of probes; the first seed by default.
         """
         seed = self.settings.seed if seed is None else seed
-        self.say(f"judging {len(rows)} models on {self.judge.images} test images")
         whole = self.judge.original(seed)
-        found = self.judge.verdicts({name: solution for name, (_, solution) in rows.items()}, seed)
-        first = {column: None for known, _ in rows.values() for column in known}
-        told = {"removed": 0, "spans": "", "map": "original"}
-        original = first | {k: v for k, v in told.items() if k in first}
-        known = {name: {**first, **row} for name, (row, _) in rows.items()}
-        return [
-            {**original, **_columns(whole, whole)},
-            *({**known[name], **_columns(found[name], whole)} for name in rows),
-        ]
+        rows: list[Row] = []
+        for group in _within(candidates, MOST_BYTES):
+            self.say(f"judging {len(group)} models on {self.judge.images} test images")
+            solutions = {str(number): solution for number, (_, solution) in enumerate(group)}
+            found = self.judge.verdicts(solutions, seed)
+            rows += [
+                {**known, **_columns(verdict, whole)}
+                for (known, _), verdict in zip(group, found.values(), strict=True)
+            ]
+        told = {"removed": 0, "spans": "", "map": "original", **_columns(whole, whole)}
+        return [{column: told.get(column) for column in rows[0]}, *rows]
 
     def states(
         self, images: Images, spans: Sequence[Span]
     ) -> Iterator[tuple[Span, Tensor, Tensor]]:
         """Spans with h[start] and h[stop] of all images, shape (images, tokens, width).
 
-        Only as many boundaries are held at a time as ``MOST_BYTES`` has room for.
+        They lie on the CPU, and only as many boundaries at a time as ``MOST_BYTES`` has room for.
         """
         example = next(iter(images), None)
         if example is None:
@@ -205,7 +213,7 @@ class Lab:
                 for number, batch in enumerate(images.batches()):
                     call(self.model, batch.inputs)
                     for b in wanted:
-                        parts[b].append(recorded[b])
+                        parts[b].append(recorded[b].float().cpu())
                     if self.progress is not None:
                         done = min((number + 1) * images.batch_size, len(images))
                         self.progress(done, len(images))
@@ -239,6 +247,23 @@ def _groups(spans: Sequence[Span], room: int) -> list[list[Span]]:
             groups.append([])
         groups[-1].append(span)
     return [group for group in groups if group]
+
+
+def _within(candidates: Iterable[Candidate], most_bytes: int) -> Iterator[list[Candidate]]:
+    """Candidates in groups whose maps and weights have room in ``most_bytes``, or one alone."""
+    group: list[Candidate] = []
+    size = 0
+    for candidate in candidates:
+        maps, weights = candidate[1].maps, candidate[1].weights
+        tensors = [t for module in maps for t in module.state_dict().values()]
+        own = sum(tensor.nbytes for tensor in (*tensors, *weights.values()))
+        if group and size + own > most_bytes:
+            yield group
+            group, size = [], 0
+        group.append(candidate)
+        size += own
+    if group:
+        yield group
 
 
 def _columns(found: Verdict, original: Verdict) -> Row:

@@ -22,6 +22,7 @@ FORMAT = 1
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 ENDINGS = (".csv", ".md", ".png")
 _OTHER = {
+    "version": "another version of blockfit",
     "model": "another model",
     "train": "other training images",
     "test": "other test images",
@@ -172,7 +173,7 @@ def _write(
         raise _cannot_write(folder, error) from error
     picture = f"![{experiment.title}]({name}.png)\n\n" if _has(folder, f"{name}.png") else ""
     table = similarity_table(rows) if name == "similarity" else as_table(rows)
-    used = ", ".join(f"{key} {_words(value)}" for key, value in entry["settings"].items())
+    used = "; ".join(f"{key} {_words(value)}" for key, value in entry["settings"].items())
     _write_text(
         folder / f"{name}.md",
         f"# {experiment.title}\n\n{experiment.shows} {entry['finding']}\n\n{picture}{table}\n"
@@ -218,7 +219,7 @@ def _index(folder: Path, data: Mapping[str, Any]) -> str:
 
 def _words(value: Any) -> str:
     if isinstance(value, list):
-        return "/".join(map(str, value))
+        return ", ".join(map(str, value))
     return "all" if value is None else str(value)
 
 

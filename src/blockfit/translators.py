@@ -93,6 +93,7 @@ def train(
     steps: int = STEPS,
     tokens: int = TOKENS,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> Trained:
     """Train a translator for ``y ≈ T(x)`` with Adam on the mean squared error.
 
@@ -105,6 +106,7 @@ def train(
         steps: of Adam.
         tokens: in every step, drawn with ``seed``; all of them where there are no more.
         seed: of the first weights, the dropout and the draws.
+        device: where to train; that of ``x`` by default. The result lies where ``x`` does.
 
     Raises:
         BlockfitError: for an unknown kind, or where training ends in NaN or infinite values.
@@ -112,27 +114,33 @@ def train(
     if kind not in TRAINED:
         raise BlockfitError(f"unknown translator {kind!r}; choose one of {', '.join(TRAINED)}")
     x, y = (side.reshape(-1, side.shape[-1]).float() for side in (x, y))
-    cuda = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    device = torch.device(x.device if device is None else device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        module = _network(kind, x, y).to(x.device)
-        before = _loss(module, x, y)
-        optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
-        module.train()
-        for _ in range(steps):
-            rows = torch.randint(len(x), (min(tokens, len(x)),)).to(x.device)
-            whole = len(x) <= tokens
-            optimizer.zero_grad()
-            guess, wanted = (module(x), y) if whole else (module(x[rows]), y[rows])
-            nn.functional.mse_loss(guess, wanted).backward()
-            optimizer.step()
-        module.eval().requires_grad_(False)
-    trained = Trained(module, before, _loss(module, x, y))
+        module = _network(kind, x, y).to(device)
+        before = _loss(module, x, y, device)
+        _fit(module, x, y, steps, tokens, device)
+    trained = Trained(module.to(x.device), before, _loss(module, x, y, x.device))
     if not trained.loss_after < float("inf"):
         raise BlockfitError(f"training the translator {kind} ended in NaN or infinite values")
     return trained
+
+
+def _fit(
+    module: nn.Module, x: Tensor, y: Tensor, steps: int, tokens: int, device: torch.device
+) -> None:
+    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
+    module.train()
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = slice(None) if len(x) <= tokens else torch.randint(len(x), (tokens,))
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(module(x[rows].to(device)), y[rows].to(device))
+            loss.backward()
+            optimizer.step()
+    module.eval().requires_grad_(False)
 
 
 def _network(kind: str, x: Tensor, y: Tensor) -> nn.Module:
@@ -143,10 +151,11 @@ def _network(kind: str, x: Tensor, y: Tensor) -> nn.Module:
     return _Residual(width) if kind == "res-mlp" else _Scaled(x, y)
 
 
-def _loss(module: nn.Module, x: Tensor, y: Tensor) -> float:
+def _loss(module: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> float:
     module.eval()
+    few = x[:LOOKED_AT].to(device), y[:LOOKED_AT].to(device)
     with torch.no_grad():
-        return float(nn.functional.mse_loss(module(x[:LOOKED_AT]), y[:LOOKED_AT]))
+        return float(nn.functional.mse_loss(module(few[0]), few[1]))
 
 
 class PerPosition(nn.Module):
