@@ -164,7 +164,7 @@ def test_means_and_deviations_over_seeds_are_those_of_the_single_runs(
         images = draw(FEW.calibration, seed)
         span = lab.nearest(2)
         moments = lab.calibrated(images, [span])
-        row = lab.judged({"a": ({"removed": 2}, lab.solved(span, "linear", moments))}, seed)[1]
+        row = lab.judged([({"removed": 2}, lab.solved(span, "linear", moments))], seed)[1]
         singles.append(row["top1"])
     row = next(row for row in tables["seeds"] if row["removed"] == 2)
     assert row["top1"] == pytest.approx(np.mean(singles))

@@ -81,13 +81,30 @@ def test_rows_begin_with_the_original_and_hold_points_of_change() -> None:
     lab = lab_of(model)
     solution = lab.solved(Span(1, 4), "identity", lab.moments())
     known = {"removed": 3, "spans": "1:4", "map": "identity", "mse": 0.5}
-    whole, row = lab.judged({"a": (known, solution)})
+    whole, row = lab.judged([(known, solution)])
     assert whole["map"] == "original"
     assert (whole["removed"], whole["mse"], whole["top1"], whole["change"]) == (0, None, 1, 0)
     assert list(whole) == list(row)
     assert row["change"] == pytest.approx(100 * (row["top1"] - 1))
     assert row["change"] < 0
     assert row["mse"] == 0.5
+
+
+def test_candidates_are_judged_in_groups_that_fit_into_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lab = lab_of(small_vit())
+    lines: list[str] = []
+    lab.say = lines.append
+    solved = [
+        ({"removed": len(span)}, lab.solved(span, "linear", lab.moments()))
+        for span in lab.spans[:5]
+    ]
+    together = lab.judged(iter(solved))
+    assert lines.count("judging 5 models on 32 test images") == 1
+    monkeypatch.setattr(laboratory, "MOST_BYTES", 2 * 16 * 16 * 4)
+    assert lab.judged(iter(solved)) == together
+    assert [line.split()[1] for line in lines if "judging" in line] == ["5", "2", "2", "1"]
 
 
 def test_thinned_spans_spread_from_the_first_to_the_last() -> None:
