@@ -26,7 +26,18 @@ ROWS = (
     ("moments",),
     ("fit",),
     ("similarity",),
-    ("probe", "watch", "blocks", "surgery", "head", "residual", "trace", "tensors", "measure"),
+    (
+        "probe",
+        "watch",
+        "blocks",
+        "surgery",
+        "head",
+        "residual",
+        "trace",
+        "tensors",
+        "int8",
+        "measure",
+    ),
     ("preprocess", "source", "hub", "libraries", "models", "demo"),
     ("decode", "records", "tables", "shards", "lists", "layouts", "ready", "paths"),
     ("classes", "stream", "data", "splits"),
@@ -37,19 +48,28 @@ ROWS = (
     ("atomic", "manifest", "store", "sweepfile"),
     ("analysis",),
     ("export",),
-    ("engines", "speed", "speed_report", "shortfall", "bench"),
+    ("engines", "speed", "speed_report", "shortfall", "bench", "quantize"),
     ("report", "charts", "pages", "findings"),
     ("translators", "judge", "laboratory", "experiments", "reproduce"),
     ("api", "sweep"),
     ("__init__",),
-    ("console", "options", "commands", "command_reproduce", "command_bench", "cli", "__main__"),
+    (
+        "console",
+        "options",
+        "commands",
+        "command_reproduce",
+        "command_bench",
+        "command_quantize",
+        "cli",
+        "__main__",
+    ),
 )
 """Each row may import from the rows above it; modules of one row from one another, in no circle."""
 
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
 
 LIBRARIES_OF_MODELS = {"timm", "transformers", "torchvision"}
-EXTRAS = LIBRARIES_OF_MODELS | {"datasets", "matplotlib"}
+EXTRAS = LIBRARIES_OF_MODELS | {"datasets", "matplotlib", "torchao"}
 KNOW_MODELS = {"preprocess", "libraries", "models", "export"}
 """The only modules that may import a library of models; all others see any ``nn.Module``."""
 

@@ -17,6 +17,7 @@ from blockfit import __version__, api, store
 from blockfit import options as opt
 from blockfit.budget import Budget
 from blockfit.command_bench import bench
+from blockfit.command_quantize import quantize
 from blockfit.command_reproduce import reproduce
 from blockfit.commands import analyze, evaluate, export, opened
 from blockfit.console import (
@@ -180,6 +181,7 @@ app.command()(analyze)
 app.command()(export)
 app.command()(reproduce)
 app.command()(bench)
+app.command()(quantize)
 
 
 @app.command()

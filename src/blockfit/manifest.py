@@ -13,11 +13,12 @@ from blockfit.blocks import Blocks
 from blockfit.errors import BlockfitError
 from blockfit.source import Source
 from blockfit.spans import Plan
-from blockfit.tensors import DTYPES
+from blockfit.tensors import DTYPES, INT8_KINDS
 from blockfit.untrusted import read_json
 
-FORMAT = 1
-"""The version of the folder's format that this blockfit writes and reads."""
+FORMAT = 2
+"""The newest version of the folder's format that this blockfit reads. A folder is written in the
+oldest that can say what it holds: 1, or 2 where weights are in int8."""
 
 LIBRARIES = ("blockfit", "torch", "timm", "transformers", "torchvision")
 
@@ -44,6 +45,9 @@ class Manifest:
             the dimensions from the slowest to the fastest. Sums come out the same to the last
             bit only in the same layout.
         versions: of the libraries that were installed when the folder was written.
+        int8: names of the weights in int8, whose factors stand in the file behind their name and
+            ``.scale``.
+        int8_kind: how they compute, one of ``int8.KINDS``; ``None`` where there are none.
     """
 
     source: Source
@@ -55,6 +59,8 @@ class Manifest:
     tied: dict[str, str]
     layout: dict[str, list[int]]
     versions: dict[str, str | None]
+    int8: tuple[str, ...] = ()
+    int8_kind: str | None = None
 
     def dumps(self) -> str:
         """The text of the file.
@@ -62,8 +68,8 @@ class Manifest:
         Raises:
             BlockfitError: where the report or the source holds what JSON cannot.
         """
-        values = {
-            "format": FORMAT,
+        values: dict[str, Any] = {
+            "format": 1,
             "versions": self.versions,
             "base": self.source.to_json(),
             "blocks": asdict(self.blocks),
@@ -74,6 +80,8 @@ class Manifest:
             "layout": self.layout,
             "report": self.report,
         }
+        if self.int8:
+            values |= {"format": 2, "int8": {"kind": self.int8_kind, "weights": list(self.int8)}}
         return dumps(values, "the report")
 
 
@@ -116,7 +124,8 @@ def read_manifest(path: Path) -> Manifest:
             "reads; update it (pip install -U blockfit)"
         )
     names = ("versions", "base", "blocks", "plan", "dtype", "other_dtypes", "tied", "layout")
-    _keys(values, ("format", *names, "report"), where)
+    newer = ("int8",) if version > 1 else ()
+    _keys(values, ("format", *names, *newer, "report"), where)
     blocks = read_blocks(values["blocks"], f"{where}: blocks")
     plan = _within(where, lambda: Plan.from_json(values["plan"], "plan"))
     _within(f"{where}: plan", lambda: plan.check(blocks.depth))
@@ -147,7 +156,20 @@ def read_manifest(path: Path) -> Manifest:
         tied=tied,
         layout=layout,
         versions=versions,
+        **(_int8(values["int8"], f"{where}: int8") if newer else {}),
     )
+
+
+def _int8(value: Any, where: str) -> dict[str, Any]:
+    entries = _object(value, where)
+    _keys(entries, ("kind", "weights"), where)
+    kind, names = entries["kind"], entries["weights"]
+    if kind not in INT8_KINDS:
+        raise BlockfitError(f"{where}: unknown kind {kind!r}")
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not whole or not names or len(set(names)) < len(names):
+        raise BlockfitError(f"{where}: weights must list names of tensors, each once")
+    return {"int8": tuple(names), "int8_kind": kind}
 
 
 def read_blocks(value: Any, where: str) -> Blocks:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockfit.errors import BlockfitError
 from blockfit.probe import Batch, call, evaluating, first_images, placed
-from blockfit.tensors import file_bytes, named_tensors
+from blockfit.tensors import file_bytes, held, int8_kind, meta_copy, named_tensors
 
 ROUNDS = 11
 """Timed forward passes of each model; odd, so that the median is one of them."""
@@ -51,6 +51,8 @@ def flops(model: nn.Module, inputs: Batch) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     bare = plain(model)
+    if int8_kind(bare.parameters()) is not None:  # whose products the counter does not know
+        bare = meta_copy(bare)
     with measuring(bare), _countable(), FlopCounterMode(display=False) as counter:
         call(bare, placed(bare, first_images(inputs, 1)))
     return int(counter.get_total_flops())
@@ -184,7 +186,8 @@ def peak_memory(model: nn.Module, inputs: Batch) -> int | None:
     bare = plain(model)
     batch = placed(bare, inputs)
     device = _device(batch)
-    held = {id(t): t.nbytes for t in (*named_tensors(bare).values(), *_tensors(batch))}
+    weights = held(named_tensors(bare)).values()
+    alive = {id(t): t.nbytes for t in (*weights, *_tensors(batch))}
     with measuring(bare):
         call(model, batch)  # what is made once and kept is made now
         if device.type == "cuda":
@@ -193,10 +196,10 @@ def peak_memory(model: nn.Module, inputs: Batch) -> int | None:
             before = torch.cuda.memory_allocated(device)
             call(model, batch)
             torch.cuda.synchronize(device)
-            return sum(held.values()) + torch.cuda.max_memory_allocated(device) - before
+            return sum(alive.values()) + torch.cuda.max_memory_allocated(device) - before
         if device.type != "cpu" or not torch.profiler.kineto_available():
             return None
-        return sum(held.values()) + _profiled_peak(model, batch)
+        return sum(alive.values()) + _profiled_peak(model, batch)
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from blockfit.atomic import PARTIAL, check_target, new_folder
 from blockfit.blocks import Blocks
 from blockfit.errors import BlockfitError, first_line
+from blockfit.int8 import put_int8
 from blockfit.manifest import FLOATING, Manifest, dumps, installed_versions, read_manifest
 from blockfit.maps import empty_map
 from blockfit.models import attach, read_dtype, skeleton
@@ -25,7 +26,12 @@ from blockfit.surgery import apply_plan, removed_plan
 from blockfit.tensors import (
     DTYPES,
     NARROWER,
+    SCALE,
+    dequantized,
     fill,
+    held,
+    int8_kind,
+    int8_parts,
     meta_copy,
     named_tensors,
     storable,
@@ -119,7 +125,7 @@ def save(
     texts = {MARK: manifest.dumps(), **_library_files(source)}
     values = {
         name: tensor.detach().to(stored_dtype(tensor)).cpu().contiguous()
-        for name, tensor in tensors.items()
+        for name, tensor in held(tensors).items()
         if name not in manifest.tied
     }
     with new_folder(target) as partial:
@@ -178,7 +184,11 @@ def load_saved(
         raise BlockfitError(f"{mark}: {error}") from error
     if (loose := valueless(bare)) is not None:
         raise BlockfitError(f"{mark}: {loose} of {source.name} has no values in a saved folder")
-    fill(bare, _read(weights, bare, manifest, "cpu" if device is None else device))
+    values = _read(weights, bare, manifest, "cpu" if device is None else device)
+    parts = {name: (values[name], values.pop(name + SCALE)) for name in manifest.int8}
+    fill(bare, values | {name: dequantized(*pair) for name, pair in parts.items()})
+    if manifest.int8_kind is not None:
+        put_int8(bare, parts, manifest.int8_kind)
     attach(bare, source)
     return Saved(bare.eval(), blocks, plan, manifest.report, source, manifest.versions)
 
@@ -232,6 +242,8 @@ def _manifest(
         tied=aliases,
         layout=layout,
         versions=installed_versions(),
+        int8=tuple(name for name, tensor in tensors.items() if int8_parts(tensor) is not None),
+        int8_kind=int8_kind(tensors.values()),
     )
 
 
@@ -288,7 +300,7 @@ def _read(
     path: Path, bare: nn.Module, manifest: Manifest, device: torch.device | str
 ) -> dict[str, Tensor]:
     """Every tensor of ``bare`` from the file, after all of them were checked."""
-    expected = named_tensors(bare)
+    expected = _expected(bare, manifest, path.parent / MARK)
     try:
         with open_tensors(path) as file:
             _check_names(path, expected, set(file.keys()), manifest)
@@ -307,6 +319,18 @@ def _read(
         raise BlockfitError(f"cannot put {path} on {device}: {first_line(error)}") from error
     values.update({alias: values[name] for alias, name in manifest.tied.items()})
     return values
+
+
+def _expected(bare: nn.Module, manifest: Manifest, mark: Path) -> dict[str, Tensor]:
+    """All tensors that the file must hold or name, on the meta device."""
+    expected = named_tensors(bare)
+    for name in manifest.int8:
+        weight = expected.get(name)
+        if weight is None or weight.ndim != 2 or name in (*manifest.tied, *manifest.tied.values()):
+            raise BlockfitError(f"{mark}: int8: the model has no matrix {name!r} of its own")
+        expected[name] = torch.empty(weight.shape, dtype=torch.int8, device="meta")
+        expected[name + SCALE] = torch.empty((len(weight), 1), device="meta")
+    return expected
 
 
 def _arranged(tensor: Tensor, order: list[int] | None) -> Tensor:
@@ -342,7 +366,7 @@ def _check_names(
 
 def _dtype(name: str, expected: Tensor, manifest: Manifest) -> torch.dtype:
     """The dtype of a tensor in the model, which the file may hold in a narrower one."""
-    if not expected.dtype.is_floating_point:
+    if not expected.dtype.is_floating_point or name.removesuffix(SCALE) in manifest.int8:
         return expected.dtype
     return FLOATING[manifest.other_dtypes.get(name, manifest.dtype)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -47,13 +47,54 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+INT8_KINDS = ("weight-only", "dynamic")
+"""``weight-only`` computes in the activations' dtype; ``dynamic`` brings every token to int8."""
+
+SCALE = ".scale"
+"""Behind the name of an int8 weight: the name of its factors."""
+
+
+def int8_parts(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Integers (rows, columns) and factors (rows, 1) of torchao's int8 weights; else ``None``."""
+    if type(tensor).__name__ != "Int8Tensor":
+        return None
+    weight: Any = tensor
+    return weight.qdata, weight.scale
+
+
+def int8_kind(tensors: Iterable[Tensor]) -> str | None:
+    """How the int8 weights among tensors compute; ``None`` where there are none."""
+    for tensor in tensors:
+        if int8_parts(tensor) is not None:
+            weight: Any = tensor
+            return "weight-only" if weight.act_quant_kwargs is None else "dynamic"
+    return None
+
+
+def held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as memory and files hold them: an int8 weight is its integers and its factors."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = int8_parts(tensor)
+        if parts is None:
+            out[name] = tensor
+        else:
+            out[name], out[name + SCALE] = parts
+    return out
+
+
+def dequantized(integers: Tensor, factors: Tensor) -> Tensor:
+    """The weight as ordinary numbers, in the factors' dtype."""
+    return integers.to(factors.dtype) * factors
+
+
 def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Later names of one and the same tensor → its first name."""
     first: dict[Any, str] = {}
     out = {}
     for name, tensor in tensors.items():
         key: Any = id(tensor)
-        if not tensor.is_meta and tensor.numel():
+        if not tensor.is_meta and tensor.numel() and int8_parts(tensor) is None:
             place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             key = (*place, isinstance(tensor, nn.Parameter))
         if first.setdefault(key, name) != name:
@@ -76,6 +117,7 @@ def storable(model: nn.Module) -> dict[str, Tensor]:
     tensors = named_tensors(model)
     for name, tensor in tensors.items():
         plain = type(tensor) in (Tensor, nn.Parameter) or type(tensor).__name__ == "Buffer"
+        plain = plain or int8_parts(tensor) is not None
         if nn.parameter.is_lazy(tensor):
             problem = "has no values yet; run the model once"
         elif tensor.is_meta:
@@ -115,8 +157,8 @@ def file_bytes(model: nn.Module) -> int:
 
     Every tensor once, in its ``stored_dtype``, and the file's header.
     """
-    tensors = named_tensors(model)
-    order, aliases = list(DTYPES), tied(tensors)
+    named = named_tensors(model)
+    order, aliases, tensors = list(DTYPES), tied(named), held(named)
     dtypes = {name: stored_dtype(t) for name, t in tensors.items() if name not in aliases}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -142,12 +184,17 @@ def narrowest(model: nn.Module) -> torch.dtype | None:
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers are on the meta device; takes no memory for them.
 
+    Int8 weights become ordinary ones.
+
     Raises:
         BlockfitError: where the model cannot be copied.
     """
     memo: dict[int, Any] = {}
     for tensor in named_tensors(model).values():
-        bare: Tensor = tensor.detach().to("meta")
+        if int8_parts(tensor) is None:
+            bare: Tensor = tensor.detach().to("meta")
+        else:
+            bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         if isinstance(tensor, nn.Parameter):
             bare = nn.Parameter(bare, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = bare

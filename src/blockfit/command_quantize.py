@@ -1,0 +1,129 @@
+"""``blockfit quantize``: int8 weights on top of a compressed model."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import typer
+
+from blockfit import api, store
+from blockfit import options as opt
+from blockfit.amounts import amount, number, percent, share
+from blockfit.console import Output, show_images
+from blockfit.errors import BlockfitError
+from blockfit.int8 import check_kind
+from blockfit.measure import parameters, size_bytes
+from blockfit.quantize import Stage, stages
+from blockfit.quantize import quantize as quantize_model
+from blockfit.tensors import INT8_KINDS
+
+ORIGINAL, COMPRESSED = "original", "compressed"
+COLUMNS = (
+    "", "top-1", "change", "agreement", "output error", "file", "of fp32", "ms", "images/s",
+)  # fmt: skip
+
+Saved = Annotated[str, typer.Argument(metavar="SMALL", help="A folder that compress wrote.")]
+Int8 = Annotated[str, opt.option("--int8", help=f"{', '.join(INT8_KINDS)}.", panel=opt.HOW)]
+Data = Annotated[
+    str | None, opt.option("--data", help="Images to compare all stages on.", panel=opt.DATA)
+]
+
+
+def quantize(
+    context: typer.Context,
+    small: Saved,
+    int8: Int8,
+    output: opt.Folder,
+    against: opt.Against = None,
+    data: Data = None,
+    limit: opt.Limit = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
+    workers: opt.Workers = 0,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Bring the weights of a compressed model to int8; compare original, compressed and int8."""
+    started = time.perf_counter()
+    out = Output(as_json, quiet)
+    check_kind(int8)
+    store.check_folder(output, overwrite)
+    if (against is None) != (data is None):
+        raise BlockfitError(
+            "--against and --data go together: give the original and images to compare on"
+        )
+    with out.working():
+        out.say(f"loading {small}")
+        saved = store.load_saved(small)
+        out.say("rounding weights")
+        tiny = quantize_model(saved, int8)
+        out.say(f"saving to {output}")
+        store.save(
+            output, tiny.model, tiny.blocks, tiny.plan,
+            source=tiny.source, report=tiny.report, overwrite=overwrite,
+        )  # fmt: skip
+        models = {COMPRESSED: saved.model, f"+ int8 {int8}": store.load(output)}
+        found: list[Stage] = []
+        if against is not None and data is not None:
+            models = {ORIGINAL: api.load(against), **models}
+            how = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
+            pictures = api.images(data, saved.model, limit=limit, **how)
+            show_images(out, pictures.description())
+            out.say("comparing")
+            found = stages(models, pictures, saved, progress=out.count)
+    before, after = (size_bytes(model) for model in list(models.values())[-2:])
+    out.line(f"weights file: {amount(before, 'B')} → {amount(after, 'B')}, in {output}")
+    whole = 4 * parameters(models[ORIGINAL]) if found else None
+    if whole is not None:
+        _show(out, found, whole)
+    out.result(
+        {
+            "int8": int8,
+            "size_bytes_before": before,
+            "size_bytes": after,
+            "original_float32_bytes": whole,
+            "stages": [stage.to_json() for stage in found],
+            "threads": torch.get_num_threads(),
+            "seconds": round(time.perf_counter() - started, 3),
+            "output": str(output),
+        }
+    )
+
+
+def _show(out: Output, found: Sequence[Stage], whole: int) -> None:
+    """One row per stage; the change of top-1 is from the stage before."""
+    changes = ["–"]
+    for earlier, later in itertools.pairwise(found):
+        if earlier.top1 is None or later.top1 is None:
+            changes.append("–")
+        else:
+            changes.append(f"{100 * (later.top1 - earlier.top1):+.2f}")
+    rows = [
+        (
+            stage.name,
+            percent(stage.top1),
+            change,
+            percent(stage.agreement),
+            number(stage.error),
+            amount(stage.size_bytes, "B"),
+            share(stage.size_bytes, whole),
+            f"{stage.latency.median_ms:.1f} ± {stage.latency.spread_ms / 2:.1f}",
+            number(stage.throughput.images_per_second, 1),
+        )
+        for stage, change in zip(found, changes, strict=True)
+    ]
+    out.table(COLUMNS, rows)
+    last = found[-1]
+    out.line(
+        "change: points of top-1 from the stage before; of fp32: of the original's "
+        f"{amount(whole, 'B')} in float32; ms: one image, images/s: batches of "
+        f"{last.throughput.images}, in turn, with {last.throughput.threads} threads"
+    )
