@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -86,14 +86,15 @@ def test_the_race_spends_no_more_than_it_may_and_most_on_the_best(passes: float)
     model = with_idle_block(2)
     held_out = HeldOut(model, small_blocks(model), open_images(NEW, batch_size=2))
     seen: dict[Replacement, int] = {}
-    score = held_out.score
+    several = held_out.scores
 
-    def counted(solution: Solution, batches: Any = None) -> Any:
-        entry = solution.plan.replacements[0]
-        seen[entry] = seen.get(entry, 0) + 1
-        return score(solution, batches)
+    def counted(solutions: Sequence[Solution], batches: Any = None) -> Any:
+        for solution in solutions:
+            entry = solution.plan.replacements[0]
+            seen[entry] = seen.get(entry, 0) + 1
+        return several(solutions, batches)
 
-    held_out.score = counted  # type: ignore[method-assign]
+    held_out.scores = counted  # type: ignore[method-assign]
     scores = race(held_out, identities(spans_up_to(DEPTH, 3)), passes)
     assert held_out.passes <= passes * len(held_out) + 1e-9
     assert set(scores) == set(seen)

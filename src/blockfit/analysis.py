@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blockfit import ranks
 from blockfit.atomic import check_target, new_folder
 from blockfit.blocks import Blocks, call, find_blocks, record
 from blockfit.calibrate import TOKENS_PER_IMAGE, Progress, calibrate
@@ -128,7 +129,7 @@ def analyze(
         "patch_tokens_per_image": {"all": patches, "taken": taken},
     }
     result = Analysis(merged(parts), where, report, _warnings(parts[0], where))
-    return result if folder is None else write(result, folder)
+    return result if folder is None or not ranks.is_first() else write(result, folder)
 
 
 def write(result: Analysis, folder: str | Path) -> Analysis:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -41,6 +41,8 @@ def calibrate(
     """Run the images through ``model`` once and return the moments of all ``spans``.
 
     Memory above the model is that of the sums and of one batch, whatever the number of images.
+    In a run on several processes each takes its own batches; the sums are added up, and all
+    processes return the same.
     The model is run in eval mode without gradients and left as it was.
 
     Args:
@@ -49,27 +51,29 @@ def calibrate(
         images: the calibration images.
         spans: what maps may be fitted for.
         tokens_per_image: take this many patch tokens of each image, drawn with ``seed`` and the
-            image's number; all where ``None``. Prefix tokens are always taken.
+            image's place in the walk; all where ``None``. Prefix tokens are always taken.
 
     Raises:
         BlockfitError: no image, NaN or infinite hidden states (block and image are named).
     """
     moments = Moments(spans, blocks.width, blocks.prefix_tokens)
-    done = 0
+    own, done = images.own(), 0
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         states = stack.enter_context(record(model, blocks))
-        for batch in images.batches():
+        for batch in own.batches():
             call(model, batch.inputs)
             _check_all(states, batch.names)
-            picked = _pick(states, blocks.prefix_tokens, tokens_per_image, seed, done)
+            picked = _pick(states, blocks.prefix_tokens, tokens_per_image, seed, batch.places)
             patches = states[0].shape[1] - blocks.prefix_tokens
             moments.add({b: picked(states[b]) for b in moments.boundaries}, patches)
             done += len(states[0])
             if progress is not None:
-                progress(done, len(images))
-    if done == 0:
+                progress(done, len(own))
+    images.exchange()
+    moments.reduce()
+    if not any(moments.tokens.values()):
         raise BlockfitError(
             "there are no calibration images; give a folder or file that holds some"
         )
@@ -82,15 +86,19 @@ def _check_all(states: list[Tensor], names: list[str]) -> None:
 
 
 def _pick(
-    states: list[Tensor], prefix_tokens: int, tokens_per_image: int | None, seed: int, done: int
+    states: list[Tensor],
+    prefix_tokens: int,
+    tokens_per_image: int | None,
+    seed: int,
+    places: Sequence[int],
 ) -> Callable[[Tensor], Tensor]:
-    """Takes the prefix tokens and some patch tokens; the choice depends on the image's number."""
+    """Takes the prefix tokens and some patch tokens; the choice depends on the image's place."""
     images, tokens = states[0].shape[:2]
     patches = tokens - prefix_tokens
     if tokens_per_image is None or tokens_per_image >= patches:
         return lambda hidden: hidden
     rows = []
-    for number in range(done, done + images):
+    for number in places:
         # Not torch's generator: it sees only 32 bits of a seed, too few for a pair.
         drawn = np.random.default_rng((seed, number)).permutation(patches)[:tokens_per_image]
         rows.append(

@@ -32,8 +32,8 @@ def race(
     depth = held_out.blocks.depth
     price = {entry: held_out.cost(candidate) for entry, candidate in entries.items()}
     batch = 0
-    while alive and batch < len(held_out.traces):
-        images = len(held_out.traces[batch].states[0])
+    while alive and batch < len(held_out.sizes):
+        images = held_out.sizes[batch]
         cost = sum(images * price[e] for e in alive)
         while batch > 0 and cost > left:
             halved = _better_half(alive, totals)
@@ -41,10 +41,10 @@ def race(
                 return _effects(totals)
             alive = halved
             cost = sum(images * price[e] for e in alive)
-        for entry in alive:
-            error = held_out.score(entries[entry], [batch]).feature_relative_error
+        scores = held_out.scores([entries[entry] for entry in alive], [batch])
+        for entry, score in zip(alive, scores, strict=True):
             total, n = totals[entry]
-            totals[entry] = (total + error * images, n + images)
+            totals[entry] = (total + score.feature_relative_error * images, n + images)
         left -= cost
         batch += 1
         if len(alive) > 2 * depth:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from blockfit import __version__, api, store
+from blockfit import __version__, api, ranks, store
 from blockfit import options as opt
 from blockfit.budget import Budget
 from blockfit.command_bench import bench
@@ -171,8 +171,9 @@ def compress(
             say=out.say,
             progress=out.count,
         )
-        out.say(f"saving to {output}")
-        api.save(result, output, overwrite=overwrite)
+        if ranks.is_first():
+            out.say(f"saving to {output}")
+            api.save(result, output, overwrite=overwrite)
     _compressed(out, result, model, output)
 
 
@@ -308,9 +309,12 @@ def run(arguments: Sequence[str]) -> int:
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     command = list(arguments) or ["--help"]
-    return guarded(
-        lambda: app(command, prog_name="blockfit", standalone_mode=False), "--debug" in command
-    )
+
+    def joined() -> int | None:
+        with ranks.joined():
+            return app(command, prog_name="blockfit", standalone_mode=False)
+
+    return guarded(joined, "--debug" in command)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from blockfit import ranks
 from blockfit.amounts import amount, number, percent, share
 from blockfit.errors import BlockfitError
 from blockfit.similarity import Tables
@@ -26,6 +28,9 @@ WIDTH = 110
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes."""
+
+TURN_S = 2.0
+"""How long other processes than the first wait before they say what went wrong."""
 
 INTERRUPTED_TEXT = "interrupted; nothing unfinished was saved"
 
@@ -38,13 +43,16 @@ class Output:
     Standard output gets the result: tables, or one JSON object and nothing else with ``--json``.
     Progress, notes and warnings go to standard error; progress shows on a terminal only.
 
+    Of several processes only the first one says anything but errors.
+
     Args:
         as_json: ``--json`` was given; tables are left out.
         quiet: ``--quiet`` was given; errors alone are shown.
     """
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet = as_json, quiet
+        first = ranks.is_first()
+        self.as_json, self.quiet = as_json and first, quiet or not first
         self._console, self._page = (
             Console(
                 file=file, markup=False, emoji=False, highlight=False,
@@ -149,8 +157,23 @@ def guarded(command: Callable[[], int | None], debug: bool) -> int:
             traceback.print_exc()
         code, text = _fault(error)
     if text is not None:
-        typer.echo(f"blockfit: {text}", err=True)
+        typer.echo(f"blockfit: {_turn()}{text}", err=True)
     return code
+
+
+def _turn() -> str:
+    """What stands before a process's error; all but the first wait, for most errors are of all.
+
+    A launcher ends the other processes when one has failed, so that such an error is told once.
+    """
+    try:
+        rank, count = ranks.launched()
+    except BlockfitError:
+        return ""
+    if rank == 0:
+        return ""
+    time.sleep(TURN_S)
+    return f"process {rank} of 0–{count - 1}: "
 
 
 def _fault(error: Exception) -> tuple[int, str]:

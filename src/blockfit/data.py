@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from blockfit import ranks
 from blockfit.classes import model_labels
 from blockfit.decode import Unreadable, decode
 from blockfit.errors import BlockfitError
@@ -41,11 +43,15 @@ class LabelledBatch:
         inputs: a tensor (B, C, H, W), or a mapping of tensors that the model takes by name.
         labels: int64 (B,), in the order of the model's classes; ``None`` where there are none.
         names: B names, of files or positions.
+        number: of the batch among all of the walk, shards of other processes included.
+        places: B numbers, of the images in the walk's order; an unreadable image has one, too.
     """
 
     inputs: Batch
     labels: Tensor | None
     names: list[str]
+    number: int = 0
+    places: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +73,11 @@ class Images:
     class_names: list[str] | None
     new_label: dict[int, int] | None = None
     unreadable: dict[int, str] = field(default_factory=dict)
+    shard: tuple[int, int] = (0, 1)
 
     def __len__(self) -> int:
         """The number of images, without those that a walk has found to be unreadable."""
-        return len(self.positions) - len(self.skipped)
+        return len(self._own()) - len(self.skipped)
 
     def __iter__(self) -> Iterator[Batch]:
         return (batch.inputs for batch in self.batches())
@@ -80,28 +87,47 @@ class Images:
         """The names of the unreadable images met so far."""
         if not self.unreadable:
             return []
-        return [self.unreadable[i] for i in self.positions.tolist() if i in self.unreadable]
+        return [self.unreadable[i] for i in self._own().tolist() if i in self.unreadable]
 
-    def batches(self) -> Iterator[LabelledBatch]:
+    def batches(self, start: int = 0) -> Iterator[LabelledBatch]:
         """The images in batches, with labels and names.
+
+        Args:
+            start: begin with the batch of this number.
 
         Raises:
             BlockfitError: where more than ``MOST_UNREADABLE`` of the images cannot be read.
         """
         if isinstance(self.records, Stream):
-            for inputs, labels, names in self.records.batches(self.positions, self.batch_size):
-                yield LabelledBatch(inputs, self._relabelled(labels), names)
+            yield from self._streamed(self.records, start)
             return
-        for samples in self._samples():
+        numbers = [n for n in self._numbers() if n >= start]
+        for number, samples in zip(numbers, self._samples(numbers), strict=True):
             for sample in samples:
                 if sample.fault is not None:
                     raise BlockfitError(sample.fault)
                 if sample.inputs is None:
                     self.unreadable[sample.position] = sample.name
-                    self._stop_if_too_many(sample)
-            good = [sample for sample in samples if sample.inputs is not None]
+                    self._stop_if_too_many(sample.reason)
+            good = [i for i, sample in enumerate(samples) if sample.inputs is not None]
             if good:
-                yield self._batch(good)
+                batch = self._batch([samples[i] for i in good])
+                places = [number * self.batch_size + i for i in good]
+                yield replace(batch, number=number, places=places)
+
+    def own(self) -> Images:
+        """The share of this process: every n-th batch of a run on n processes."""
+        return replace(self, shard=(ranks.rank(), ranks.count()))
+
+    def exchange(self) -> None:
+        """Tell the other processes which images this one could not read, and learn of theirs.
+
+        Raises:
+            BlockfitError: where too many cannot be read.
+        """
+        for found in ranks.gathered([*self.unreadable.items()]):
+            self.unreadable.update((int(position), str(name)) for position, name in found)
+        self._stop_if_too_many("on several processes")
 
     def take(self, count: int) -> Images:
         """The first ``count`` images of this order."""
@@ -146,12 +172,44 @@ class Images:
     def _part(self, positions: np.ndarray) -> Images:
         return replace(self, positions=positions)  # shares what is known to be unreadable
 
-    def _samples(self) -> Iterator[list[_Sample]]:
+    def _streamed(self, stream: Stream, start: int) -> Iterator[LabelledBatch]:
+        rank, of = self.shard
+        numbers: Iterable[int] = itertools.count()
+        positions, first = self.positions, 0
+        if stream.by_position:  # only the batches of this shard are made
+            numbers = own = [n for n in self._numbers() if n >= start]
+            positions = np.concatenate([positions[:0], *map(self._chunk, own)])
+        pieces = stream.batches(positions, self.batch_size)
+        for number, (inputs, labels, names) in zip(numbers, pieces, strict=False):
+            if stream.by_position:
+                first = number * self.batch_size
+            places = list(range(first, first + len(names)))
+            first += len(names)
+            if number >= start and number % of == rank:
+                yield LabelledBatch(inputs, self._relabelled(labels), names, number, places)
+
+    def _chunk(self, number: int) -> np.ndarray:
+        """The positions of one batch."""
+        return self.positions[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def _numbers(self) -> list[int]:
+        """The numbers of the batches of this shard."""
+        rank, of = self.shard
+        return list(range(rank, -(-len(self.positions) // self.batch_size), of))
+
+    def _own(self) -> np.ndarray:
+        """The positions of this shard; of a stream that makes its own batches, about as many."""
+        rank, of = self.shard
+        if of == 1:
+            return self.positions
+        if isinstance(self.records, Stream) and not self.records.by_position:
+            return self.positions[rank::of]
+        batch = np.arange(len(self.positions)) // self.batch_size
+        return self.positions[batch % of == rank]
+
+    def _samples(self, numbers: Sequence[int]) -> Iterator[list[_Sample]]:
         reader = _Reader(cast(Records, self.records), self.preprocessing)
-        chunks = [
-            self.positions[start : start + self.batch_size].tolist()
-            for start in range(0, len(self.positions), self.batch_size)
-        ]
+        chunks = [self._chunk(number).tolist() for number in numbers]
         if self.workers == 0:
             return ([reader[i] for i in chunk] for chunk in chunks)
         loader = DataLoader(
@@ -163,14 +221,14 @@ class Images:
         )
         return iter(loader)
 
-    def _stop_if_too_many(self, last: _Sample) -> None:
+    def _stop_if_too_many(self, reason: str) -> None:
         if len(self.unreadable) <= MOST_UNREADABLE * self.drawn:
             return
         names = list(self.unreadable.values())
         more = ", …" if len(names) > 3 else ""
         raise BlockfitError(
             f"{len(names)} or more of {self.drawn} images of {self.records.source} cannot be "
-            f"read: {', '.join(names[:3])}{more} ({last.reason}); remove or repair them"
+            f"read: {', '.join(names[:3])}{more} ({reason}); remove or repair them"
         )
 
     def _batch(self, samples: Sequence[_Sample]) -> LabelledBatch:

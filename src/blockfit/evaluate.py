@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blockfit import ranks
 from blockfit.blocks import Batch, Blocks, find_blocks
 from blockfit.data import Images, LabelledBatch
 from blockfit.errors import BlockfitError
-from blockfit.fidelity import Fidelity, FidelityMeter
+from blockfit.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.head import Observation, observe
 from blockfit.heldout import observe_solution
 from blockfit.measure import (
@@ -110,30 +111,39 @@ class Row:
     fidelity: Fidelity
 
 
+def counted(seen: Observation, labels: Tensor | None) -> tuple[int, int]:
+    """Right answers and labelled images of a batch; a negative label means that there is none.
+
+    Raises:
+        BlockfitError: where a label is no class of the head.
+    """
+    if seen.logits is None or labels is None:
+        return 0, 0
+    known = labels >= 0
+    classes = seen.logits.shape[1]
+    if int(labels.max()) >= classes:
+        raise BlockfitError(
+            f"the images have a label {int(labels.max())}, but the model's head has "
+            f"{classes} classes, 0–{classes - 1}; give images of the model's own classes"
+        )
+    guesses = seen.logits.argmax(1).to(labels.device)
+    return int((guesses[known] == labels[known]).sum()), int(known.sum())
+
+
 class Accuracy:
-    """Counts right answers over batches; negative labels mean that there is none."""
+    """Adds up right answers over batches."""
 
     def __init__(self) -> None:
         self.right = self.labelled = 0
 
     def add(self, seen: Observation, labels: Tensor | None) -> None:
-        """Compare the top class of every labelled image with its label.
+        """Compare the top class of every labelled image with its label; see ``counted``."""
+        self.add_counts(counted(seen, labels))
 
-        Raises:
-            BlockfitError: where a label is no class of the head.
-        """
-        if seen.logits is None or labels is None:
-            return
-        known = labels >= 0
-        classes = seen.logits.shape[1]
-        if int(labels.max()) >= classes:
-            raise BlockfitError(
-                f"the images have a label {int(labels.max())}, but the model's head has "
-                f"{classes} classes, 0–{classes - 1}; give images of the model's own classes"
-            )
-        guesses = seen.logits.argmax(1).to(labels.device)
-        self.right += int((guesses[known] == labels[known]).sum())
-        self.labelled += int(known.sum())
+    def add_counts(self, counts: Sequence[int]) -> None:
+        """Add what ``counted`` found."""
+        self.right += counts[0]
+        self.labelled += counts[1]
 
     @property
     def top1(self) -> float | None:
@@ -153,7 +163,8 @@ def evaluate(
     """Run both models over the images once, and measure what they cost.
 
     Both get the same inputs, prepared as ``data`` prepares them, each on its own device and in
-    its own dtype.
+    its own dtype. In a run on several processes each takes its own batches, and the first one
+    measures.
 
     Args:
         compressed: the small model.
@@ -181,27 +192,41 @@ def evaluate(
         else blocks
         for name, model in models.items()
     }
-    accuracies = {name: Accuracy() for name in models}
-    meter, done = FidelityMeter(), 0
-    for batch in data.batches():
-        seen = {
-            name: _checked(observe(model, places[name], placed(model, batch.inputs)), name, batch)
-            for name, model in models.items()
-        }
-        for name, accuracy in accuracies.items():
-            accuracy.add(seen[name], batch.labels)
-        if against is not None:
-            _compare(meter, seen["original"], seen["compressed"])
-        done += len(seen["compressed"].features)
+    own, rows, done = data.own(), {}, 0
+    for batch in own.batches():
+        rows[batch.number] = row = _row(models, places, batch)
+        done += row[0]
         if progress is not None:
-            progress(done, len(data))
-    figures = _figures(models, accuracies, first, measure)
+            progress(done, len(own))
+    data.exchange()
+    found = {int(k): row for part in ranks.gathered(rows) for k, row in part.items()}
+    accuracies = {name: Accuracy() for name in models}
+    meter = FidelityMeter()
+    for _, (_, counts, sums) in sorted(found.items()):  # in order: the same bits however shared
+        for name, accuracy in accuracies.items():
+            accuracy.add_counts(counts[name])
+        if sums is not None:
+            meter.add_sums(sums)
+    figures = _figures(models, accuracies, first, measure and ranks.is_first())
     return Evaluation(
-        images=done,
+        images=sum(row[0] for row in found.values()),
         original=figures.get("original"),
         compressed=figures["compressed"],
         fidelity=None if against is None else meter.result(),
     )
+
+
+def _row(
+    models: Mapping[str, nn.Module], places: Mapping[str, Blocks], batch: LabelledBatch
+) -> tuple[int, dict[str, tuple[int, int]], Sums | None]:
+    """Of a batch, as JSON: images, right answers and labels of each model, sums of fidelity."""
+    seen = {
+        name: _checked(observe(model, places[name], placed(model, batch.inputs)), name, batch)
+        for name, model in models.items()
+    }
+    counts = {name: counted(one, batch.labels) for name, one in seen.items()}
+    sums = _compared(seen["original"], seen["compressed"]) if "original" in seen else None
+    return len(seen["compressed"].features), counts, sums
 
 
 def evaluate_many(
@@ -287,7 +312,7 @@ def _checked(seen: Observation, name: str, batch: LabelledBatch) -> Observation:
     return seen
 
 
-def _compare(meter: FidelityMeter, original: Observation, compressed: Observation) -> None:
+def _compared(original: Observation, compressed: Observation) -> Sums:
     before, after = original.features.shape, compressed.features.shape
     heads = [s.logits.shape for s in (original, compressed) if s.logits is not None]
     if before != after or len(set(heads)) > 1:
@@ -300,4 +325,4 @@ def _compare(meter: FidelityMeter, original: Observation, compressed: Observatio
     if original.features.device != like:
         logits = None if original.logits is None else original.logits.to(like)
         original = Observation(original.features.to(like), logits)
-    meter.add(original, compressed)
+    return compared(original, compressed)

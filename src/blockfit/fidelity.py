@@ -44,8 +44,26 @@ class Fidelity:
         return self.feature_relative_error if self.kl is None else self.kl
 
 
+Sums = list[float | None]
+"""Of a batch: images, and the sums over them of KL and agreement (``None`` without a head), cosine
+and relative error. JSON, so that other processes and later runs can add them."""
+
+
+def compared(original: Observation, compressed: Observation) -> Sums:
+    """The sums of one batch of images, in float64; the observations must be of equal shapes."""
+    before, after = exact(original.features), exact(compressed.features)
+    cosine = float(torch.cosine_similarity(before, after, dim=1).sum())
+    size = before.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    error = float(((after - before).norm(dim=1) / size).sum())
+    if original.logits is None or compressed.logits is None:
+        return [len(before), None, None, cosine, error]
+    kl = float(kl_divergence(original.logits, compressed.logits).sum())
+    same = original.logits.argmax(1) == compressed.logits.argmax(1)
+    return [len(before), kl, float(same.sum()), cosine, error]
+
+
 class FidelityMeter:
-    """Sums over batches, in float64."""
+    """Adds up batches, in float64."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -54,17 +72,19 @@ class FidelityMeter:
 
     def add(self, original: Observation, compressed: Observation) -> None:
         """Compare two observations of the same images, of equal shapes."""
-        before, after = exact(original.features), exact(compressed.features)
-        self.images += len(before)
-        self._cosine += float(torch.cosine_similarity(before, after, dim=1).sum())
-        size = before.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        self._error += float(((after - before).norm(dim=1) / size).sum())
-        if original.logits is None or compressed.logits is None:
+        self.add_sums(compared(original, compressed))
+
+    def add_sums(self, sums: Sums) -> None:
+        """Add what ``compared`` found."""
+        images, kl, same, cosine, error = sums
+        self.images += int(images or 0)
+        self._cosine += cosine or 0.0
+        self._error += error or 0.0
+        if kl is None or same is None:
             self._has_head = False
             return
-        self._kl += float(kl_divergence(original.logits, compressed.logits).sum())
-        same = original.logits.argmax(1) == compressed.logits.argmax(1)
-        self._same += float(same.sum())
+        self._kl += kl
+        self._same += same
 
     def result(self) -> Fidelity:
         """The means so far."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blockfit import ranks
 from blockfit.blocks import Blocks, overridden
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
-from blockfit.fidelity import Fidelity, FidelityMeter
+from blockfit.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.head import Observation, observe
 from blockfit.numerics import exact
 from blockfit.probe import evaluating
@@ -44,7 +46,8 @@ class HeldOut:
     """Held-out images with their hidden states cached at every boundary.
 
     A candidate runs only the blocks behind its first span; everything before it is taken from
-    the cache, and the model's own forward does the rest.
+    the cache, and the model's own forward does the rest. In a run on several processes each holds
+    all images and does a part of the work; all get the same figures.
 
     Args:
         model: the original model.
@@ -74,18 +77,43 @@ class HeldOut:
                     progress(len(self), len(images))
         if not self.traces:
             raise BlockfitError("there are no held-out images to judge by; give more images")
-        self._begin(model, blocks)
+        self.sizes = [len(seen.states[0]) for seen in self.traces]
+        self._begin(model, blocks, range(len(self.traces)), None)
 
     @classmethod
-    def of_traces(cls, model: nn.Module, blocks: Blocks, traces: Sequence[Trace]) -> HeldOut:
-        """The same on batches that were traced already, with all their hidden states."""
+    def of_traces(
+        cls,
+        model: nn.Module,
+        blocks: Blocks,
+        traces: Mapping[int, Trace],
+        sizes: Sequence[int],
+        owners: Sequence[int],
+    ) -> HeldOut:
+        """The same on batches that were traced already, with all their hidden states.
+
+        Args:
+            model: the original model.
+            blocks: where its blocks are.
+            traces: by number, those that this process holds.
+            sizes: images of every batch.
+            owners: the rank that holds each.
+        """
         made = cls.__new__(cls)
-        made.traces, made.labels = list(traces), [None] * len(traces)
-        made._begin(model, blocks)
+        made.traces, made.labels = list(traces.values()), [None] * len(traces)
+        made.sizes = list(sizes)
+        made._begin(model, blocks, traces, owners)
         return made
 
-    def _begin(self, model: nn.Module, blocks: Blocks) -> None:
+    def _begin(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        numbers: Iterable[int],
+        owners: Sequence[int] | None,
+    ) -> None:
         self.model, self.blocks = model, blocks
+        self._at = {number: place for place, number in enumerate(numbers)}
+        self._owners = owners
         whole = Solution(Plan(), ())
         self.original = [observe_solution(model, blocks, seen, whole) for seen in self.traces]
         self.passes = 0.0
@@ -96,11 +124,34 @@ class HeldOut:
 
     def score(self, solution: Solution, batches: Sequence[int] | None = None) -> Fidelity:
         """Fidelity of a solved plan, on all held-out images or on some batches of them."""
-        meter = FidelityMeter()
-        for number in range(len(self.traces)) if batches is None else batches:
-            meter.add(self.original[number], self._observe(number, solution))
-        self.passes += meter.images * self.cost(solution)
-        return meter.result()
+        return self.scores([solution], batches)[0]
+
+    def scores(
+        self, solutions: Sequence[Solution], batches: Sequence[int] | None = None
+    ) -> list[Fidelity]:
+        """``score`` of several solutions; the processes of a run share the work."""
+        numbers = list(range(len(self.sizes))) if batches is None else list(batches)
+        tasks = [(number, i) for i in range(len(solutions)) for number in numbers]
+        found = self._spread(tasks, lambda number, i: self._compared(number, solutions[i]))
+        out = []
+        for i, solution in enumerate(solutions):
+            meter = FidelityMeter()
+            for sums in found[i * len(numbers) : (i + 1) * len(numbers)]:
+                meter.add_sums(sums)
+            self.passes += meter.images * self.cost(solution)
+            out.append(meter.result())
+        return out
+
+    def _compared(self, number: int, solution: Solution) -> Sums:
+        return compared(self.original[self._at[number]], self._observe(number, solution))
+
+    def _spread(
+        self, tasks: Sequence[tuple[int, int]], work: Callable[[int, int], Any]
+    ) -> list[Any]:
+        """Do tasks (batch, anything) where their batches are, or in turn; JSON results of all."""
+        owners = self._owners
+        owner = None if owners is None else lambda task: owners[task[0]]
+        return ranks.spread(tasks, lambda task: work(*task), owner)
 
     def cost(self, solution: Solution) -> float:
         """The part of a plain forward pass that one image costs: the blocks that are run."""
@@ -110,14 +161,17 @@ class HeldOut:
 
     def accuracy(self, solution: Solution) -> float | None:
         """Top-1 of the model's own head; ``None`` without labels or without a head."""
-        right = total = 0
-        for number, labels in enumerate(self.labels):
-            logits = self._observe(number, solution).logits
+        if any(labels is None for labels in self.labels):
+            return None
+
+        def right(number: int, _: int) -> int | None:
+            labels, logits = self.labels[number], self._observe(number, solution).logits
             if labels is None or logits is None:
                 return None
-            right += int((logits.argmax(1).cpu() == labels.cpu()).sum())
-            total += len(labels)
-        return right / total
+            return int((logits.argmax(1).cpu() == labels.cpu()).sum())
+
+        found = self._spread([(number, 0) for number in range(len(self.sizes))], right)
+        return None if None in found else sum(found) / sum(self.sizes)
 
     def map_errors(self, solution: Solution) -> list[MapError]:
         """The local held-out error of every map of ``solution``, beside identity's."""
@@ -129,28 +183,31 @@ class HeldOut:
         A folded map lies in the block before its span, so that identity's error is that of the
         original's state before the span.
         """
-        k = self.blocks.prefix_tokens
-        sums = {entry: torch.zeros(3, 2, dtype=torch.float64) for entry in solution.plan}
+        k, entries = self.blocks.prefix_tokens, list(solution.plan)
 
-        def note(entry: Replacement, seen: Trace, before: Tensor, after: Tensor) -> None:
-            target = exact(seen.states[entry.span.stop])
-            if entry.map == "folded":
-                before = exact(seen.states[entry.span.start])
-            spread = target - target.mean(dim=(0, 1))
-            for column, tokens in enumerate((slice(0, k), slice(k, None))):
-                for row, gap in enumerate((after - target, before - target, spread)):
-                    sums[entry][row, column] += gap[:, tokens].square().sum().cpu()
+        def work(number: int, _: int) -> tuple[Sums, list[list[list[float]]]]:
+            seen = self.traces[self._at[number]]
+            gaps = {entry: torch.zeros(3, 2, dtype=torch.float64) for entry in entries}
+
+            def note(entry: Replacement, before: Tensor, after: Tensor) -> None:
+                target = exact(seen.states[entry.span.stop])
+                if entry.map == "folded":
+                    before = exact(seen.states[entry.span.start])
+                spread = target - target.mean(dim=(0, 1))
+                for column, tokens in enumerate((slice(0, k), slice(k, None))):
+                    for row, gap in enumerate((after - target, before - target, spread)):
+                        gaps[entry][row, column] += gap[:, tokens].square().sum().cpu()
+
+            found = observe_solution(self.model, self.blocks, seen, solution, note)
+            same = compared(self.original[self._at[number]], found)
+            return same, [gaps[entry].tolist() for entry in entries]
 
         meter = FidelityMeter()
-        for seen, original in zip(self.traces, self.original, strict=True):
-            found = observe_solution(
-                self.model,
-                self.blocks,
-                seen,
-                solution,
-                lambda entry, x, y, seen=seen: note(entry, seen, x, y),  # type: ignore[misc]
-            )
-            meter.add(original, found)
+        sums = [torch.zeros(3, 2, dtype=torch.float64) for _ in entries]
+        for same, gaps in self._spread([(number, 0) for number in range(len(self.sizes))], work):
+            meter.add_sums(same)
+            for total, gap in zip(sums, gaps, strict=True):
+                total += torch.tensor(gap, dtype=torch.float64)
         self.passes += meter.images * self.cost(solution)
         return meter.result(), [
             MapError(
@@ -163,11 +220,12 @@ class HeldOut:
                 identity_prefix=_ratio(total[1, 0], total[2, 0]) if k else None,
                 identity_patch=_ratio(total[1, 1], total[2, 1]),
             )
-            for entry, total in sums.items()
+            for entry, total in zip(entries, sums, strict=True)
         ]
 
     def _observe(self, number: int, solution: Solution) -> Observation:
-        return observe_solution(self.model, self.blocks, self.traces[number], solution)
+        seen = self.traces[self._at[number]]
+        return observe_solution(self.model, self.blocks, seen, solution)
 
 
 def observe_solution(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockfit import ranks
 from blockfit.errors import BlockfitError
 from blockfit.numerics import exact
 from blockfit.spans import Span
@@ -65,6 +66,22 @@ class Regression:
             self.yy + other.yy,
         )
 
+    @classmethod
+    def zeros(cls, inputs: int, outputs: int) -> Regression:
+        """The sums of no rows."""
+        shapes = ((inputs,), (outputs,), (inputs, inputs), (inputs, outputs), (outputs,))
+        return cls(0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def over_ranks(self) -> Regression:
+        """The sums over all processes of the run."""
+        if ranks.count() == 1:
+            return self
+        count = torch.tensor([self.count], dtype=torch.float64)
+        tensors = [self.sum_x, self.sum_y, self.xx, self.xy, self.yy]
+        shared = [tensor.contiguous().clone() for tensor in tensors]
+        ranks.reduce([count, *shared])
+        return Regression(float(count), *shared)
+
     def __mul__(self, weight: float) -> Regression:
         return Regression(
             self.count * weight,
@@ -77,17 +94,21 @@ class Regression:
 
 
 class _TokenSums:
-    """The sums of one token type over all states; everything float64."""
+    """The sums of one token type over all states; everything float64, views of one tensor."""
 
     def __init__(self, states: int, width: int, pairs: Iterable[tuple[int, int]]) -> None:
+        own = dict.fromkeys(pairs)
+        square = width * width
         self.count = 0
-        self.sums = torch.zeros(states, width, dtype=torch.float64)
-        self.squares = torch.zeros(states, width, width, dtype=torch.float64)
-        self.crosses = {pair: torch.zeros(width, width, dtype=torch.float64) for pair in pairs}
-        self.angles = {pair: torch.zeros(2, dtype=torch.float64) for pair in self.crosses}
-
-    def tensors(self) -> list[Tensor]:
-        return [self.sums, self.squares, *self.crosses.values(), *self.angles.values()]
+        self.flat = torch.zeros(
+            states * (width + square) + len(own) * (square + 2), dtype=torch.float64
+        )
+        parts = [states * width, states * square, len(own) * square, len(own) * 2]
+        sums, squares, crosses, angles = self.flat.split(parts)
+        self.sums = sums.view(states, width)
+        self.squares = squares.view(states, width, width)
+        self.crosses = dict(zip(own, crosses.view(-1, width, width), strict=True))
+        self.angles = dict(zip(own, angles.view(-1, 2), strict=True))
 
 
 class Moments:
@@ -126,7 +147,7 @@ class Moments:
 
     def nbytes(self) -> int:
         """Memory of the sums in bytes."""
-        return sum(t.nbytes for s in self._types.values() for t in s.tensors())
+        return sum(sums.flat.nbytes for sums in self._types.values())
 
     @property
     def patch_share(self) -> float:
@@ -188,8 +209,17 @@ class Moments:
         for name, mine in self._types.items():
             theirs = other._types[name]
             mine.count += theirs.count
-            for a, b in zip(mine.tensors(), theirs.tensors(), strict=True):
-                a += b
+            mine.flat += theirs.flat
+
+    def reduce(self) -> None:
+        """Add the sums of all processes of the run; all then hold the same."""
+        if ranks.count() == 1:
+            return
+        ranks.reduce(sums.flat for sums in self._types.values())
+        counts = ranks.gathered([self._patches, *(s.count for s in self._types.values())])
+        self._patches, *tokens = (sum(column) for column in zip(*counts, strict=True))
+        for sums, count in zip(self._types.values(), tokens, strict=True):
+            sums.count = count
 
     def regression(
         self, span: Span, token_type: str = "all", prefix_weight: float = 1.0

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from blockfit import ranks
 from blockfit.errors import BlockfitError
 from blockfit.protocols import PROTOCOLS
 from blockfit.recipes import RECIPES, SELECTIONS, Recipe
@@ -161,6 +162,7 @@ def device(name: str | None) -> str | None:
         BlockfitError: where it is not.
     """
     if name is not None:
+        name = ranks.own_device(name)
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from blockfit import ranks
 from blockfit.blocks import Blocks, block_modules
-from blockfit.data import Images
+from blockfit.data import Images, LabelledBatch
 from blockfit.errors import BlockfitError
 from blockfit.probe import evaluating, first_images
 from blockfit.residual import Writer, find_writers, written
@@ -23,7 +24,8 @@ class Originals:
     """What the original model computes on the fit images: the targets of every refit and repair.
 
     Hidden states at all boundaries are kept while they fit into ``limit_bytes``; beyond it, only
-    h[0] is, and the others are computed again when they are asked for.
+    h[0] is, and the others are computed again when they are asked for. In a run on several
+    processes each holds its own batches: ``numbers`` are theirs, ``sizes`` are of all.
     """
 
     def __init__(
@@ -38,40 +40,85 @@ class Originals:
         self.blocks = blocks
         self.modules = block_modules(model, blocks)
         self.traces: list[Trace] = []
+        self.numbers: list[int] = []
         self._writers: dict[int, list[Writer]] = {}
         self._middles: dict[int, list[Tensor]] = {}
         self._bare: dict[int, bool] = {}
         self._held = 0
         self._limit = limit_bytes
-        done = 0
+        own = images.own()
         with evaluating(model):
-            for batch in images.batches():
-                seen = trace(model, blocks, batch.inputs, range(blocks.depth + 1), batch.names)
-                self.traces.append(seen)
-                size = sum(s.nbytes for s in seen.states.values())
-                if self._held + size > limit_bytes:
-                    seen.states = {0: seen.states[0]}
-                else:
-                    self._held += size
-                done += len(seen.states[0])
+            for batch in own.batches():
+                self._trace(batch)
                 if progress is not None:
-                    progress(done, len(images))
-            if not self.traces:
+                    progress(sum(len(seen.states[0]) for seen in self.traces), len(own))
+            images.exchange()
+            self._tell()
+            if not self.sizes:
                 raise BlockfitError(
                     "there are no images to fit on; give a folder or file with some"
                 )
-            few = first_images(self.traces[0].inputs, PROBE_IMAGES)
+            alone = ranks.count() == 1
+            inputs = self.traces[0].inputs if alone else next(iter(images))
+            few = first_images(inputs, PROBE_IMAGES)
             self._probe = trace(model, blocks, few, range(blocks.depth))
+
+    def _trace(self, batch: LabelledBatch) -> None:
+        boundaries = range(self.blocks.depth + 1)
+        seen = trace(self.model, self.blocks, batch.inputs, boundaries, batch.names)
+        size = sum(state.nbytes for state in seen.states.values())
+        if self._held + size > self._limit:
+            seen.states = {0: seen.states[0]}
+        else:
+            self._held += size
+        self.traces.append(seen)
+        self.numbers.append(batch.number)
+
+    def _tell(self) -> None:
+        """Learn of the batches of all processes: images, rank, and whether all states are kept."""
+        pairs = zip(self.numbers, self.traces, strict=True)
+        own = [[n, len(t.states[0]), len(t.states) > self.blocks.depth] for n, t in pairs]
+        told = [(*row, rank) for rank, rows in enumerate(ranks.gathered(own)) for row in rows]
+        self.sizes = {number: images for number, images, _, _ in sorted(told)}
+        self._whole = {number for number, _, whole, _ in told if whole}
+        self._owners = {number: rank for number, _, _, rank in told}
+
+    @property
+    def like(self) -> Tensor:
+        """A hidden state, for its dtype, device and number of tokens."""
+        return self._probe.states[0]
 
     def part(self, images: int) -> Originals:
         """The first batches with at least ``images`` images; the hidden states are shared."""
         few = copy.copy(self)
-        few.traces, few._middles = [], {}
-        for seen in self.traces:
-            if sum(len(t.states[0]) for t in few.traces) >= images:
+        few.sizes, few._middles = {}, {}
+        for number, size in self.sizes.items():
+            if sum(few.sizes.values()) >= images:
                 break
-            few.traces.append(seen)
+            few.sizes[number] = size
+        pairs = zip(self.numbers, self.traces, strict=True)
+        own = [(number, seen) for number, seen in pairs if number in few.sizes]
+        few.numbers, few.traces = [n for n, _ in own], [seen for _, seen in own]
         return few
+
+    def behind(self, part: Originals, images: int) -> tuple[dict[int, Trace], list[int], list[int]]:
+        """The batches behind ``part``, up to ``images`` images or to states that are not kept.
+
+        Returns:
+            numbered anew from 0: the traces that this process holds, the images of every batch,
+            and the rank that holds each.
+        """
+        taken: list[int] = []
+        for number in list(self.sizes)[len(part.sizes) :]:
+            if sum(self.sizes[n] for n in taken) >= images or number not in self._whole:
+                break
+            taken.append(number)
+        held = dict(zip(self.numbers, self.traces, strict=True))
+        return (
+            {place: held[n] for place, n in enumerate(taken) if n in held},
+            [self.sizes[n] for n in taken],
+            [self._owners[n] for n in taken],
+        )
 
     def state(self, batch: int, boundary: int) -> Tensor:
         """h[boundary] of one batch."""

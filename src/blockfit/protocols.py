@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from blockfit import ranks
 from blockfit.blocks import Blocks
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
@@ -66,8 +67,11 @@ def extract(
     Raises:
         BlockfitError: where there is no image, an image has no label, or a feature is not finite.
     """
-    rows, labels, done = [], [], 0
-    for batch in images.batches():
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    places: list[int] = []
+    own = images.own()
+    for batch in own.batches():
         if batch.labels is None or int(batch.labels.min()) < 0:
             raise BlockfitError(
                 f"{images.records.source} has images without a label; k-NN, probes and retrieval "
@@ -76,15 +80,34 @@ def extract(
         seen = observe(model, blocks, placed(model, batch.inputs))
         rows.append(vectors(seen, blocks.prefix_tokens).float().cpu())
         labels.append(batch.labels)
-        done += len(batch.labels)
+        places += batch.places
         if progress is not None:
-            progress(done, len(images))
-    if not rows:
+            progress(len(places), len(own))
+    images.exchange()
+    told = ranks.gathered([rows[0].shape[1] if rows else 0, places])
+    if not any(width for width, _ in told):
         raise BlockfitError("there are no images to take features of; give some that can be read")
-    values = torch.cat(rows)
+    values = _rows_of_all(rows, told, torch.float32)
     if not torch.isfinite(values).all():
         raise BlockfitError("the features hold NaN or infinite values; check the model's weights")
-    return Features(values.numpy(), torch.cat(labels).numpy())
+    columns = [label[:, None] for label in labels]
+    numbers = _rows_of_all(columns, [(1, places) for _, places in told], torch.int64)
+    return Features(values.numpy(), numbers[:, 0].numpy())
+
+
+def _rows_of_all(
+    rows: Sequence[Tensor], told: Sequence[tuple[int, list[int]]], dtype: torch.dtype
+) -> Tensor:
+    """The rows of all processes in the order of the images; ``told`` are widths and places."""
+    if ranks.count() == 1:
+        return torch.cat(list(rows))
+    order = {place: row for row, place in enumerate(sorted(p for _, own in told for p in own))}
+    width = max(width for width, _ in told)
+    out = torch.zeros(len(order), width, dtype=dtype)
+    if rows:
+        out[[order[place] for place in told[ranks.rank()][1]]] = torch.cat(list(rows))
+    ranks.reduce([out])  # every row is one process's, and zero on the others
+    return out
 
 
 def vectors(seen: Observation, prefix_tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from blockfit import ranks
 from blockfit.blocks import Blocks, named_blocks
 from blockfit.errors import BlockfitError
 from blockfit.fit import RIDGE, choose_ridge, fit_affine, fit_map
@@ -147,7 +148,8 @@ def solve(
 
     Each map and each repair is solved on what the compressed part before it produces, towards
     the original's hidden states, so that errors are corrected instead of passed on. Every fit
-    uses all tokens of all images of ``originals``.
+    uses all tokens of all images of ``originals``. In a run on several processes each walks its
+    own batches; the sums are added up, and all return the same.
 
     Args:
         originals: the fit images as the original saw them.
@@ -157,7 +159,11 @@ def solve(
     """
     plan.check(originals.blocks.depth)
     with evaluating(originals.model), torch.no_grad():
-        return _Walk(originals, plan, options or Options()).solution(progress)
+        solution = _Walk(originals, plan, options or Options()).solution(progress)
+        # Equal sums give equal solutions, but machines of a run may round differently.
+        ranks.share(p for module in solution.maps for p in module.parameters())
+        ranks.share(solution.weights.values())
+        return solution
 
 
 class _Walk:
@@ -203,7 +209,10 @@ class _Walk:
         for b, hidden in enumerate(self.hidden):
             source = hidden if options.refit else self.originals.state(b, span.start)
             target = self.originals.state(b, span.stop)
-            parts[b % CHECK_EVERY == 1].add({span.start: source, span.stop: target})
+            judges = self.originals.numbers[b] % CHECK_EVERY == 1
+            parts[judges].add({span.start: source, span.stop: target})
+        for part in parts:
+            part.reduce()
         moments, check = parts
         ridge = RIDGE if options.ridge is None else options.ridge
         if options.ridge is None and any(check.tokens.values()):
@@ -211,7 +220,7 @@ class _Walk:
         moments.merge(check)
         fitted = fit_map(entry, moments, ridge, options.prefix_weight)
         self.maps[entry] = fitted
-        on_device = copy.deepcopy(fitted).to(self.hidden[0])
+        on_device = copy.deepcopy(fitted).to(self.originals.like)
         self.hidden = [on_device(hidden) for hidden in self.hidden]
 
     def _keep(self, index: int, repair: bool) -> None:
@@ -259,7 +268,7 @@ class _Walk:
         block, attention, mlp = self.originals.modules[index], writers[0], writers[-1]
         silent = {attention.name: 0.0, mlp.name: 0.0}
         bare = self.originals.bare(index)
-        total, read = None, []
+        total, read = Regression.zeros(*attention.linear(block).weight.T.shape), []
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
             run = seen.runner(block, index)
             read.append(input_of(block, attention.name, run, hidden))
@@ -267,9 +276,7 @@ class _Walk:
             if not bare:
                 with written(block, silent):
                     base = run(hidden)
-            part = self._sums(read[-1], self.originals.middle(b, index) - base, b)
-            total = part if total is None else total + part
-        assert total is not None
+            total = total + self._sums(read[-1], self.originals.middle(b, index) - base, b)
         solved = self._solved(block, attention, total, attention.effective(block))
         if not bare:
             return solved, None
@@ -315,11 +322,9 @@ class _Walk:
         if folded:
             prior = self._fold(targets, weight, bias, bases, regressors)
         if repair:
-            total = None
+            total = Regression.zeros(weight.shape[1], weight.shape[0])
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
-                part = self._sums(x, targets[b] - base, b)
-                total = part if total is None else total + part
-            assert total is not None
+                total = total + self._sums(x, targets[b] - base, b)
             solved = self._solved(block, mlp, total, prior)
         else:
             solved = mlp.stored(block, *prior)
@@ -343,14 +348,13 @@ class _Walk:
         ``r + A m + b`` approximates the targets, with r the state before the MLP's contribution m
         (ReplaceMe, arXiv 2505.02819, maps the MLP's output in the same place).
         """
-        total = None
+        total = Regression.zeros(weight.shape[0], weight.shape[0])
         for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
             contribution = nn.functional.linear(
                 x, weight.to(x), None if bias is None else bias.to(x)
             )
-            part = self._weighted(contribution, targets[b] - base, torch.float64)
-            total = part if total is None else total + part
-        assert total is not None
+            total = total + self._weighted(contribution, targets[b] - base, torch.float64)
+        total = total.over_ranks()
         ridge = RIDGE if self.options.ridge is None else self.options.ridge
         fitted = fit_affine(total, ridge, bias=bias is not None)
         if bias is not None:
@@ -363,10 +367,10 @@ class _Walk:
         Of the patch tokens as many are drawn as ``ROWS_PER_INPUT`` allows.
         """
         k, tokens = self.blocks.prefix_tokens, x.shape[1]
-        share = ROWS_PER_INPUT * x.shape[-1] / (len(x) * tokens * len(self.originals.traces))
+        share = ROWS_PER_INPUT * x.shape[-1] / (len(x) * tokens * len(self.originals.sizes))
         taken = 1.0
         if share < 1 and tokens > k:
-            generator = torch.Generator().manual_seed(batch)
+            generator = torch.Generator().manual_seed(self.originals.numbers[batch])
             drawn = torch.randperm(tokens - k, generator=generator) + k
             few = drawn[: max(1, round(share * (tokens - k)))].to(x.device)
             picked = torch.cat([torch.arange(k, device=x.device), few])
@@ -390,5 +394,6 @@ class _Walk:
         prior: tuple[Tensor, Tensor | None],
     ) -> dict[str, Tensor]:
         weight, bias = prior
+        problem = problem.over_ranks()
         fitted = fit_affine(problem, self.options.repair_ridge, prior=weight, bias=bias is not None)
         return writer.stored(block, fitted.weight, fitted.bias)

@@ -264,14 +264,15 @@ class Search:
         first: list[int] = []
         others: list[int] = []
         count = 0
-        for batch, seen in enumerate(self.held_out.traces):
+        for batch, images in enumerate(self.held_out.sizes):
             (first if count < FIRST_IMAGES else others).append(batch)
-            count += len(seen.states[0])
+            count += images
         totals = {plan: [0.0, 0.0, 0.0] for plan in pool}  # images, feature error, loss
 
         def run(plans: list[Plan], judge: HeldOut, batches: list[int] | None) -> None:
-            for plan in plans:
-                found, total = judge.score(solved[plan], batches), totals[plan]
+            scores = judge.scores([solved[plan] for plan in plans], batches)
+            for plan, found in zip(plans, scores, strict=True):
+                total = totals[plan]
                 total[0] += found.images
                 total[1] += found.images * found.feature_relative_error
                 total[2] += found.images * found.loss
@@ -292,14 +293,9 @@ class Search:
         """Fit images that quick refits have not seen; ``None`` where their states are not kept."""
         if self._more is None:
             model, blocks = self.originals.model, self.originals.blocks
-            traces, count = [], 0
-            for seen in self.originals.traces[len(self.quick.traces) :]:
-                if count >= JUDGE_IMAGES or len(seen.states) <= self.depth:
-                    break
-                traces.append(seen)
-                count += len(seen.states[0])
-            self._more = HeldOut.of_traces(model, blocks, traces)
-        return self._more if self._more.traces else None
+            behind = self.originals.behind(self.quick, JUDGE_IMAGES)
+            self._more = HeldOut.of_traces(model, blocks, *behind)
+        return self._more if self._more.sizes else None
 
     def _pool(self, size: int) -> list[Plan]:
         costs: dict[Span, float] = {}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
+from blockfit import ranks
 from blockfit.blocks import Batch, Blocks, find_blocks, named_blocks
 from blockfit.budget import Budget, Sizes
 from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate
@@ -238,7 +240,7 @@ class Session:
                 continue
             point = search.solved(size)
             assert point is not None
-            ratio = self.latency_ratio(point.solution)
+            ratio = ranks.agreed(partial(self.latency_ratio, point.solution))
             self._say(f"{size} blocks: latency {ratio:.1%} of the original's")
             if ratio <= budget.value:
                 return point
@@ -323,7 +325,7 @@ class Session:
         for error in point.map_errors:
             if error.map == "identity" and any(m != "identity" for m in self.recipe.maps):
                 out.append(f"span {error.span} was dropped: its map was worse than identity")
-        tokens = len(self.setting.fit) * self.originals.traces[0].states[0].shape[1]
+        tokens = len(self.setting.fit) * self.originals.like.shape[1]
         if tokens < 4 * self.setting.blocks.width:
             out.append(
                 f"{tokens} tokens of {len(self.setting.fit)} images are few for width "

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blockfit import ranks
 from blockfit.api import Result, load, recipe_for, recipe_json
 from blockfit.blocks import Blocks
 from blockfit.budget import Budget
@@ -109,8 +110,8 @@ def sweep(
 ) -> Frontier:
     """Find the best plan for every size, from 1 removed block to all but two.
 
-    Every finished size is written at once; a sweep that was stopped goes on where it was when it
-    is called again with the same arguments.
+    Every finished size is written at once (by the first process, where there are several); a sweep
+    that was stopped goes on where it was when it is called again with the same arguments.
 
     Args:
         model: the original, or its name.
@@ -142,7 +143,7 @@ def sweep(
         "calibration": _stable(images.description()),
     }
     run = json.loads(json.dumps(run))
-    before = _resume(target, run)
+    before = ranks.agreed(lambda: _resume(target, run))
     setting = Setting.of(model, images, blocks, hold_out, seed)
     if before is not None:
         largest = most_removed(setting.blocks.depth, run["protect"])
@@ -161,16 +162,18 @@ def sweep(
     search = session.search()
     search.restore(data["search"])
     done = {point["removed"] for point in data["points"]}
-    target.mkdir(parents=True, exist_ok=True)
+    if ranks.is_first():
+        target.mkdir(parents=True, exist_ok=True)
     for size in range(1, search.largest + 1):
         if size in done:
             continue
         started = time.perf_counter()
         point = search.solved(size)
         assert point is not None
-        data["points"].append(_write_point(target, session, point, started))
         data["search"] = search.state()
-        _write_json(target / MARK, data)
+        if ranks.is_first():
+            data["points"].append(_write_point(target, session, point, started))
+            _write_json(target / MARK, data)
     return Frontier(target, data)
 
 
