@@ -29,7 +29,7 @@ WIDTH = 110
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes."""
 
-TURN_S = 2.0
+TURN_S = 4.0
 """How long other processes than the first wait before they say what went wrong."""
 
 INTERRUPTED_TEXT = "interrupted; nothing unfinished was saved"

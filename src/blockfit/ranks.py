@@ -226,8 +226,8 @@ def _reaching() -> Iterator[None]:
 
 @contextmanager
 def _told_of_stops() -> Iterator[None]:
-    """A launcher that ends the run because another process died makes this one say so."""
-    if threading.current_thread() is not threading.main_thread():
+    """A launcher that ends the run because another process died makes the first one say so."""
+    if launched()[0] != 0 or threading.current_thread() is not threading.main_thread():
         yield
         return
 
