@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from blockfit.laboratory import Lab, Row
 from blockfit.maps import Linear
 from blockfit.pages import as_csv, as_table, similarity_table
 from blockfit.repair import Solution
+from blockfit.reproduce import reproduce
 from blockfit.spans import Plan, Span
 
 ALL = [experiment.name for experiment in EXPERIMENTS]
@@ -171,6 +174,20 @@ def test_means_and_deviations_over_seeds_are_those_of_the_single_runs(
     assert row["top1_sd"] == pytest.approx(np.std(singles, ddof=1))
     assert [float(value) for value in row["each"].split()] == pytest.approx(singles, abs=1e-4)
     assert tables["seeds"][0]["top1_sd"] == 0  # the original does not depend on the draw
+
+
+def test_a_model_of_two_blocks_skips_what_needs_more(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    warned: list[str] = []
+    few = dataclasses.replace(FEW, seeds=1, steps=1)
+    about = {"model": {"name": "two", "depth": 2, "width": 16, "parameters": 1}}
+    about |= {"train": {"source": "a", "total": 64}, "test": {"source": "b", "images": 32}}
+    about |= {"judge": "head", "preprocessing": "none"}
+    lab = lab_of(small_vit(2), few.fitting(2))
+    done = reproduce(lab, tmp_path / "out", about, warn=warned.append)
+    assert set(done["experiments"]) == set(ALL) - {"several"}
+    assert warned == ["several was skipped: it needs a model of three blocks or more"]
+    assert all(r["top1_sd"] is None for r in done["experiments"]["seeds"]["rows"])
 
 
 def test_every_name_has_its_picture_and_its_sentence() -> None:

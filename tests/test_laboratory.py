@@ -120,6 +120,7 @@ def test_settings_fit_the_model() -> None:
     small = FULL.fitting(4)
     assert (small.longest, small.compared) == (3, (1, 2, 3))
     assert QUICK.fitting(12) == QUICK
+    assert QUICK.fitting(2).compared == (1,)
     with pytest.raises(BlockfitError, match="one block only"):
         FULL.fitting(1)
     with pytest.raises(BlockfitError, match="seeds must be 1 or more"):

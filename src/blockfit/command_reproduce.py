@@ -26,7 +26,7 @@ from blockfit.splits import Source, train_and_test
 from blockfit.surgery import removed_plan
 from blockfit.sweep import fingerprint
 
-QUICK_TEST, QUICK_TRAIN = 500, 2000
+QUICK_TEST, QUICK_TRAIN = 300, 2000
 """Test images, and images that a probe learns from, with ``--quick``."""
 
 ModelName = Annotated[

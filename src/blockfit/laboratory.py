@@ -80,12 +80,12 @@ class Settings:
             raise BlockfitError("the model has one block only; there is nothing to replace")
         longest = min(self.longest, depth - 1)
         compared = tuple(length for length in self.compared if length <= longest)
-        return replace(self, longest=longest, compared=compared)
+        return replace(self, longest=longest, compared=compared or (longest,))
 
 
 FULL = Settings()
 QUICK = Settings(
-    starts=4, compared=(1, 2, 4), sets=1, samples=(50, 150, 500), positions=(500, 1500), tokens=1024
+    starts=3, compared=(2, 4), sets=1, samples=(50, 150, 500), positions=(250, 500), tokens=1024
 )
 
 Draw = Callable[[int, int], Images]

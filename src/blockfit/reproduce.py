@@ -118,8 +118,8 @@ def reproduce(
     except OSError as error:
         raise _cannot_write(folder, error) from error
     for experiment in experiments:
-        if experiment.name == "transfer" and not lab.transfers:
-            warn("transfer was skipped: it needs another source of images (--transfer)")
+        if (lacking := _lacking(lab, experiment)) is not None:
+            warn(f"{experiment.name} was skipped: {lacking}")
             continue
         settings = _settings(lab, experiment)
         entry = data["experiments"].get(experiment.name)
@@ -140,6 +140,15 @@ def reproduce(
             _write(folder, experiment, entry, data["about"], warn)
         _write_text(folder / INDEX, _index(folder, data))
     return data
+
+
+def _lacking(lab: Lab, experiment: Experiment) -> str | None:
+    """What an experiment cannot be run without, where that is not there."""
+    if experiment.name == "transfer" and not lab.transfers:
+        return "it needs another source of images (--transfer)"
+    if experiment.name == "several" and lab.settings.longest < 2:
+        return "it needs a model of three blocks or more"
+    return None
 
 
 def _settings(lab: Lab, experiment: Experiment) -> dict[str, Any]:
