@@ -20,7 +20,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "blockfit"
 
 ROWS = (
-    ("errors", "numerics", "untrusted", "amounts", "ranks"),
+    ("errors", "numerics", "untrusted", "amounts", "ranks", "values"),
     ("spans",),
     ("maps",),
     ("moments",),
@@ -44,22 +44,22 @@ ROWS = (
     ("calibrate",),
     ("originals", "repair"),
     ("fidelity", "recipes", "budget", "heldout", "candidates", "search", "session"),
-    ("evaluate", "protocols"),
+    ("evaluate", "protocols", "samples"),
     ("atomic", "manifest", "store", "sweepfile"),
     ("analysis",),
     ("export",),
     ("engines", "speed", "speed_report", "shortfall", "bench", "quantize"),
-    ("report", "charts", "pages", "findings"),
+    ("content", "plots", "headline", "views", "report", "charts", "pages", "findings"),
     ("translators", "judge", "laboratory", "experiments", "reproduce"),
-    ("api", "sweep"),
+    ("api", "sweep", "command_lines", "runs"),
     ("__init__",),
+    ("console", "options", "reporter"),
     (
-        "console",
-        "options",
         "commands",
-        "command_reproduce",
         "command_bench",
         "command_quantize",
+        "command_report",
+        "command_reproduce",
         "cli",
         "__main__",
     ),
@@ -69,7 +69,7 @@ ROWS = (
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
 
 LIBRARIES_OF_MODELS = {"timm", "transformers", "torchvision"}
-EXTRAS = LIBRARIES_OF_MODELS | {"datasets", "matplotlib", "torchao"}
+EXTRAS = LIBRARIES_OF_MODELS | {"datasets", "matplotlib", "jinja2", "torchao"}
 KNOW_MODELS = {"preprocess", "libraries", "models", "export"}
 """The only modules that may import a library of models; all others see any ``nn.Module``."""
 

@@ -233,6 +233,7 @@ def describe(
         "budget": None if budget is None else str(budget),
         "recipe": recipe_json(session.recipe),
         "seed": session.seed,
+        "protect": list(session.protected),
         "removed_blocks": len(plan.removed_blocks),
         "parameters_before": session.sizes.parameters,
         "parameters_after": parameters,

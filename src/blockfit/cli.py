@@ -18,6 +18,7 @@ from blockfit import options as opt
 from blockfit.budget import Budget
 from blockfit.command_bench import bench
 from blockfit.command_quantize import quantize
+from blockfit.command_report import report as report_command
 from blockfit.command_reproduce import reproduce
 from blockfit.commands import analyze, evaluate, export, opened
 from blockfit.console import (
@@ -26,9 +27,11 @@ from blockfit.console import (
     show_compression,
     show_evaluation,
     show_frontier,
+    stop_logging,
 )
 from blockfit.errors import BlockfitError
 from blockfit.evaluate import evaluate as evaluate_model
+from blockfit.reporter import Reporter
 from blockfit.session import HOLD_OUT
 from blockfit.sweep import from_sweep
 from blockfit.sweep import sweep as sweep_model
@@ -106,14 +109,17 @@ def compress(
     contiguous: opt.Contiguous = False,
     protect: opt.Protect = None,
     hold_out: opt.HoldOut = None,
+    report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Replace redundant blocks by closed-form maps and save the small model."""
     out = Output(as_json, quiet)
     store.check_folder(output, overwrite)
+    page = Reporter(report)
     budget = Budget.of(
         remove=remove, params=params, flops=flops, latency=latency, max_kl=max_kl, max_drop=max_drop
     )
@@ -133,7 +139,9 @@ def compress(
             original = None if model is None else api.load(model, device=opt.device(device))
             result = from_sweep(sweep_folder, budget, original)
             api.save(result, output, overwrite=overwrite)
+            page.compressed(out, result, output, sweep=sweep_folder)
         _compressed(out, result, model or result.source.name, output)
+        page.tell(out)
         return
     if model is None or images is None:
         raise BlockfitError(
@@ -151,8 +159,9 @@ def compress(
         original, pictures = opened(
             out, model, images, limit, seed, batch_size, device, **opt.reading(context)
         )
+        hold_out = HOLD_OUT if hold_out is None else hold_out
         result = api.compress(
-            original,
+            page.kept(original),
             pictures,
             spans=span or None,
             remove=remove,
@@ -165,7 +174,7 @@ def compress(
             **how,
             protect=protected,
             blocks=blocks,
-            hold_out=HOLD_OUT if hold_out is None else hold_out,
+            hold_out=hold_out,
             seed=seed,
             inplace=True,
             say=out.say,
@@ -174,12 +183,15 @@ def compress(
         if ranks.is_first():
             out.say(f"saving to {output}")
             api.save(result, output, overwrite=overwrite)
+        page.compressed(out, result, output, original, pictures, hold_out)
     _compressed(out, result, model, output)
+    page.tell(out)
 
 
 app.command()(evaluate)
 app.command()(analyze)
 app.command()(export)
+app.command()(report_command)
 app.command()(reproduce)
 app.command()(bench)
 app.command()(quantize)
@@ -212,19 +224,23 @@ def sweep(
     contiguous: opt.Contiguous = False,
     protect: opt.Protect = None,
     hold_out: opt.HoldOut = None,
+    report: opt.ReportFile = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Find the best plan for every size; a sweep that was stopped goes on where it was."""
     started = time.perf_counter()
     out = Output(as_json, quiet)
+    page = Reporter(report)
     chosen = api.recipe_for(opt.recipe(recipe, plain, select, contiguous), **opt.how(context))
     protected = opt.block_numbers(protect)
     with out.working():
         original, pictures = opened(
             out, model, images, limit, seed, batch_size, device, **opt.reading(context)
         )
+        hold_out = HOLD_OUT if hold_out is None else hold_out
         frontier = sweep_model(
             original,
             pictures,
@@ -232,14 +248,16 @@ def sweep(
             recipe=chosen,
             protect=protected,
             blocks=blocks,
-            hold_out=HOLD_OUT if hold_out is None else hold_out,
+            hold_out=hold_out,
             seed=seed,
             say=out.say,
             progress=out.count,
         )
+        page.swept(out, output, original, pictures, hold_out)
     before = frontier.data["original"]
     show_frontier(out, frontier.points, before)
     out.line(f"next: blockfit compress --from {shlex.quote(str(output))} --params 62% -o small/")
+    page.tell(out)
     out.result(
         {
             "original": before,
@@ -255,13 +273,16 @@ def demo(
     remove: Annotated[int, opt.option("--remove", help="This many blocks.", panel=opt.REMOVE)] = 4,
     output: opt.MaybeFolder = None,
     seed: opt.Seed = 0,
+    report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Compress the model that is shipped with blockfit, and show what it was worth."""
     out = Output(as_json, quiet)
+    page = Reporter(report)
     if output is not None:
         store.check_folder(output, overwrite)
     with out.working():
@@ -272,17 +293,16 @@ def demo(
         if output is not None:
             api.save(result, output, overwrite=overwrite)
         out.say("evaluating on the test digits")
+        test = api.images("digits:test", original, batch_size=64)
         worth = evaluate_model(
-            result.model,
-            api.images("digits:test", original, batch_size=64),
-            against=original,
-            blocks=result.blocks,
-            progress=out.count,
+            result.model, test, against=original, blocks=result.blocks, progress=out.count
         ).to_json()
+        page.compressed(out, result, output, original, pictures, evaluation=worth)
     show_compression(out, result.report, result.blocks.depth)
     show_evaluation(out, worth)
     if output is not None:
         out.line(f"saved to {output}")
+    page.tell(out)
     out.result({"compress": _compression(result, output), "evaluate": worth})
 
 
@@ -314,7 +334,10 @@ def run(arguments: Sequence[str]) -> int:
         with ranks.joined():
             return app(command, prog_name="blockfit", standalone_mode=False)
 
-    return guarded(joined, "--debug" in command)
+    try:
+        return guarded(joined, "--debug" in command)
+    finally:
+        stop_logging()
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from blockfit.evaluate import evaluate as evaluate_model
 from blockfit.export import export_plain
 from blockfit.models import source_of
 from blockfit.protocols import Features, check_protocols, extract, judge
+from blockfit.reporter import Reporter
 
 
 def opened(
@@ -59,6 +60,7 @@ def evaluate(
     blocks: opt.BlocksPath = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Measure a model's accuracy, size and speed, and its fidelity to the original."""
@@ -139,14 +141,17 @@ def analyze(
     workers: opt.Workers = 0,
     device: opt.Device = None,
     blocks: opt.BlocksPath = None,
+    report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Compare the hidden states of all blocks: MSE, cosine, angle, CKA and R²."""
     started = time.perf_counter()
     out = Output(as_json, quiet)
+    page = Reporter(report)
     if output is not None:
         check_folder(output, overwrite)
     with out.working():
@@ -163,9 +168,11 @@ def analyze(
             say=out.say,
             progress=out.count,
         )
+        page.analysed(out, result.to_json(), output)
     show_analysis(out, result.tables, result.warnings)
     if output is not None:
         out.line(f"all pairs of states: {', '.join(str(output / name) for name in result.files)}")
+    page.tell(out)
     out.result(
         {
             **result.to_json(),
@@ -182,6 +189,7 @@ def export(
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Write a compressed model in a form that needs no blockfit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import time
 import traceback
@@ -37,6 +38,9 @@ INTERRUPTED_TEXT = "interrupted; nothing unfinished was saved"
 BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
 
 
+LOG = logging.getLogger("blockfit")
+
+
 class Output:
     """Where a command's words go.
 
@@ -60,7 +64,8 @@ class Output:
             )
             for file in (sys.stderr, sys.stdout)
         )  # fmt: skip
-        shown = self._console.is_terminal and not quiet
+        logged = LOG.isEnabledFor(logging.INFO)  # log lines and a bar would run into one another
+        shown = self._console.is_terminal and not quiet and not logged
         self._bars = Bars(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Count(),
             console=self._console, transient=True, disable=not shown,
@@ -75,11 +80,12 @@ class Output:
             warnings.catch_warnings(),
             self._bars,
         ):
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("default" if LOG.isEnabledFor(logging.INFO) else "ignore")
             yield self
 
     def say(self, line: str) -> None:
         """What is being done now."""
+        LOG.info(line)
         self._bars.reset(self._task, total=None, description=line)
 
     def count(self, done: int, total: int) -> None:
@@ -134,6 +140,28 @@ class _Count(ProgressColumn):
         if task.time_remaining is not None:
             text += f", {task.time_remaining:.0f} s left"
         return Text(text)
+
+
+def start_logging() -> None:
+    """Log what the package does, and the warnings of other libraries, to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    for name, level in (("blockfit", logging.DEBUG), ("py.warnings", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(level)
+    logging.captureWarnings(True)
+
+
+def stop_logging() -> None:
+    """Undo ``start_logging``."""
+    for name in ("blockfit", "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
+    logging.captureWarnings(False)
 
 
 def guarded(command: Callable[[], int | None], debug: bool) -> int:

@@ -9,6 +9,7 @@ import torch
 import typer
 
 from blockfit import ranks
+from blockfit.console import start_logging
 from blockfit.errors import BlockfitError
 from blockfit.protocols import PROTOCOLS
 from blockfit.recipes import RECIPES, SELECTIONS, Recipe
@@ -21,6 +22,11 @@ from blockfit.spans import MAP_KINDS
 def option(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
     """An option in one of the panels of ``--help``."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def _log(wanted: bool) -> None:
+    if wanted:
+        start_logging()
 
 
 REMOVE, HOW, DATA, OUT = "What to remove", "How", "Model and images", "Output"
@@ -149,6 +155,13 @@ Folder = Annotated[Path, option("--output", "-o", help="Folder to write.", panel
 MaybeFolder = Annotated[Path | None, option("--output", "-o", help="Folder to write.", panel=OUT)]
 Overwrite = Annotated[
     bool, option("--overwrite", help="Replace what an earlier run wrote.", panel=OUT)
+]
+ReportFile = Annotated[
+    Path | None, option("--report", help="Explain the run on one HTML page.", panel=OUT)
+]
+Verbose = Annotated[
+    bool,
+    option("--verbose", "-v", help="Log what is done.", panel=OUT, callback=_log, is_eager=True),
 ]
 Json = Annotated[bool, option("--json", help="One JSON object on standard output.", panel=OUT)]
 Quiet = Annotated[bool, option("--quiet", "-q", help="Errors only.", panel=OUT)]

@@ -1,0 +1,174 @@
+"""The report at the end of a command (``--report``), made from what the command has at hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from blockfit import api, ranks, store
+from blockfit.analysis import analyze
+from blockfit.blocks import Blocks
+from blockfit.budget import Budget
+from blockfit.console import Output
+from blockfit.content import Content, joined
+from blockfit.data import Images
+from blockfit.errors import BlockfitError
+from blockfit.report import check_report, write_report
+from blockfit.runs import analysis_content, read_evaluation, read_run, result_content
+from blockfit.samples import side_by_side
+from blockfit.sweep import from_sweep
+from blockfit.sweepfile import MARK as SWEEP_MARK
+from blockfit.values import Values
+
+LOOKED_AT = 64
+"""Images on which both models are compared where nobody says how many."""
+
+
+class Reporter:
+    """The report at the end of a command; does nothing where none was asked for.
+
+    Args:
+        path: of ``--report``.
+
+    Raises:
+        BlockfitError: where the file is taken, or several processes share the run.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        if path is None:
+            return
+        if ranks.launched()[1] > 1:
+            raise BlockfitError(
+                "--report needs a single process; run blockfit report on what this run writes"
+            )
+        check_report(path)
+
+    def kept(self, model: nn.Module) -> nn.Module:
+        """A copy of the original where a report will need it after the surgery."""
+        return model if self.path is None else copy.deepcopy(model)
+
+    def compressed(
+        self,
+        out: Output,
+        result: api.Result,
+        folder: Path | None,
+        original: nn.Module | None = None,
+        images: Images | None = None,
+        hold_out: float | None = None,
+        sweep: Path | None = None,
+        evaluation: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the report of a compression.
+
+        Args:
+            out: progress.
+            result: what ``compress`` returned.
+            folder: where it was saved.
+            original: and ``images``: for the images side by side and the similarity.
+            images: the calibration images.
+            hold_out: the part of them to look at; all of them where ``None``.
+            sweep: that the model was made from.
+            evaluation: figures of ``evaluate``.
+        """
+        if self.path is None:
+            return
+        parts = {"the model": _result(result, folder)}
+        if sweep is not None:
+            parts[str(sweep)] = read_run(sweep)
+        if evaluation is not None:
+            measured = read_evaluation(Values(evaluation, "the evaluation"))
+            parts["the evaluation"] = Content("", evaluation=measured)
+        if original is not None and images is not None:
+            parts["the analysis"] = self._similarity(out, original, images)
+        content = joined(parts)
+        if original is not None and images is not None:
+            few = _few(images, hold_out)
+            content = beside(out, content, original, result.model, result.blocks, few)
+        self._write(out, content)
+
+    def swept(
+        self, out: Output, folder: Path, original: nn.Module, images: Images, hold_out: float
+    ) -> None:
+        """Write the report of a sweep of ``original`` on ``images``."""
+        if self.path is None:
+            return
+        parts = {str(folder): read_run(folder)}
+        parts["the analysis"] = self._similarity(out, original, images)
+        content = joined(parts)
+        small, blocks = small_model([str(folder)], content, None, original, None)
+        self._write(out, beside(out, content, original, small, blocks, _few(images, hold_out)))
+
+    def analysed(self, out: Output, found: dict[str, Any], folder: Path | None) -> None:
+        """Write the report of an analysis, from ``Analysis.to_json``."""
+        if self.path is not None:
+            self._write(out, analysis_content(Values(found, "the analysis"), folder))
+
+    def _similarity(self, out: Output, original: nn.Module, images: Images) -> Content:
+        found = analyze(original, images, say=out.say, progress=out.count)
+        return analysis_content(Values(found.to_json(), "the analysis"))
+
+    def _write(self, out: Output, content: Content) -> None:
+        assert self.path is not None
+        out.say("drawing the report")
+        write_report(content, self.path)
+
+    def tell(self, out: Output) -> None:
+        """Say where the report is."""
+        if self.path is not None:
+            out.line(f"report in {self.path}, open it in a browser")
+
+
+def _few(images: Images, hold_out: float | None) -> Images:
+    part = images if hold_out is None else images.split(hold_out)[1]
+    return part.take(LOOKED_AT)
+
+
+def _result(result: api.Result, folder: Path | None) -> Content:
+    if folder is not None:
+        return read_run(folder)
+    values = Values(result.report, "the report")
+    return result_content(result.plan, result.blocks.depth, result.source, values)
+
+
+def small_model(
+    runs: Sequence[str],
+    content: Content,
+    remove: int | None,
+    original: nn.Module,
+    device: str | None,
+) -> tuple[nn.Module, Blocks]:
+    """The small model that the runs are about."""
+    for run in runs:
+        if store.is_saved(run):
+            if remove is not None:
+                raise BlockfitError(f"--remove has no use here: {run} holds one small model")
+            saved = store.load_saved(run, device=device)
+            return saved.model, saved.blocks
+    for run in runs:
+        if (Path(run).expanduser() / SWEEP_MARK).is_file():
+            chosen = content.chosen
+            size = chosen.removed if remove is None and chosen is not None else remove
+            result = from_sweep(run, Budget.of(remove=size) or Budget("remove", 1), original)
+            return result.model, result.blocks
+    raise BlockfitError(
+        "there is no small model to show: give a folder that compress or sweep wrote as well"
+    )
+
+
+def beside(
+    out: Output,
+    content: Content,
+    original: nn.Module,
+    small: nn.Module,
+    blocks: Blocks,
+    images: Images,
+) -> Content:
+    """``content`` with both models on the same images."""
+    out.say("both models on the same images")
+    return replace(content, side=side_by_side(original, small, blocks, images, out.count))
