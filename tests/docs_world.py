@@ -52,26 +52,59 @@ def table(file: Path, count: int, seed: int) -> None:
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(file)
 
 
-def classifier(folder: Path, name: str, **options: Any) -> None:
-    """A classifier of transformers with random weights whose blocks change little."""
+def model(folder: Path, name: str, **options: Any) -> None:
+    """A model of transformers with random weights, and its preprocessing."""
     transformers = pytest.importorskip("transformers")
     cls = getattr(transformers, name)
-    labels = dict(enumerate(CLASSES))
-    config = cls.config_class(
-        **SIZES, id2label=labels, label2id={v: k for k, v in labels.items()}, **options
-    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = cls(config)
-    model.save_pretrained(folder)
-    processor(folder)
-
-
-def processor(folder: Path) -> None:
-    """The preprocessing of a 16 × 16 model."""
-    transformers = pytest.importorskip("transformers")
+        made = cls(cls.config_class(**options))
+    made.save_pretrained(folder)
     side = {"height": SIZES["image_size"], "width": SIZES["image_size"]}
     transformers.ViTImageProcessor(size=side).save_pretrained(folder)
+
+
+def classifier(folder: Path, name: str) -> None:
+    names = dict(enumerate(CLASSES))
+    model(folder, name, **SIZES, id2label=names, label2id={v: k for k, v in names.items()})
+
+
+def clip(folder: Path) -> None:
+    """A model of images and texts that knows a few words."""
+    transformers, tokenizers = (
+        pytest.importorskip("transformers"),
+        pytest.importorskip("tokenizers"),
+    )
+    words = ["[PAD]", "[UNK]", "a", "photo", "of", *CLASSES]
+    texts = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": len(words),
+        "max_position_embeddings": 16,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    model(folder, "CLIPModel", text_config=texts, vision_config=SIZES, projection_dim=16)
+    table = {word: number for number, word in enumerate(words)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+
+
+def depth_estimator(folder: Path) -> None:
+    """A dense head on a DINOv2, which reads the states behind blocks 2, 5, 8 and 11."""
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.Dinov2Config(
+        **SIZES,
+        out_features=["stage3", "stage6", "stage9", "stage12"],
+        reshape_hidden_states=False,
+    )
+    sizes = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
+    model(folder, "DPTForDepthEstimation", backbone_config=backbone, **sizes)
 
 
 def world(folder: Path) -> Path:
@@ -83,6 +116,9 @@ def world(folder: Path) -> Path:
         photos(here / name, count, seed)
     array = np.repeat(np.arange(4, dtype=np.uint8), 64).reshape(4, 8, 8)
     np.savez(here / "digits.npz", images=array, labels=[0, 1, 0, 1])
+    model(here / "facebook" / "dinov2-small", "Dinov2Model", **SIZES)
+    clip(here / "openai" / "clip-vit-base-patch32")
+    depth_estimator(here / "facebook" / "dpt-dinov2-small-nyu")
     shared = folder / "shared"
     classifier(shared / "models" / "dinov2-small-cifar10", "Dinov2ForImageClassification")
     table(shared / "data" / "cifar10" / "train.parquet", 48, 3)
