@@ -48,7 +48,7 @@ ROWS = (
     ("atomic", "manifest", "store", "sweepfile"),
     ("analysis",),
     ("export",),
-    ("engines", "speed", "speed_report", "shortfall", "bench", "quantize"),
+    ("engines", "speed", "speed_report", "shortfall", "bench", "quantize", "precision"),
     ("content", "plots", "headline", "views", "report", "charts", "pages", "findings"),
     ("translators", "judge", "laboratory", "experiments", "reproduce"),
     ("api", "sweep", "command_lines", "runs"),
@@ -57,6 +57,7 @@ ROWS = (
     (
         "commands",
         "command_bench",
+        "command_check",
         "command_quantize",
         "command_report",
         "command_reproduce",

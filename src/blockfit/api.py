@@ -19,6 +19,7 @@ from blockfit.data import Images, images
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.models import load_model, source_of
+from blockfit.precision import overflow_warnings
 from blockfit.recipes import Recipe
 from blockfit.recipes import recipe as named_recipe
 from blockfit.repair import Options
@@ -219,6 +220,7 @@ def compress(
     report = describe(session, point, images, budget)
     small = model if inplace else copy.deepcopy(model)
     point.solution.apply(small, setting.blocks)
+    report["warnings"] += overflow_warnings(small, setting.blocks, next(iter(images)))
     report["seconds"] = round(time.perf_counter() - started, 3)
     return Result(small, point.solution.plan, report, setting.blocks, source)
 

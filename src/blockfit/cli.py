@@ -17,6 +17,7 @@ from blockfit import __version__, api, ranks, store
 from blockfit import options as opt
 from blockfit.budget import Budget
 from blockfit.command_bench import bench
+from blockfit.command_check import check
 from blockfit.command_quantize import quantize
 from blockfit.command_report import report as report_command
 from blockfit.command_reproduce import reproduce
@@ -195,6 +196,7 @@ app.command()(report_command)
 app.command()(reproduce)
 app.command()(bench)
 app.command()(quantize)
+app.command()(check)
 
 
 @app.command()
