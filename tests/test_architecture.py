@@ -20,7 +20,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "blockfit"
 
 ROWS = (
-    ("errors", "numerics", "untrusted", "amounts", "ranks", "values"),
+    ("errors", "numerics", "untrusted", "amounts", "ranks", "resume", "values"),
     ("spans",),
     ("maps",),
     ("moments",),

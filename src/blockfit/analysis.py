@@ -21,8 +21,10 @@ from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.models import source_of
 from blockfit.probe import evaluating, first_images
+from blockfit.resume import Checkpoint, settled
 from blockfit.similarity import Tables, merged, part
 from blockfit.spans import Span, spans_up_to
+from blockfit.tensors import fingerprint
 
 MARK = "analysis.json"
 CSV = "similarity.csv"
@@ -82,6 +84,7 @@ def analyze(
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> Analysis:
     """Compare the hidden states of all pairs of block boundaries.
 
@@ -97,6 +100,7 @@ def analyze(
         overwrite: replace a folder that an analysis wrote.
         say: called with one line on what is being done.
         progress: called with images done and images in all.
+        resume: a folder in which the sums are saved from time to time, and gone on from.
 
     Raises:
         BlockfitError: no blocks, no images, NaN or infinite hidden states, a folder that is taken.
@@ -112,12 +116,25 @@ def analyze(
     patches = _tokens(model, where, example) - where.prefix_tokens
     taken = min(TOKENS_PER_IMAGE, patches)
     groups = _groups(where)
+    checkpoint = None
+    if resume is not None:
+        told = settled(images.description())
+        run = {"model": fingerprint(model), "calibration": told, "seed": seed}
+        how = {"batch_size": images.batch_size, "blocks": dataclasses.asdict(where)}
+        checkpoint = Checkpoint(resume, {**run, **how})
     parts = []
     for number, spans in enumerate(groups):
         if say is not None:
             say("hidden states" + (f", pass {number + 1} of {len(groups)}" if groups[1:] else ""))
         moments = calibrate(
-            model, where, images, spans, tokens_per_image=taken, seed=seed, progress=progress
+            model,
+            where,
+            images,
+            spans,
+            tokens_per_image=taken,
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
         )
         if say is not None:
             say("comparing hidden states")
@@ -129,7 +146,11 @@ def analyze(
         "patch_tokens_per_image": {"all": patches, "taken": taken},
     }
     result = Analysis(merged(parts), where, report, _warnings(parts[0], where))
-    return result if folder is None or not ranks.is_first() else write(result, folder)
+    if folder is not None and ranks.is_first():
+        result = write(result, folder)
+    if checkpoint is not None:
+        checkpoint.forget()
+    return result
 
 
 def write(result: Analysis, folder: str | Path) -> Analysis:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from blockfit.precision import overflow_warnings
 from blockfit.recipes import Recipe
 from blockfit.recipes import recipe as named_recipe
 from blockfit.repair import Options
+from blockfit.resume import Checkpoint, settled
 from blockfit.search import Point
 from blockfit.session import HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.source import Source
 from blockfit.spans import Plan, Span
+from blockfit.tensors import fingerprint
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def compress(
     inplace: bool = False,
     say: Say | None = None,
     progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> Result:
     """Replace redundant runs of blocks by closed-form maps, without training.
 
@@ -169,6 +173,9 @@ def compress(
         inplace: change ``model`` itself instead of a copy.
         say: called with one line on what is being done.
         progress: called with how many of how many (images, blocks) are done of what was said last.
+        resume: a folder in which the run saves its progress from time to time; one that was
+            stopped goes on from there when it is called again with the same arguments, to the
+            same result. Delete it once the result is saved.
 
     Returns:
         The small model with its plan and report.
@@ -211,7 +218,9 @@ def compress(
     setting = Setting.of(model, images, blocks, hold_out, seed)
     if plan is not None:
         plan.check(setting.blocks.depth, protect)
-    session = Session(setting, chosen, protect, seed, say, progress)
+    run = run_json(model, images, chosen, protect, hold_out, seed)
+    checkpoint = checkpoint_of(resume, run, images, setting.blocks)
+    session = Session(setting, chosen, protect, seed, say, progress, checkpoint)
     if plan is not None:
         point = session.by_hand(plan)
     else:
@@ -251,6 +260,36 @@ def describe(
         "repaired_blocks": session.repaired_blocks(point),
         "warnings": session.warnings(point),
     }
+
+
+def run_json(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    protect: Iterable[int],
+    hold_out: float,
+    seed: int,
+) -> dict[str, Any]:
+    """What a run's search depends on, as JSON values."""
+    run = {
+        "recipe": recipe_json(recipe),
+        "protect": sorted(set(protect)),
+        "hold_out": hold_out,
+        "seed": seed,
+        "model": fingerprint(model),
+        "calibration": settled(images.description()),
+    }
+    return dict(json.loads(json.dumps(run)))
+
+
+def checkpoint_of(
+    folder: str | Path | None, run: Mapping[str, Any], images: Images, blocks: Blocks
+) -> Checkpoint | None:
+    """Where a run saves its progress; ``None`` without a folder."""
+    if folder is None:
+        return None
+    how = {"batch_size": images.batch_size, "blocks": dataclasses.asdict(blocks)}
+    return Checkpoint(folder, {**run, **how})
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:

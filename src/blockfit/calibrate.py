@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.moments import Moments
 from blockfit.probe import evaluating
+from blockfit.resume import Checkpoint
 from blockfit.spans import Span
 from blockfit.trace import check_finite
 
@@ -37,6 +40,7 @@ def calibrate(
     tokens_per_image: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Moments:
     """Run the images through ``model`` once and return the moments of all ``spans``.
 
@@ -52,17 +56,25 @@ def calibrate(
         spans: what maps may be fitted for.
         tokens_per_image: take this many patch tokens of each image, drawn with ``seed`` and the
             image's place in the walk; all where ``None``. Prefix tokens are always taken.
+        seed: of that draw.
+        progress: called with images done and images in all.
+        checkpoint: where the sums are saved from time to time, and gone on from.
 
     Raises:
         BlockfitError: no image, NaN or infinite hidden states (block and image are named).
     """
     moments = Moments(spans, blocks.width, blocks.prefix_tokens)
-    own, done = images.own(), 0
+    own, done, start = images.own(), 0, 0
+    name = "moments-" + sha256(repr((moments.spans, tokens_per_image)).encode()).hexdigest()[:8]
+    if checkpoint is not None and (stored := checkpoint.load(name)) is not None:
+        (counts, done, start, unreadable), tensors = stored
+        moments.restore(counts, tensors)
+        images.learn(unreadable)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         states = stack.enter_context(record(model, blocks))
-        for batch in own.batches():
+        for batch in own.batches(start):
             call(model, batch.inputs)
             _check_all(states, batch.names)
             picked = _pick(states, blocks.prefix_tokens, tokens_per_image, seed, batch.places)
@@ -71,6 +83,11 @@ def calibrate(
             done += len(states[0])
             if progress is not None:
                 progress(done, len(own))
+            start = batch.number + 1
+            if checkpoint is not None and checkpoint.due():
+                _save(checkpoint, name, moments, [done, start, [*images.unreadable.items()]])
+    if checkpoint is not None:
+        _save(checkpoint, name, moments, [done, start, [*images.unreadable.items()]])
     images.exchange()
     moments.reduce()
     if not any(moments.tokens.values()):
@@ -78,6 +95,11 @@ def calibrate(
             "there are no calibration images; give a folder or file that holds some"
         )
     return moments
+
+
+def _save(checkpoint: Checkpoint, name: str, moments: Moments, rest: list[Any]) -> None:
+    counts, tensors = moments.state()
+    checkpoint.save(name, [counts, *rest], tensors)
 
 
 def _check_all(states: list[Tensor], names: list[str]) -> None:

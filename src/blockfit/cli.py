@@ -33,6 +33,7 @@ from blockfit.console import (
 from blockfit.errors import BlockfitError
 from blockfit.evaluate import evaluate as evaluate_model
 from blockfit.reporter import Reporter
+from blockfit.resume import forget, place_beside
 from blockfit.session import HOLD_OUT
 from blockfit.sweep import from_sweep
 from blockfit.sweep import sweep as sweep_model
@@ -112,6 +113,7 @@ def compress(
     hold_out: opt.HoldOut = None,
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -129,7 +131,7 @@ def compress(
         unused = {
             "--images": images, "--limit": limit, "--span": span, "--blocks": blocks,
             "--recipe": recipe, "--plain": plain, "--select": select, "--contiguous": contiguous,
-            "--protect": protect, "--hold-out": hold_out,
+            "--protect": protect, "--hold-out": hold_out, "--resume": resume,
             **{f"--{name.replace('_', '-')}": value for name, value in how.items()},
         }  # fmt: skip
         opt.refuse(unused, "cannot be used with --from: the sweep has settled it")
@@ -180,11 +182,14 @@ def compress(
             inplace=True,
             say=out.say,
             progress=out.count,
+            resume=place_beside(output) if resume else None,
         )
         if ranks.is_first():
             out.say(f"saving to {output}")
             api.save(result, output, overwrite=overwrite)
         page.compressed(out, result, output, original, pictures, hold_out)
+        if resume:
+            forget(place_beside(output))
     _compressed(out, result, model, output)
     page.tell(out)
 
@@ -227,6 +232,7 @@ def sweep(
     protect: opt.Protect = None,
     hold_out: opt.HoldOut = None,
     report: opt.ReportFile = None,
+    resume: opt.Resume = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -254,6 +260,7 @@ def sweep(
             seed=seed,
             say=out.say,
             progress=out.count,
+            resume=place_beside(output) if resume else None,
         )
         page.swept(out, output, original, pictures, hold_out)
     before = frontier.data["original"]

@@ -24,7 +24,7 @@ from blockfit.reproduce import BY_NAME, INDEX, chosen, earlier
 from blockfit.reproduce import reproduce as run_experiments
 from blockfit.splits import Source, train_and_test
 from blockfit.surgery import removed_plan
-from blockfit.sweep import fingerprint
+from blockfit.tensors import fingerprint
 
 QUICK_TEST, QUICK_TRAIN = 300, 2000
 """Test images, and images that a probe learns from, with ``--quick``."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -22,6 +23,8 @@ from blockfit.export import export_plain
 from blockfit.models import source_of
 from blockfit.protocols import Features, check_protocols, extract, judge
 from blockfit.reporter import Reporter
+from blockfit.resume import Checkpoint, place_beside, settled
+from blockfit.tensors import fingerprint
 
 
 def opened(
@@ -58,6 +61,7 @@ def evaluate(
     workers: opt.Workers = 0,
     device: opt.Device = None,
     blocks: opt.BlocksPath = None,
+    resume: opt.Resume = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -80,7 +84,7 @@ def evaluate(
             compressed, where = saved.model, saved.blocks
         else:
             compressed = api.load(small, device=opt.device(device))
-        original = None if against is None else api.load(against, device=device)
+        original = None if against is None else api.load(against, device=opt.device(device))
         # The small model's own preprocessing; the original's where it has none.
         own = source_of(compressed).preprocessing is not None or original is None
         prepared = compressed if own else original
@@ -90,21 +94,42 @@ def evaluate(
         if blocks is not None:
             where = find_blocks(compressed, next(iter(pictures), None), blocks)
         out.say("evaluating")
+        models = {"original": original, "compressed": compressed}
+        checkpoint = _checkpoint(small, models, pictures) if resume else None
         worth = evaluate_model(
-            compressed, pictures, against=original, blocks=where, progress=out.count
+            compressed,
+            pictures,
+            against=original,
+            blocks=where,
+            progress=out.count,
+            checkpoint=checkpoint,
         ).to_json()
         if train is not None:
             learn = api.images(train, prepared, limit=train_limit, **how)
             worth["protocols"] = _protocols(
                 out,
                 protocols,
-                {"original": original, "compressed": compressed},
+                models,
                 where,
                 learn,
                 pictures,
             )
+        if checkpoint is not None:
+            checkpoint.forget()
     show_evaluation(out, worth)
     out.result(worth)
+
+
+def _checkpoint(name: str, models: Mapping[str, nn.Module | None], images: Images) -> Checkpoint:
+    """Where the progress of an evaluation lies: beside the model, or here where it is no file."""
+    path = Path(name)
+    target = path if path.exists() else Path(name.replace("/", "_"))
+    run = {
+        "models": {k: None if m is None else fingerprint(m) for k, m in models.items()},
+        "images": settled(images.description()),
+        "batch_size": images.batch_size,
+    }
+    return Checkpoint(place_beside(target.with_name(f"{target.name}.evaluate")), run)
 
 
 def _protocols(
@@ -143,6 +168,7 @@ def analyze(
     blocks: opt.BlocksPath = None,
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -154,6 +180,8 @@ def analyze(
     page = Reporter(report)
     if output is not None:
         check_folder(output, overwrite)
+    elif resume:
+        raise BlockfitError("--resume saves beside the output; name one with -o")
     with out.working():
         original, pictures = opened(
             out, model, images, limit, seed, batch_size, device, **opt.reading(context)
@@ -167,6 +195,7 @@ def analyze(
             overwrite=overwrite,
             say=out.say,
             progress=out.count,
+            resume=place_beside(output) if resume and output is not None else None,
         )
         page.analysed(out, result.to_json(), output)
     show_analysis(out, result.tables, result.warnings)

@@ -119,6 +119,10 @@ class Images:
         """The share of this process: every n-th batch of a run on n processes."""
         return replace(self, shard=(ranks.rank(), ranks.count()))
 
+    def learn(self, unreadable: Iterable[Sequence[Any]]) -> None:
+        """Take over what another walk knew."""
+        self.unreadable.update((int(position), str(name)) for position, name in unreadable)
+
     def exchange(self) -> None:
         """Tell the other processes which images this one could not read, and learn of theirs.
 
@@ -126,7 +130,7 @@ class Images:
             BlockfitError: where too many cannot be read.
         """
         for found in ranks.gathered([*self.unreadable.items()]):
-            self.unreadable.update((int(position), str(name)) for position, name in found)
+            self.learn(found)
         self._stop_if_too_many("on several processes")
 
     def take(self, count: int) -> Images:

@@ -27,6 +27,7 @@ from blockfit.measure import (
 )
 from blockfit.probe import evaluating, first_images, placed
 from blockfit.repair import Solution
+from blockfit.resume import Checkpoint
 from blockfit.spans import Plan
 from blockfit.trace import trace
 
@@ -159,6 +160,7 @@ def evaluate(
     blocks: Blocks | None = None,
     measure: bool = True,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Evaluation:
     """Run both models over the images once, and measure what they cost.
 
@@ -173,6 +175,7 @@ def evaluate(
         blocks: where both models' blocks are; found by looking by default.
         measure: time the models in turn and measure their memory, on the first batch.
         progress: called after every batch.
+        checkpoint: where the sums of the batches are saved from time to time, and gone on from.
 
     Raises:
         BlockfitError: no image, outputs that are not finite or differ in shape, labels that the
@@ -192,12 +195,16 @@ def evaluate(
         else blocks
         for name, model in models.items()
     }
-    own, rows, done = data.own(), {}, 0
-    for batch in own.batches():
-        rows[batch.number] = row = _row(models, places, batch)
-        done += row[0]
+    own, rows, start = data.own(), {}, 0
+    if checkpoint is not None and (stored := checkpoint.load("evaluation")) is not None:
+        rows, start, unreadable = stored[0]
+        data.learn(unreadable)
+    for batch in own.batches(start):
+        rows[str(batch.number)], start = _row(models, places, batch), batch.number + 1
         if progress is not None:
-            progress(done, len(own))
+            progress(sum(row[0] for row in rows.values()), len(own))
+        if checkpoint is not None and checkpoint.due():
+            checkpoint.save("evaluation", [rows, start, [*data.unreadable.items()]])
     data.exchange()
     found = {int(k): row for part in ranks.gathered(rows) for k, row in part.items()}
     accuracies = {name: Accuracy() for name in models}

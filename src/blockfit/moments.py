@@ -211,6 +211,27 @@ class Moments:
             mine.count += theirs.count
             mine.flat += theirs.flat
 
+    def state(self) -> tuple[list[int], dict[str, Tensor]]:
+        """Counts and sums, to go on from after a stop."""
+        counts = [self._patches, *(sums.count for sums in self._types.values())]
+        return counts, {name: sums.flat for name, sums in self._types.items()}
+
+    def restore(self, counts: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state`` returned of moments of the same spans.
+
+        Raises:
+            BlockfitError: where it was of others.
+        """
+        shapes = {name: sums.flat.shape for name, sums in self._types.items()}
+        if {name: t.shape for name, t in tensors.items()} != shapes or len(counts) != 3:
+            raise BlockfitError("the saved moments are of other spans or another width")
+        self._patches = int(counts[0])
+        for sums, count, flat in zip(
+            self._types.values(), counts[1:], (tensors[name] for name in shapes), strict=True
+        ):
+            sums.count = int(count)
+            sums.flat.copy_(flat)
+
     def reduce(self) -> None:
         """Add the sums of all processes of the run; all then hold the same."""
         if ranks.count() == 1:

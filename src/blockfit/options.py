@@ -163,6 +163,10 @@ Verbose = Annotated[
     bool,
     option("--verbose", "-v", help="Log what is done.", panel=OUT, callback=_log, is_eager=True),
 ]
+Resume = Annotated[
+    bool,
+    option("--resume", help="Save progress beside the output, and go on from it.", panel=OUT),
+]
 Json = Annotated[bool, option("--json", help="One JSON object on standard output.", panel=OUT)]
 Quiet = Annotated[bool, option("--quiet", "-q", help="Errors only.", panel=OUT)]
 Debug = Annotated[bool, option("--debug", help="Show tracebacks.", panel=OUT)]

@@ -98,6 +98,8 @@ class Search:
         self.tried: dict[Plan, float] = {}
         self.effects: dict[Plan, float] = {}
         self.best: dict[int, list[Plan]] = {}
+        self.keep: Callable[[], None] = lambda: None
+        """Called whenever ``state`` has something new."""
         self._say, self._progress = say or (lambda line: None), progress
         self._precision = precision
 
@@ -187,9 +189,11 @@ class Search:
         if not self.scores:
             self._say("scoring single spans")
             self._score(self._spans(self.recipe.longest))
+            self.keep()
         for smaller in range(1, size + 1):
             if smaller not in self.best:
                 self.best[smaller] = self._decide(smaller)
+                self.keep()
         return self.best[size]
 
     def _kinds(self, span: Span) -> list[Replacement]:

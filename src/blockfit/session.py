@@ -21,6 +21,7 @@ from blockfit.moments import Moments
 from blockfit.originals import Originals
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution
+from blockfit.resume import Checkpoint
 from blockfit.search import Point, Search, most_removed
 from blockfit.spans import Plan, Span, spans_up_to
 from blockfit.surgery import removed_plan
@@ -88,6 +89,7 @@ class Session:
         seed: of the token draw and of ``select="random"``.
         say: called with one line on what is being done.
         progress: called with how many of how many (images, blocks) are done of what was said last.
+        checkpoint: where moments and the search are saved from time to time, and gone on from.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class Session:
         seed: int = 0,
         say: Say | None = None,
         progress: Progress | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        self._checkpoint = checkpoint
         self.setting, self.recipe, self.seed = setting, recipe, seed
         self.protected = tuple(sorted(set(protected)))
         self._say, self._progress = say or (lambda line: None), progress
@@ -150,7 +154,18 @@ class Session:
                 self._progress,
                 self.precision,
             )
+            self._go_on(self._search)
         return self._search
+
+    def _go_on(self, search: Search) -> None:
+        """Take over what an earlier run found, and save what this one finds."""
+        checkpoint, name = self._checkpoint, f"search-{search.recipe.longest}"
+        if checkpoint is None:
+            return
+        found = checkpoint.load(name) if ranks.is_first() else None
+        search.restore(ranks.agreed(lambda: {} if found is None else found[0]))
+        if ranks.is_first():
+            search.keep = lambda: checkpoint.save(name, search.state())
 
     def _calibrate(self, spans: list[Span]) -> Moments:
         return calibrate(
@@ -161,6 +176,7 @@ class Session:
             tokens_per_image=TOKENS_PER_IMAGE,
             seed=self.seed,
             progress=self._progress,
+            checkpoint=self._checkpoint,
         )
 
     def by_hand(self, plan: Plan) -> Point:

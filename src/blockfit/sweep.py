@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import time
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockfit import ranks
-from blockfit.api import Result, load, recipe_for, recipe_json
+from blockfit.api import Result, checkpoint_of, load, recipe_for, run_json
 from blockfit.blocks import Blocks
 from blockfit.budget import Budget
 from blockfit.data import Images
@@ -32,6 +31,7 @@ from blockfit.session import HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.source import Source
 from blockfit.spans import Plan, Replacement
 from blockfit.sweepfile import FORMAT, LATER_KEYS, MARK, read_point_file, read_sweep_file
+from blockfit.tensors import fingerprint
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def sweep(
     seed: int = 0,
     say: Say | None = None,
     progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> Frontier:
     """Find the best plan for every size, from 1 removed block to all but two.
 
@@ -124,6 +125,7 @@ def sweep(
         seed: of every draw.
         say: called with one line on what is being done.
         progress: called with how many of how many (images, blocks) are done of what was said last.
+        resume: as in ``compress``: goes on also within the calibration and within a size.
 
     Raises:
         BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
@@ -134,22 +136,15 @@ def sweep(
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
     chosen = recipe_for(recipe)
-    run = {
-        "recipe": recipe_json(chosen),
-        "protect": sorted(set(protect)),
-        "hold_out": hold_out,
-        "seed": seed,
-        "model": fingerprint(model),
-        "calibration": _stable(images.description()),
-    }
-    run = json.loads(json.dumps(run))
+    run = run_json(model, images, chosen, protect, hold_out, seed)
     before = ranks.agreed(lambda: _resume(target, run))
     setting = Setting.of(model, images, blocks, hold_out, seed)
     if before is not None:
         largest = most_removed(setting.blocks.depth, run["protect"])
         if {p["removed"] for p in before["points"]} >= set(range(1, largest + 1)):
             return Frontier(target, before)
-    session = Session(setting, chosen, protect, seed, say, progress)
+    checkpoint = checkpoint_of(resume, run, images, setting.blocks)
+    session = Session(setting, chosen, protect, seed, say, progress, checkpoint)
     data = before or {
         "format": FORMAT,
         "run": run,
@@ -174,6 +169,8 @@ def sweep(
         if ranks.is_first():
             data["points"].append(_write_point(target, session, point, started))
             _write_json(target / MARK, data)
+    if checkpoint is not None:
+        checkpoint.forget()
     return Frontier(target, data)
 
 
@@ -243,26 +240,11 @@ def from_sweep(
     return Result(small, solution.plan, report, blocks, source)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's parameters: names, shapes, and some of the values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        few = value.detach().flatten()[:: max(1, value.numel() // 256)][:256]
-        digest.update(few.cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _name(data: dict[str, Any]) -> str:
     name = Source.from_json(data["source"]).loads_as
     if name is None:
         raise BlockfitError("the sweep's model was built by the user; give it as MODEL (model=)")
     return name
-
-
-def _stable(description: dict[str, Any]) -> dict[str, Any]:
-    """The description without what only a walk over the images finds out."""
-    return {k: v for k, v in description.items() if k not in ("skipped", "used")}
 
 
 def _write_point(folder: Path, session: Session, point: Point, started: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -261,3 +262,13 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}[{index}]", item) for index, item in enumerate(value))
         elif isinstance(value, dict):
             yield from ((f"{name}[{key!r}]", item) for key, item in value.items())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's parameters: names, shapes, and some of the values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        few = value.detach().flatten()[:: max(1, value.numel() // 256)][:256]
+        digest.update(few.cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
