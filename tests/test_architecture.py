@@ -41,7 +41,7 @@ ROWS = (
     ("preprocess", "source", "hub", "libraries", "models", "demo"),
     ("decode", "records", "tables", "shards", "lists", "layouts", "ready", "paths"),
     ("classes", "stream", "data", "splits"),
-    ("calibrate",),
+    ("shelf", "calibrate"),
     ("originals", "repair"),
     ("fidelity", "recipes", "budget", "heldout", "candidates", "search", "session"),
     ("evaluate", "protocols", "samples"),

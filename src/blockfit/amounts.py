@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+from blockfit.errors import BlockfitError
+
 
 def amount(value: float | None, unit: str = "") -> str:
     """``22.1 M``, ``44.2 MB``; a dash where there is none."""
@@ -11,6 +15,22 @@ def amount(value: float | None, unit: str = "") -> str:
         if abs(value) >= size:
             return f"{value / size:.2f} {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()
+
+
+def bytes_of(text: str) -> int:
+    """``2GB``, ``512 MB``, ``1.5GiB`` or a plain number of bytes.
+
+    Raises:
+        BlockfitError: for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    size = 0.0
+    if found:
+        power = " kmgt".index(found[2].lower() or " ")
+        size = float(found[1]) * (1024 if found[3] else 1000) ** power
+    if size < 1:
+        raise BlockfitError(f"cannot read {text!r} as memory; write it as 2GB or 500MB")
+    return int(size)
 
 
 def percent(value: float | None) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from blockfit import ranks
+from blockfit.amounts import bytes_of
 from blockfit.atomic import check_target, new_folder
 from blockfit.blocks import Blocks, call, find_blocks, record
 from blockfit.calibrate import TOKENS_PER_IMAGE, Progress, calibrate
@@ -85,6 +86,7 @@ def analyze(
     say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
+    max_memory: int | str | None = None,
 ) -> Analysis:
     """Compare the hidden states of all pairs of block boundaries.
 
@@ -101,6 +103,7 @@ def analyze(
         say: called with one line on what is being done.
         progress: called with images done and images in all.
         resume: a folder in which the sums are saved from time to time, and gone on from.
+        max_memory: what the sums may take, as ``"2GB"`` or in bytes; more passes need less.
 
     Raises:
         BlockfitError: no blocks, no images, NaN or infinite hidden states, a folder that is taken.
@@ -115,7 +118,8 @@ def analyze(
     where = find_blocks(model, example, blocks)
     patches = _tokens(model, where, example) - where.prefix_tokens
     taken = min(TOKENS_PER_IMAGE, patches)
-    groups = _groups(where)
+    room = MOST_BYTES if max_memory is None else bytes_of(str(max_memory)) // 2
+    groups = _groups(where, room)
     checkpoint = None
     if resume is not None:
         told = settled(images.description())
@@ -173,10 +177,10 @@ def _tokens(model: nn.Module, blocks: Blocks, example: Any) -> int:
         return states[0].shape[1]
 
 
-def _groups(blocks: Blocks) -> list[list[Span]]:
+def _groups(blocks: Blocks, most_bytes: int) -> list[list[Span]]:
     """The spans between all pairs of boundaries, in as few groups as memory allows."""
     square = 2 * 8 * blocks.width**2  # float64, prefix and patch tokens
-    room = max(MOST_BYTES // square - (blocks.depth + 1), blocks.depth)
+    room = max(most_bytes // square - (blocks.depth + 1), blocks.depth)
     groups: list[list[Span]] = [[]]
     for span in spans_up_to(blocks.depth, blocks.depth):
         if len(groups[-1]) == room:

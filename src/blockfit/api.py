@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from blockfit import store
+from blockfit.amounts import bytes_of
 from blockfit.blocks import Blocks
 from blockfit.budget import Budget
 from blockfit.data import Images, images
@@ -143,6 +144,7 @@ def compress(
     say: Say | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
+    max_memory: int | str | None = None,
 ) -> Result:
     """Replace redundant runs of blocks by closed-form maps, without training.
 
@@ -176,6 +178,8 @@ def compress(
         resume: a folder in which the run saves its progress from time to time; one that was
             stopped goes on from there when it is called again with the same arguments, to the
             same result. Delete it once the result is saved.
+        max_memory: what moments and hidden states may take above the model, as ``"2GB"`` or in
+            bytes; the result is the same.
 
     Returns:
         The small model with its plan and report.
@@ -218,9 +222,10 @@ def compress(
     setting = Setting.of(model, images, blocks, hold_out, seed)
     if plan is not None:
         plan.check(setting.blocks.depth, protect)
+    room = None if max_memory is None else bytes_of(str(max_memory))
     run = run_json(model, images, chosen, protect, hold_out, seed)
     checkpoint = checkpoint_of(resume, run, images, setting.blocks)
-    session = Session(setting, chosen, protect, seed, say, progress, checkpoint)
+    session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
     if plan is not None:
         point = session.by_hand(plan)
     else:

@@ -114,6 +114,7 @@ def compress(
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
     resume: opt.Resume = False,
+    max_memory: opt.MaxMemory = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -132,6 +133,7 @@ def compress(
             "--images": images, "--limit": limit, "--span": span, "--blocks": blocks,
             "--recipe": recipe, "--plain": plain, "--select": select, "--contiguous": contiguous,
             "--protect": protect, "--hold-out": hold_out, "--resume": resume,
+            "--max-memory": max_memory,
             **{f"--{name.replace('_', '-')}": value for name, value in how.items()},
         }  # fmt: skip
         opt.refuse(unused, "cannot be used with --from: the sweep has settled it")
@@ -183,6 +185,7 @@ def compress(
             say=out.say,
             progress=out.count,
             resume=place_beside(output) if resume else None,
+            max_memory=max_memory,
         )
         if ranks.is_first():
             out.say(f"saving to {output}")
@@ -233,6 +236,7 @@ def sweep(
     hold_out: opt.HoldOut = None,
     report: opt.ReportFile = None,
     resume: opt.Resume = False,
+    max_memory: opt.MaxMemory = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -261,6 +265,7 @@ def sweep(
             say=out.say,
             progress=out.count,
             resume=place_beside(output) if resume else None,
+            max_memory=max_memory,
         )
         page.swept(out, output, original, pictures, hold_out)
     before = frontier.data["original"]

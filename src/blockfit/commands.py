@@ -169,6 +169,7 @@ def analyze(
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
     resume: opt.Resume = False,
+    max_memory: opt.MaxMemory = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -196,6 +197,7 @@ def analyze(
             say=out.say,
             progress=out.count,
             resume=place_beside(output) if resume and output is not None else None,
+            max_memory=max_memory,
         )
         page.analysed(out, result.to_json(), output)
     show_analysis(out, result.tables, result.warnings)

@@ -20,6 +20,7 @@ from blockfit.head import Observation, observe
 from blockfit.numerics import exact
 from blockfit.probe import evaluating
 from blockfit.repair import Solution, swapped
+from blockfit.shelf import Shelf
 from blockfit.spans import Plan, Replacement
 from blockfit.trace import Trace, trace
 
@@ -54,6 +55,7 @@ class HeldOut:
         blocks: where its blocks are.
         images: images that no map is fitted on; their batch size is the unit of ``batches``.
         progress: called with images done and images in all.
+        shelf: where images and hidden states lie; in memory by default.
 
     Raises:
         BlockfitError: no image, NaN or infinite hidden states.
@@ -65,13 +67,17 @@ class HeldOut:
         blocks: Blocks,
         images: Images,
         progress: Callable[[int, int], None] | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
+        hold = None if shelf is None else shelf.hold
         self.traces: list[Trace] = []
         self.labels: list[Tensor | None] = []
         with evaluating(model):
             for batch in images.batches():
                 keep = range(blocks.depth + 1)
-                self.traces.append(trace(model, blocks, batch.inputs, keep, batch.names))
+                self.traces.append(trace(model, blocks, batch.inputs, keep, batch.names, hold))
+                if shelf is not None:
+                    self.traces[-1].inputs = shelf.hold_batch(batch.inputs)
                 self.labels.append(batch.labels)
                 if progress is not None:
                     progress(len(self), len(images))

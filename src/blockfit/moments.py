@@ -278,6 +278,10 @@ class Moments:
             float(sum(s.count for s in sums)),
         )
 
+    def of(self, span: Span) -> Moments:
+        """These moments; those of ``shelf.GroupedMoments`` that hold ``span``."""
+        return self
+
     def _pair_of(self, span: Span) -> tuple[int, int]:
         pair = (self._row.get(span.start, -1), self._row.get(span.stop, -1))
         if pair not in self._types["patch"].crosses:

@@ -163,6 +163,10 @@ Verbose = Annotated[
     bool,
     option("--verbose", "-v", help="Log what is done.", panel=OUT, callback=_log, is_eager=True),
 ]
+MaxMemory = Annotated[
+    str | None,
+    option("--max-memory", help="For sums and hidden states above the model: 2GB.", panel=HOW),
+]
 Resume = Annotated[
     bool,
     option("--resume", help="Save progress beside the output, and go on from it.", panel=OUT),

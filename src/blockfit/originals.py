@@ -14,6 +14,7 @@ from blockfit.data import Images, LabelledBatch
 from blockfit.errors import BlockfitError
 from blockfit.probe import evaluating, first_images
 from blockfit.residual import Writer, find_writers, written
+from blockfit.shelf import Shelf
 from blockfit.trace import Trace, trace
 
 PROBE_IMAGES = 4
@@ -25,7 +26,8 @@ class Originals:
 
     Hidden states at all boundaries are kept while they fit into ``limit_bytes``; beyond it, only
     h[0] is, and the others are computed again when they are asked for. In a run on several
-    processes each holds its own batches: ``numbers`` are theirs, ``sizes`` are of all.
+    processes each holds its own batches: ``numbers`` are theirs, ``sizes`` are of all. A ``shelf``
+    says where everything lies instead of the limit.
     """
 
     def __init__(
@@ -35,8 +37,9 @@ class Originals:
         images: Images,
         limit_bytes: int = 2 << 30,
         progress: Callable[[int, int], None] | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._shelf = model, shelf
         self.blocks = blocks
         self.modules = block_modules(model, blocks)
         self.traces: list[Trace] = []
@@ -65,9 +68,11 @@ class Originals:
 
     def _trace(self, batch: LabelledBatch) -> None:
         boundaries = range(self.blocks.depth + 1)
-        seen = trace(self.model, self.blocks, batch.inputs, boundaries, batch.names)
+        seen = trace(self.model, self.blocks, batch.inputs, boundaries, batch.names, self.hold)
         size = sum(state.nbytes for state in seen.states.values())
-        if self._held + size > self._limit:
+        if self._shelf is not None:
+            seen.inputs = self._shelf.hold_batch(seen.inputs)
+        elif self._held + size > self._limit:
             seen.states = {0: seen.states[0]}
         else:
             self._held += size
@@ -82,6 +87,10 @@ class Originals:
         self.sizes = {number: images for number, images, _, _ in sorted(told)}
         self._whole = {number for number, _, whole, _ in told if whole}
         self._owners = {number: rank for number, _, _, rank in told}
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """Where a tensor of every batch lies: in memory, or on the shelf."""
+        return tensor if self._shelf is None else self._shelf.hold(tensor)
 
     @property
     def like(self) -> Tensor:
@@ -158,9 +167,9 @@ class Originals:
         out = []
         for number, seen in enumerate(self.traces):
             with written(block, silenced):
-                out.append(seen.run(block, index, self.state(number, index)))
+                out.append(self.hold(seen.run(block, index, self.state(number, index))))
         size = sum(s.nbytes for s in out)
-        if self._held + size > self._limit:
+        if self._shelf is not None or self._held + size > self._limit:
             self._middles = {index: out}
         else:
             self._middles[index] = out

@@ -171,7 +171,7 @@ class _Walk:
 
     def __init__(self, originals: Originals, plan: Plan, options: Options) -> None:
         self.originals, self.plan, self.options = originals, plan, options
-        self.blocks = originals.blocks
+        self.blocks, self.hold = originals.blocks, originals.hold
         self.by_start = {entry.span.start: entry for entry in plan}
         self.names = list(named_blocks(originals.model, originals.blocks))
         self.maps: dict[Replacement, nn.Module] = {}
@@ -221,7 +221,7 @@ class _Walk:
         fitted = fit_map(entry, moments, ridge, options.prefix_weight)
         self.maps[entry] = fitted
         on_device = copy.deepcopy(fitted).to(self.originals.like)
-        self.hidden = [on_device(hidden) for hidden in self.hidden]
+        self.hidden = [self.hold(on_device(hidden)) for hidden in self.hidden]
 
     def _keep(self, index: int, repair: bool) -> None:
         """Pass a kept block, folding the span behind it into it and repairing it where asked."""
@@ -271,7 +271,7 @@ class _Walk:
         total, read = Regression.zeros(*attention.linear(block).weight.T.shape), []
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
             run = seen.runner(block, index)
-            read.append(input_of(block, attention.name, run, hidden))
+            read.append(self.hold(input_of(block, attention.name, run, hidden)))
             base = hidden
             if not bare:
                 with written(block, silent):
@@ -282,7 +282,7 @@ class _Walk:
             return solved, None
         with swapped(block, solved):
             return solved, [
-                hidden + self._contribution(block, attention, x)
+                self.hold(hidden + self._contribution(block, attention, x))
                 for hidden, x in zip(self.hidden, read, strict=True)
             ]
 
@@ -312,12 +312,12 @@ class _Walk:
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
             if middles is None:
                 with inputs_of(block, mlp.name) as inputs, written(block, {mlp.name: 0.0}):
-                    bases.append(seen.run(block, index, hidden))
-                regressors.append(inputs[0])
+                    bases.append(self.hold(seen.run(block, index, hidden)))
+                regressors.append(self.hold(inputs[0]))
             else:
                 bases.append(middles[b])
                 run = seen.runner(block, index)
-                regressors.append(input_of(block, mlp.name, run, hidden))
+                regressors.append(self.hold(input_of(block, mlp.name, run, hidden)))
         prior = (weight, bias)
         if folded:
             prior = self._fold(targets, weight, bias, bases, regressors)
@@ -330,7 +330,7 @@ class _Walk:
             solved = mlp.stored(block, *prior)
         with swapped(block, solved):
             self.hidden = [
-                base + self._contribution(block, mlp, x)
+                self.hold(base + self._contribution(block, mlp, x))
                 for base, x in zip(bases, regressors, strict=True)
             ]
         return solved

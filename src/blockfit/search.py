@@ -18,6 +18,7 @@ from blockfit.moments import Moments
 from blockfit.originals import Originals
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution, solve
+from blockfit.shelf import GroupedMoments
 from blockfit.spans import Plan, Replacement, Span, runs_of, spans_up_to
 
 PROPOSALS = 6
@@ -81,7 +82,7 @@ class Search:
         self,
         originals: Originals,
         held_out: HeldOut,
-        moments: Moments | None,
+        moments: Moments | GroupedMoments | None,
         recipe: Recipe,
         protected: Iterable[int] = (),
         seed: int = 0,
@@ -104,7 +105,7 @@ class Search:
         self._precision = precision
 
     @property
-    def moments(self) -> Moments:
+    def moments(self) -> Moments | GroupedMoments:
         """The sums that single spans are fitted from."""
         assert self._moments is not None, "this search judges given plans only"
         return self._moments
@@ -215,7 +216,7 @@ class Search:
                     candidates.append(solve(self.quick, plan, options))
                 else:
                     ridge = RIDGE if options.ridge is None else options.ridge
-                    fitted = fit_map(entry, self.moments, ridge, options.prefix_weight)
+                    fitted = fit_map(entry, self.moments.of(span), ridge, options.prefix_weight)
                     candidates.append(Solution(plan, (fitted,)))
         if candidates:
             self.scores.update(race(self.held_out, candidates))
@@ -366,5 +367,5 @@ class Search:
 
     def _distance(self, span: Span) -> float:
         if self.recipe.select == "angular":
-            return self.moments.angle(span)[1]
-        return identity_error(self.moments.regression(span)) / self.moments.width
+            return self.moments.of(span).angle(span)[1]
+        return identity_error(self.moments.of(span).regression(span)) / self.moments.width

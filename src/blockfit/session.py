@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from blockfit import ranks
 from blockfit.blocks import Batch, Blocks, find_blocks, named_blocks
@@ -19,13 +19,23 @@ from blockfit.heldout import HeldOut
 from blockfit.measure import alternate, speedup
 from blockfit.moments import Moments
 from blockfit.originals import Originals
+from blockfit.probe import evaluating, first_images
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution
 from blockfit.resume import Checkpoint
 from blockfit.search import Point, Search, most_removed
+from blockfit.shelf import (
+    MOMENTS_SHARE,
+    STATES_SHARE,
+    GroupedMoments,
+    Shelf,
+    check_batch,
+    groups_of,
+)
 from blockfit.spans import Plan, Span, spans_up_to
 from blockfit.surgery import removed_plan
 from blockfit.tensors import narrowest
+from blockfit.trace import trace
 
 HOLD_OUT = 0.2
 JUDGE_BATCH = 16
@@ -78,6 +88,11 @@ class Setting:
         fit, held_out = images.split(hold_out, seed)
         return cls(model, blocks, fit, replace(held_out, batch_size=JUDGE_BATCH), example)
 
+    def state(self) -> Tensor:
+        """The first hidden state of one image, shape (1, tokens, width)."""
+        with evaluating(self.model):
+            return trace(self.model, self.blocks, first_images(self.example, 1), [0]).states[0]
+
 
 class Session:
     """Calibrates once; then finds plans for any number of budgets.
@@ -90,6 +105,8 @@ class Session:
         say: called with one line on what is being done.
         progress: called with how many of how many (images, blocks) are done of what was said last.
         checkpoint: where moments and the search are saved from time to time, and gone on from.
+        max_memory: bytes that moments and hidden states may take above the model; all fit into
+            memory where ``None``.
     """
 
     def __init__(
@@ -101,20 +118,25 @@ class Session:
         say: Say | None = None,
         progress: Progress | None = None,
         checkpoint: Checkpoint | None = None,
+        max_memory: int | None = None,
     ) -> None:
-        self._checkpoint = checkpoint
+        self._checkpoint, self._max_memory = checkpoint, max_memory
         self.setting, self.recipe, self.seed = setting, recipe, seed
         self.protected = tuple(sorted(set(protected)))
         self._say, self._progress = say or (lambda line: None), progress
         model, blocks = setting.model, setting.blocks
         spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist
+        shelf = None
+        if max_memory is not None:
+            check_batch(setting.fit.batch_size, setting.state(), blocks.depth, max_memory)
+            shelf = Shelf(int(STATES_SHARE * max_memory))
         self._say(f"original model on {len(setting.fit)} fit images")
-        self.originals = Originals(model, blocks, setting.fit, progress=progress)
+        self.originals = Originals(model, blocks, setting.fit, progress=progress, shelf=shelf)
         self._say(f"original model on {len(setting.held_out)} held-out images")
-        self.held_out = HeldOut(model, blocks, setting.held_out, progress)
+        self.held_out = HeldOut(model, blocks, setting.held_out, progress, shelf)
         self.sizes = Sizes(model, blocks, setting.example)
         self.precision = narrowest(model)
-        self._moments: list[Moments] = []
+        self._moments: list[Moments | GroupedMoments] = []
         self._savings: dict[str, list[float]] = {}
         self._search: Search | None = None
 
@@ -167,7 +189,20 @@ class Session:
         if ranks.is_first():
             search.keep = lambda: checkpoint.save(name, search.state())
 
-    def _calibrate(self, spans: list[Span]) -> Moments:
+    def _calibrate(self, spans: list[Span]) -> Moments | GroupedMoments:
+        if self._max_memory is None:
+            return self._pass(spans)
+        groups = groups_of(spans, self.setting.blocks.width, MOMENTS_SHARE * self._max_memory)
+        if len(groups) == 1:
+            return self._pass(spans)
+        return GroupedMoments(groups, self._passes(groups))
+
+    def _passes(self, groups: list[list[Span]]) -> Iterator[Moments]:
+        for number, spans in enumerate(groups):
+            self._say(f"moments of {len(spans)} spans, pass {number + 1} of {len(groups)}")
+            yield self._pass(spans)
+
+    def _pass(self, spans: list[Span]) -> Moments:
         return calibrate(
             self.setting.model,
             self.setting.blocks,

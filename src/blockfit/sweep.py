@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockfit import ranks
+from blockfit.amounts import bytes_of
 from blockfit.api import Result, checkpoint_of, load, recipe_for, run_json
 from blockfit.blocks import Blocks
 from blockfit.budget import Budget
@@ -108,6 +109,7 @@ def sweep(
     say: Say | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
+    max_memory: int | str | None = None,
 ) -> Frontier:
     """Find the best plan for every size, from 1 removed block to all but two.
 
@@ -126,6 +128,7 @@ def sweep(
         say: called with one line on what is being done.
         progress: called with how many of how many (images, blocks) are done of what was said last.
         resume: as in ``compress``: goes on also within the calibration and within a size.
+        max_memory: as in ``compress``.
 
     Raises:
         BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
@@ -136,6 +139,7 @@ def sweep(
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
     chosen = recipe_for(recipe)
+    room = None if max_memory is None else bytes_of(str(max_memory))
     run = run_json(model, images, chosen, protect, hold_out, seed)
     before = ranks.agreed(lambda: _resume(target, run))
     setting = Setting.of(model, images, blocks, hold_out, seed)
@@ -144,7 +148,7 @@ def sweep(
         if {p["removed"] for p in before["points"]} >= set(range(1, largest + 1)):
             return Frontier(target, before)
     checkpoint = checkpoint_of(resume, run, images, setting.blocks)
-    session = Session(setting, chosen, protect, seed, say, progress, checkpoint)
+    session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
     data = before or {
         "format": FORMAT,
         "run": run,

@@ -49,10 +49,11 @@ def trace(
     inputs: Batch,
     keep: Iterable[int],
     names: Iterable[str] = (),
+    hold: Callable[[Tensor], Tensor] | None = None,
 ) -> Trace:
     """Run one forward without gradients; keep the hidden states ``keep`` and every block's call.
 
-    The model must be in eval mode.
+    The model must be in eval mode. ``hold`` says where a kept state lies (``shelf.Shelf``).
 
     Raises:
         BlockfitError: where a hidden state is NaN or infinite; the message names the block and
@@ -77,7 +78,8 @@ def trace(
     def keep_state(index: int, hidden: Tensor) -> None:
         check_finite(hidden, index, labels)
         if index in wanted:
-            out.states[index] = hidden.detach().clone()
+            own = hidden.detach().clone()
+            out.states[index] = own if hold is None else hold(own)
 
     modules = block_modules(model, blocks)
     with ExitStack() as undo, torch.no_grad():
