@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from families_openclip import OPENCLIP
 from families_plain import PLAIN, InPlaceBlock, NestedBlock, PlainBlock, PlainViT
 from families_timm import TIMM
 from families_transformers import TRANSFORMERS
@@ -61,4 +62,4 @@ TORCHVISION: dict[str, Family] = {
     ),
 }
 
-FAMILIES: dict[str, Family] = {**TIMM, **TRANSFORMERS, **TORCHVISION, **PLAIN}
+FAMILIES: dict[str, Family] = {**TIMM, **TRANSFORMERS, **TORCHVISION, **OPENCLIP, **PLAIN}

@@ -38,13 +38,13 @@ ROWS = (
         "int8",
         "measure",
     ),
-    ("preprocess", "source", "hub", "libraries", "models", "demo"),
+    ("preprocess", "source", "hub", "libraries", "openclip", "models", "texts", "demo"),
     ("decode", "records", "tables", "shards", "lists", "layouts", "ready", "paths"),
     ("classes", "stream", "data", "splits"),
     ("shelf", "calibrate"),
     ("originals", "repair"),
     ("fidelity", "recipes", "budget", "heldout", "candidates", "search", "session"),
-    ("evaluate", "protocols", "samples"),
+    ("evaluate", "protocols", "zeroshot", "dense", "samples"),
     ("atomic", "manifest", "store", "sweepfile"),
     ("analysis",),
     ("export",),
@@ -55,6 +55,7 @@ ROWS = (
     ("__init__",),
     ("console", "options", "reporter"),
     (
+        "command_protocols",
         "commands",
         "command_bench",
         "command_check",
@@ -69,9 +70,9 @@ ROWS = (
 
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
 
-LIBRARIES_OF_MODELS = {"timm", "transformers", "torchvision"}
+LIBRARIES_OF_MODELS = {"timm", "transformers", "torchvision", "open_clip"}
 EXTRAS = LIBRARIES_OF_MODELS | {"datasets", "matplotlib", "jinja2", "torchao"}
-KNOW_MODELS = {"preprocess", "libraries", "models", "export"}
+KNOW_MODELS = {"preprocess", "libraries", "openclip", "models", "texts", "export"}
 """The only modules that may import a library of models; all others see any ``nn.Module``."""
 
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -172,3 +172,22 @@ def test_dropouts_and_identities_in_a_row_are_no_blocks() -> None:
             return hidden.mean(1)
 
     assert find_blocks(Chain().eval()).path == "transformer"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("coat_tiny", "is hierarchical|carries several hidden states"),
+        ("volo_d1_224", r"work on maps \(14 × 14 × 384\), .* the 2 blocks at 'post_network'"),
+    ],
+)
+def test_models_whose_longest_list_is_no_stack_of_blocks_are_refused(
+    name: str, message: str
+) -> None:
+    model = of_timm(name)().eval()
+    with pytest.raises(BlockfitError, match=message):
+        find_blocks(model)
+
+
+def test_the_smaller_part_can_be_named() -> None:
+    assert find_blocks(of_timm("volo_d1_224")().eval(), path="post_network").depth == 2

@@ -243,7 +243,27 @@ def _choose(model: nn.Module, watches: Sequence[Watch], path: str | None) -> Wat
     if len(best) > 1:
         names = " and ".join(place(watch.path) for watch in best)
         raise BlockfitError(f"found {len(best)} lists of {longest} blocks, {names}; {HINT}")
+    if path is None:
+        _refuse_the_smaller_part(best[0], watches)
     return best[0]
+
+
+def _refuse_the_smaller_part(best: Watch, watches: Sequence[Watch]) -> None:
+    """Raise where a longer and larger list of modules works on maps, not on tokens."""
+    for watch in watches:
+        on_maps = watch.problem and len(watch.takes) == 3
+        apart = not _inside(watch, best) and not _inside(best, watch)
+        if on_maps and apart and len(watch.run) > len(best.run) and _size(watch) > _size(best):
+            shape = " × ".join(map(str, watch.takes))
+            raise BlockfitError(
+                f"the {len(watch.run)} modules at {place(watch.path)} work on maps ({shape}), not "
+                f"on (tokens, width), and the {len(best.run)} blocks at {place(best.path)} are the "
+                f"smaller part of the model; to compress these alone, give --blocks {best.path}"
+            )
+
+
+def _size(watch: Watch) -> int:
+    return sum(p.numel() for module in watch.run.values() for p in module.parameters())
 
 
 def _without_stages(model: nn.Module, watches: Sequence[Watch], good: list[Watch]) -> list[Watch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from blockfit import api, store
 from blockfit import options as opt
 from blockfit.analysis import analyze as analyze_model
 from blockfit.analysis import check_folder
-from blockfit.blocks import Blocks, find_blocks
+from blockfit.blocks import find_blocks
+from blockfit.command_protocols import Wanted
 from blockfit.console import Output, show_analysis, show_evaluation, show_images
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.evaluate import evaluate as evaluate_model
 from blockfit.export import export_plain
 from blockfit.models import source_of
-from blockfit.protocols import Features, check_protocols, extract, judge
 from blockfit.reporter import Reporter
 from blockfit.resume import Checkpoint, place_beside, settled
 from blockfit.tensors import fingerprint
@@ -53,6 +53,9 @@ def evaluate(
     protocol: opt.Protocol = None,
     train: opt.Train = None,
     train_limit: opt.TrainLimit = None,
+    classes: opt.Classes = None,
+    prompt: opt.Prompts = None,
+    masks: opt.Masks = None,
     limit: opt.Limit = None,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
@@ -69,13 +72,8 @@ def evaluate(
 ) -> None:
     """Measure a model's accuracy, size and speed, and its fidelity to the original."""
     out = Output(as_json, quiet)
-    protocols = tuple(dict.fromkeys(protocol or ()))
-    check_protocols(protocols)
-    if (train is None) == bool(protocols):
-        raise BlockfitError(
-            "--protocol and --train go together: k-NN, probes and retrieval learn from labelled "
-            "images, such as --protocol knn --train TRAIN_IMAGES"
-        )
+    wanted = Wanted(tuple(dict.fromkeys(protocol or ())), train, classes, prompt, masks)
+    wanted.check()
     with out.working():
         out.say(f"loading {small}")
         where = None
@@ -104,16 +102,9 @@ def evaluate(
             progress=out.count,
             checkpoint=checkpoint,
         ).to_json()
-        if train is not None:
-            learn = api.images(train, prepared, limit=train_limit, **how)
-            worth["protocols"] = _protocols(
-                out,
-                protocols,
-                models,
-                where,
-                learn,
-                pictures,
-            )
+        if wanted.protocols:
+            learn = train and api.images(train, prepared, limit=train_limit, **how)
+            worth["protocols"] = wanted.judge(out, models, where, learn or None, pictures, data)
         if checkpoint is not None:
             checkpoint.forget()
     show_evaluation(out, worth)
@@ -130,27 +121,6 @@ def _checkpoint(name: str, models: Mapping[str, nn.Module | None], images: Image
         "batch_size": images.batch_size,
     }
     return Checkpoint(place_beside(target.with_name(f"{target.name}.evaluate")), run)
-
-
-def _protocols(
-    out: Output,
-    protocols: Sequence[str],
-    models: dict[str, nn.Module | None],
-    where: Blocks | None,
-    train: Images,
-    test: Images,
-) -> dict[str, Any]:
-    """Judge the models that are there by their features."""
-    found: list[dict[str, Features]] = []
-    for name, part in (("train", train), ("test", test)):
-        found.append({})
-        for which, model in models.items():
-            if model is not None:
-                out.say(f"features of the {which} model on the {name} images")
-                blocks = where or find_blocks(model, next(iter(part)))
-                found[-1][which] = extract(model, blocks, part, out.count)
-    out.say("learning from the features")
-    return judge(protocols, *found)
 
 
 def analyze(

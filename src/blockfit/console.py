@@ -290,11 +290,11 @@ def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
 
 
 def _protocol_rows(protocol: str, models: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Accuracy by features, or recall by how many are looked at."""
-    if protocol == "retrieval":
+    """One figure per model (accuracy), or several (recall by how many are looked at, mIoU)."""
+    if isinstance(models["compressed"], Mapping):
         before, after = models.get("original", {}), models["compressed"]
         return [
-            (f"retrieval {key}", percent(before.get(key)), percent(value), "")
+            (f"{protocol} {key}", percent(before.get(key)), percent(value), "")
             for key, value in after.items()
         ]
     rows: list[tuple[str, ...]] = [

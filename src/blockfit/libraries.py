@@ -77,7 +77,7 @@ def load_folder(
 def load_transformers(
     name: str, trust_remote_code: bool, dtype: torch.dtype, options: dict[str, Any]
 ) -> Loaded:
-    transformers = _library("transformers", "transformers")
+    transformers = import_library("transformers", "transformers")
     remote = {"trust_remote_code": trust_remote_code}
     options = {**options, **({} if Path(name).is_dir() else hub.only_cached(options))}
     try:
@@ -104,7 +104,7 @@ def load_transformers(
 
 
 def _transformers_class(config: Any, name: str, trust_remote_code: bool) -> Any:
-    transformers = _library("transformers", "transformers")
+    transformers = import_library("transformers", "transformers")
     architectures = getattr(config, "architectures", None) or []
     found = getattr(transformers, architectures[0], None) if architectures else None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -153,7 +153,7 @@ def _switches(cls: type) -> Iterator[dict[str, bool]]:
 
 
 def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
-    transformers = _library("transformers", "transformers")
+    transformers = import_library("transformers", "transformers")
     values, name = dict(arguments["config"]), arguments["class"]
     model_class = getattr(transformers, name, None)
     if not (
@@ -184,8 +184,7 @@ def _cannot_load(name: str, error: Exception) -> str:
     if Path(name).is_dir():
         return f"transformers cannot load the folder {name}: {first_line(error)}"
     return (
-        f"there is no folder {name}, and it cannot be had from the Hugging Face Hub "
-        f"({first_line(error)}); "
+        f"there is no folder {name}, and the Hub does not give it either ({first_line(error)}); "
         f"where there is no network, download it elsewhere (hf download {name} --local-dir FOLDER) "
         "and give FOLDER"
     )
@@ -212,7 +211,7 @@ def is_timm_name(name: str) -> bool:
 
 
 def load_timm(name: str, options: dict[str, Any]) -> Loaded:
-    timm = _library("timm", "timm")
+    timm = import_library("timm", "timm")
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), 3)
@@ -270,7 +269,7 @@ def _timm_options(model: nn.Module) -> dict[str, Any]:
 
 
 def build_timm(arguments: Mapping[str, Any]) -> nn.Module:
-    timm = _library("timm", "timm")
+    timm = import_library("timm", "timm")
     check_timm(arguments["architecture"], {**arguments["config"], **arguments["options"]})
     if not timm.is_model(arguments["architecture"]):
         raise BlockfitError(f"the installed timm has no model {arguments['architecture']!r}")
@@ -290,7 +289,7 @@ def build_timm(arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def load_torchvision(name: str, options: dict[str, Any]) -> Loaded:
-    models = _library("torchvision.models", "timm")
+    models = import_library("torchvision.models", "timm")
     builder, _, tag = name.partition(".")
     if builder not in models.list_models():
         near = difflib.get_close_matches(builder, models.list_models(), 3)
@@ -348,7 +347,7 @@ def torchvision_sources(model: nn.Module) -> Iterator[Source]:
 
 
 def build_torchvision(arguments: Mapping[str, Any]) -> nn.Module:
-    module = _library("torchvision.models.vision_transformer", "timm")
+    module = import_library("torchvision.models.vision_transformer", "timm")
     values = dict(arguments)
     known = (*_TORCHVISION_VALUES, "num_layers", "num_heads", "norm_eps")
     if unknown := [key for key in values if key not in known]:
@@ -388,7 +387,8 @@ def _json(values: Any) -> dict[str, Any] | None:
         return None
 
 
-def _library(module: str, extra: str) -> Any:
+def import_library(module: str, extra: str) -> Any:
+    """The module, or a BlockfitError that says which extra brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

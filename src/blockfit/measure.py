@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -53,9 +54,21 @@ def flops(model: nn.Module, inputs: Batch) -> int:
     bare = plain(model)
     if int8_kind(bare.parameters()) is not None:  # whose products the counter does not know
         bare = meta_copy(bare)
+    one = placed(bare, first_images(inputs, 1))
+    if isinstance(one, Mapping) and "attention_mask" in one and one["attention_mask"].is_meta:
+        bare, one = _with_values(bare, one)
     with measuring(bare), _countable(), FlopCounterMode(display=False) as counter:
-        call(bare, placed(bare, first_images(inputs, 1)))
+        call(bare, one)
     return int(counter.get_total_flops())
+
+
+def _with_values(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[nn.Module, Batch]:
+    """A copy off the meta device: models of texts look at their masks' values."""
+    model = copy.deepcopy(model).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    return model, {name: torch.ones_like(value, device="cpu") for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blockfit import libraries
+from blockfit import libraries, openclip
 from blockfit.errors import BlockfitError, first_line
 from blockfit.preprocess import own_preprocessing
 from blockfit.source import LIBRARIES, Source, attach, bounded
@@ -42,7 +42,8 @@ def load_model(
 
     Args:
         name: ``timm/NAME`` or a timm name; ``torchvision/NAME`` or ``torchvision/NAME.WEIGHTS``;
-            a transformers or timm folder; a Hub id; or ``demo``.
+            ``open_clip/NAME.WEIGHTS``; a transformers, timm or open_clip folder; a Hub id; or
+            ``demo``.
         device: where to put it; the CPU by default.
         dtype: of its weights, such as ``"float16"``; float32 by default, whatever the file holds.
         trust_remote_code: run code that comes with a Hub checkpoint; never without this.
@@ -56,10 +57,16 @@ def load_model(
     if text == "demo":
         loaded = libraries.load_demo()
     elif (folder := Path(text).expanduser()).is_dir():
+        if (folder / openclip.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+            how: dict[str, Any] = {"device": device, "dtype": dtype, **options}
+            return load_model(f"open_clip/local-dir:{folder}", **how)
         with bounded():
             loaded = libraries.load_folder(folder, trust_remote_code, wanted, options)
     elif text.startswith("torchvision/"):
         loaded = libraries.load_torchvision(text.removeprefix("torchvision/"), options)
+    elif text.startswith("open_clip/"):
+        with bounded():
+            loaded = openclip.load_open_clip(text.removeprefix("open_clip/"), options)
     elif text.startswith("timm/") or ("/" not in text and libraries.is_timm_name(text)):
         loaded = libraries.load_timm(text.removeprefix("timm/"), options)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith("."):
@@ -67,7 +74,7 @@ def load_model(
     else:
         raise BlockfitError(
             f"there is no folder {text}; give a model folder, a Hub id (owner/name), timm/NAME, "
-            "torchvision/NAME or demo"
+            "torchvision/NAME, open_clip/NAME.WEIGHTS or demo"
         )
     model, told_name, licence, preprocessing = loaded
     source = replace(
@@ -95,6 +102,7 @@ def _worked_out(model: nn.Module) -> Source:
         libraries.transformers_sources,
         libraries.timm_sources,
         libraries.torchvision_sources,
+        openclip.open_clip_sources,
         libraries.demo_sources,
     ):
         for source in sources(model):
@@ -123,6 +131,7 @@ def skeleton(source: Source) -> nn.Module:
         "transformers": libraries.build_transformers,
         "timm": libraries.build_timm,
         "torchvision": libraries.build_torchvision,
+        "open_clip": openclip.build_open_clip,
         "demo": libraries.build_demo,
     }
     if source.library not in builders:

@@ -50,12 +50,24 @@ Protocol = Annotated[
     list[str] | None,
     option(
         "--protocol",
-        help=f"Judge features as well, by {', '.join(PROTOCOLS)}. Repeatable.",
+        help=f"Judge as well by {', '.join(PROTOCOLS)}. Repeatable.",
         panel=HOW,
     ),
 ]
 Train = Annotated[
     str | None, option("--train", help="Labelled images that --protocol learns from.", panel=DATA)
+]
+Classes = Annotated[
+    Path | None,
+    option("--classes", help="Class names for zero-shot, one per line.", panel=DATA),
+]
+Prompts = Annotated[
+    list[str] | None,
+    option("--prompt", help="For zero-shot, {} is the class name. Repeatable.", panel=HOW),
+]
+Masks = Annotated[
+    str | None,
+    option("--masks", help="For dense: a folder of masks, or a column of --data.", panel=DATA),
 ]
 TrainLimit = Annotated[
     int | None, option("--train-limit", help="Draw this many of --train.", panel=DATA)

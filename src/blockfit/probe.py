@@ -33,7 +33,19 @@ def call(model: nn.Module, inputs: Batch) -> Any:
         if tower is not None and (isinstance(inputs, Tensor) or not _TEXTS & inputs.keys()):
             out = tower(**inputs) if isinstance(inputs, Mapping) else tower(inputs)
             return {"image_embeds": getattr(out, "pooler_output", out)}
-        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        if not isinstance(inputs, Mapping):
+            return model(inputs)
+        if not model.training and _fills_a_cache(model, inputs):
+            # A block that is run again on its own would find its own keys in the cache.
+            return model(**inputs, use_cache=False)
+        return model(**inputs)
+
+
+def _fills_a_cache(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model is a decoder that keeps keys and values, and is not told otherwise."""
+    wanted = getattr(getattr(model, "config", None), "use_cache", False)
+    names = {p.name for p in parameters_of(model.forward)}
+    return bool(wanted) and "use_cache" in names and "use_cache" not in inputs
 
 
 _TEXTS = {"input_ids", "text"}

@@ -24,8 +24,11 @@ from blockfit.errors import BlockfitError
 from blockfit.head import Observation, observe
 from blockfit.probe import placed
 
-PROTOCOLS = ("knn", "probe", "probe-sgd", "retrieval")
-"""``probe`` is converged (L-BFGS); ``probe-sgd`` is the paper's short training."""
+LEARNING = ("knn", "probe", "probe-sgd", "retrieval")
+"""These learn from labelled images; ``probe`` is converged (L-BFGS), ``probe-sgd`` the paper's."""
+
+PROTOCOLS = (*LEARNING, "zero-shot", "dense")
+"""``zero-shot`` needs class names and a text tower (``zeroshot``), ``dense`` masks (``dense``)."""
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """Of k-NN, as in DINO (Caron et al., arXiv 2104.14294)."""
@@ -190,7 +193,7 @@ def judge(
     """Judge the models by protocols.
 
     Args:
-        protocols: of ``PROTOCOLS``.
+        protocols: of ``LEARNING``.
         train: features to learn from, by model: ``compressed`` and, where there is one,
             ``original``.
         test: features to be judged on, likewise.

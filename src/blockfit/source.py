@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from blockfit.errors import BlockfitError
 from blockfit.preprocess import Preprocessing
 
-LIBRARIES = ("timm", "transformers", "torchvision", "demo", "module")
+LIBRARIES = ("timm", "transformers", "torchvision", "open_clip", "demo", "module")
 """Where an architecture can come from; ``module`` is a user's own class."""
 
 

@@ -42,6 +42,7 @@ class Watch:
     first: Tensor | None = None
     last: Tensor | None = None
     others: tuple[Tensor, ...] = ()
+    given: tuple[Any, ...] = ()
     input_name: str = ""
     output_items: int = 0
     started: int = -1
@@ -93,6 +94,8 @@ class Watch:
                 self.problem = (
                     f"block {index} reads more than one tensor of what block {index - 1} returned"
                 )
+            elif _hidden_count(args) > 1 and _hidden_count(self.given) > 1:
+                self.problem = f"block {index} carries several hidden states"
             else:
                 self.last = hidden
 
@@ -111,6 +114,7 @@ class Watch:
             else:
                 self.output_items, self.last, self.done = items, hidden, index + 1
                 rest = output[1:] if items else ()
+                self.given = output if items else ()
                 self.others = tuple(t for t in rest if isinstance(t, Tensor) and t is not hidden)
 
         return hook
@@ -137,6 +141,10 @@ def hidden_argument(
 
 def _is_hidden(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+def _hidden_count(values: tuple[Any, ...]) -> int:
+    return sum(map(_is_hidden, values))
 
 
 def _main(values: Any) -> tuple[int, ...]:
