@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-quality clean
+.PHONY: help demo test lint format docs bench bench-quality fuzz audit compat clean
 
 help:
 	@echo "make demo           compress the shipped model, print a table of before and after"
@@ -16,6 +16,9 @@ help:
 	@echo "make docs           the documentation as a site, in site/"
 	@echo "make bench          cost of calibration, search and sweep; speed of the small model"
 	@echo "make bench-quality  accuracy of the small models on the real model and images"
+	@echo "make fuzz           10,000 damaged folders and 10,000 random plans"
+	@echo "make audit          look the installed packages up in the advisory database"
+	@echo "make compat         quick tests with the oldest and the newest versions of the libraries"
 	@echo "make clean          remove .venv, builds and caches"
 
 # The stamp is written last: an install that broke off is done again.
@@ -51,6 +54,15 @@ bench: $(STAMP)
 bench-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py
 
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz.py --folders 10000 --plans 10000 --seed 0
+
+audit: $(STAMP)
+	$(BIN)/python benchmarks/audit.py
+
+compat:
+	PYTHON=$(PYTHON) benchmarks/compat.sh
+
 clean:
-	rm -rf $(VENV) build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .compat build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -12,7 +12,7 @@ import struct
 import tarfile
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from blockfit import analysis, store
 from blockfit.budget import Budget
 from blockfit.errors import BlockfitError
 from blockfit.maps import empty_map
+from blockfit.preprocess import Preprocessing
 from blockfit.spans import MAP_KINDS, Plan
 from blockfit.surgery import apply_plan
 from blockfit.sweep import from_sweep, sweep
@@ -66,6 +67,8 @@ def _files(name: str) -> dict[str, bytes]:
 
 def _save(kind: str, folder: Path) -> None:
     model, blocks, source, _ = small_model(KINDS[kind])
+    if kind == "transformers":
+        source = replace(source, preprocessing=Preprocessing("transformers", _processor()))
     store.save(folder, model, blocks, PLAN, source=source, report=REPORT)
 
 
@@ -73,11 +76,28 @@ def _load(kind: str, folder: Path, empty: Path) -> None:
     own = _own() if kind == "module" else None
     model = store.load(folder, model=own)
     assert all(not tensor.is_meta for tensor in model.state_dict().values())
+    if kind in ("timm", "transformers"):
+        _prepared(model)
 
 
 @functools.cache
 def _own() -> Any:
     return FAMILIES[KINDS["module"]].build()
+
+
+def _processor() -> dict[str, Any]:
+    import transformers
+
+    sides = {"height": 32, "width": 32}
+    values: dict[str, Any] = transformers.BitImageProcessor(size=sides, crop_size=sides).to_dict()
+    return values
+
+
+def _prepared(model: Any) -> None:
+    """One picture the way the folder says."""
+    pictures = np.zeros((1, 40, 30, 3), np.uint8)
+    for batch in blockfit.images(pictures, model):
+        assert batch.ndim == 4
 
 
 def _make_sweep(folder: Path) -> None:
@@ -91,6 +111,7 @@ def _read_sweep(folder: Path, empty: Path) -> None:
 
 def _transformers(folder: Path) -> None:
     FAMILIES["dinov2-classifier"].build().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(_processor()))
 
 
 def _timm(folder: Path) -> None:
@@ -101,7 +122,7 @@ def _timm(folder: Path) -> None:
 
 
 def _original(folder: Path, empty: Path) -> None:
-    blockfit.load(folder)
+    _prepared(blockfit.load(folder))
 
 
 def _overwrite(folder: Path, empty: Path) -> None:

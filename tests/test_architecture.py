@@ -38,7 +38,7 @@ ROWS = (
         "int8",
         "measure",
     ),
-    ("preprocess", "source", "hub", "libraries", "openclip", "models", "texts", "demo"),
+    ("described", "preprocess", "source", "hub", "libraries", "openclip", "models", "texts", "demo"),
     ("decode", "records", "tables", "shards", "lists", "layouts", "ready", "paths"),
     ("classes", "stream", "data", "splits"),
     ("shelf", "calibrate"),

@@ -14,7 +14,7 @@ import pytest
 
 from blockfit import hub
 
-constants = pytest.importorskip("huggingface_hub").constants
+constants = pytest.importorskip("huggingface_hub.constants")
 NOBODY = "http://127.0.0.1:9"
 
 

@@ -180,6 +180,6 @@ def test_bad_input_is_refused_before_anything_is_loaded(
     assert other.code == 2
     assert "other test images" in other.err.splitlines()[-1]
     (tmp_path / "diary.txt").rename(tmp_path / MARK)
-    assert "cannot be read" in run(tmp_path, *data).error
+    assert "is not valid JSON" in run(tmp_path, *data).error
     (tmp_path / MARK).write_text("{}")
     assert "not written by blockfit reproduce" in run(tmp_path, *data).error

@@ -68,6 +68,7 @@ def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) ->
         BlockfitError: where there is no such model or the folder is damaged.
     """
     if store.is_saved(name):
+        options.pop("trust_remote_code", None)  # there is no code in a saved folder
         return store.load(name, model=model, **options)
     if model is not None:
         raise BlockfitError(f"{name} is no folder saved by blockfit, so model= has no use there")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from blockfit.errors import BlockfitError
+
+if sys.platform != "win32":
+    import fcntl
 
 PARTIAL = ".blockfit-partial"
 """How the names of unfinished folders end; they lie hidden beside the folder that they become."""
@@ -58,20 +63,29 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Everything is on the disk before the name changes, and what had the name is deleted after.
     Whatever goes wrong, the unfinished folder is removed and ``folder`` is as it was; a process
-    that is killed leaves a folder whose name ends in ``PARTIAL``.
+    that is killed leaves a folder whose name ends in ``PARTIAL``. Of several runs that write to one
+    folder at a time, the first to end has it.
 
     Raises:
-        BlockfitError: where the file system refuses; it says why.
+        BlockfitError: where the file system refuses, it says why; where another run has written
+            ``folder`` since the ``with`` began.
     """
     target = Path(os.path.realpath(folder))  # resolve() fails where links run in a circle
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        before = _which(target)
         partial = _hidden(target)
         yield partial
         for entry in (*partial.iterdir(), partial):
             _to_disk(entry)
-        _take_name(partial, target)
+        with _alone(target.parent):
+            if _which(target) != before:
+                raise BlockfitError(
+                    f"another run has written {folder} meanwhile; nothing was saved, choose "
+                    "another folder"
+                )
+            _take_name(partial, target)
         _to_disk(target.parent)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(folder, error) from error
@@ -122,6 +136,28 @@ def new_file(path: Path) -> Iterator[Path]:
     finally:
         if hidden is not None:
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _which(folder: Path) -> int | None:
+    """What tells one folder of a name from a later one; ``None`` where there is none or nothing."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return None
+    return folder.stat().st_ino if folder.exists() else None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other run of blockfit gives a name in ``folder`` meanwhile, where the system has locks."""
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _hidden(target: Path) -> Path:

@@ -119,13 +119,24 @@ def _pick(
     patches = tokens - prefix_tokens
     if tokens_per_image is None or tokens_per_image >= patches:
         return lambda hidden: hidden
+    index = drawn_tokens(prefix_tokens, patches, tokens_per_image, seed, places)
+    index = index.to(states[0].device)
+    take = torch.arange(images, device=index.device)[:, None]
+    return lambda hidden: hidden[take, index]
+
+
+def drawn_tokens(
+    prefix_tokens: int, patches: int, count: int, seed: int, places: Iterable[int]
+) -> Tensor:
+    """Positions of the prefix tokens and ``count`` drawn patch tokens, (images, prefix + count).
+
+    The draw depends on ``seed`` and the image's place alone, not on the batch that it is in.
+    """
     rows = []
     for number in places:
         # Not torch's generator: it sees only 32 bits of a seed, too few for a pair.
-        drawn = np.random.default_rng((seed, number)).permutation(patches)[:tokens_per_image]
+        drawn = np.random.default_rng((seed, number)).permutation(patches)[:count]
         rows.append(
             torch.cat([torch.arange(prefix_tokens), torch.from_numpy(drawn) + prefix_tokens])
         )
-    index = torch.stack(rows).to(states[0].device)
-    take = torch.arange(images, device=index.device)[:, None]
-    return lambda hidden: hidden[take, index]
+    return torch.stack(rows)

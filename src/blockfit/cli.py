@@ -88,7 +88,9 @@ def compress(
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
     workers: opt.Workers = 0,
+    max_pixels: opt.MaxPixels = None,
     device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     blocks: opt.BlocksPath = None,
     span: opt.Spans = None,
     remove: opt.Remove = None,
@@ -141,7 +143,11 @@ def compress(
             raise BlockfitError("say how small: --from needs --remove, --params or --flops")
         with out.working():
             out.say("making the sweep's model")
-            original = None if model is None else api.load(model, device=opt.device(device))
+            original = (
+                None
+                if model is None
+                else api.load(model, device=opt.device(device), **opt.loading(context))
+            )
             result = from_sweep(sweep_folder, budget, original)
             api.save(result, output, overwrite=overwrite)
             page.compressed(out, result, output, sweep=sweep_folder)
@@ -162,7 +168,15 @@ def compress(
     protected = opt.block_numbers(protect)
     with out.working():
         original, pictures = opened(
-            out, model, images, limit, seed, batch_size, device, **opt.reading(context)
+            out,
+            model,
+            images,
+            limit,
+            seed,
+            batch_size,
+            device,
+            opt.loading(context),
+            **opt.reading(context),
         )
         hold_out = HOLD_OUT if hold_out is None else hold_out
         result = api.compress(
@@ -219,7 +233,9 @@ def sweep(
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
     workers: opt.Workers = 0,
+    max_pixels: opt.MaxPixels = None,
     device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     blocks: opt.BlocksPath = None,
     recipe: opt.RecipeName = None,
     plain: opt.Plain = False,
@@ -250,7 +266,15 @@ def sweep(
     protected = opt.block_numbers(protect)
     with out.working():
         original, pictures = opened(
-            out, model, images, limit, seed, batch_size, device, **opt.reading(context)
+            out,
+            model,
+            images,
+            limit,
+            seed,
+            batch_size,
+            device,
+            opt.loading(context),
+            **opt.reading(context),
         )
         hold_out = HOLD_OUT if hold_out is None else hold_out
         frontier = sweep_model(

@@ -63,12 +63,14 @@ PictureFile = Annotated[
 
 
 def bench(
+    context: typer.Context,
     smalls: Smalls,
     against: Original,
     batch_size: BatchSizes = None,
     engine: Engines = None,
     dtype: Dtypes = None,
     device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     threads: Threads = None,
     rounds: Rounds = ROUNDS,
     markdown_file: MarkdownFile = None,
@@ -95,7 +97,7 @@ def bench(
     with out.working():
         models, blocks = _opened(out, smalls)
         out.say(f"loading {against}")
-        original = api.load(against)
+        original = api.load(against, **opt.loading(context))
         result = bench_models(original, models, settings, blocks=blocks, say=out.say)
     if markdown_file is not None:
         with new_file(markdown_file) as partial:

@@ -32,6 +32,7 @@ def check(
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
     workers: opt.Workers = 0,
+    max_pixels: opt.MaxPixels = None,
     device: opt.Device = None,
     blocks: opt.BlocksPath = None,
     as_json: opt.Json = False,

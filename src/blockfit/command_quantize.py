@@ -46,6 +46,8 @@ def quantize(
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
     workers: opt.Workers = 0,
+    max_pixels: opt.MaxPixels = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -73,7 +75,7 @@ def quantize(
         models = {COMPRESSED: saved.model, f"+ int8 {int8}": store.load(output)}
         found: list[Stage] = []
         if against is not None and data is not None:
-            models = {ORIGINAL: api.load(against), **models}
+            models = {ORIGINAL: api.load(against, **opt.loading(context)), **models}
             how = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
             pictures = api.images(data, saved.model, limit=limit, **how)
             show_images(out, pictures.description())

@@ -52,7 +52,9 @@ def report(
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
     workers: opt.Workers = 0,
+    max_pixels: opt.MaxPixels = None,
     device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     pictures: Files = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -72,7 +74,15 @@ def report(
     with out.working():
         if against is not None and images is not None:
             original, shown = opened(
-                out, against, images, limit, seed, batch_size, device, **opt.reading(context)
+                out,
+                against,
+                images,
+                limit,
+                seed,
+                batch_size,
+                device,
+                opt.loading(context),
+                **opt.reading(context),
             )
             small, blocks = small_model(runs, content, remove, original, device)
             content = beside(out, content, original, small, blocks, shown)

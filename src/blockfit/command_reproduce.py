@@ -103,7 +103,9 @@ def reproduce(
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
     workers: opt.Workers = 0,
+    max_pixels: opt.MaxPixels = None,
     device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     blocks: opt.BlocksPath = None,
     output: Output_ = Path("reproduction"),
     as_json: opt.Json = False,
@@ -134,7 +136,7 @@ def reproduce(
         train_limit = QUICK_TRAIN if train_limit is None else train_limit
     with out.working():
         out.say(f"loading {model}")
-        loaded = api.load(model, device=opt.device(device))
+        loaded = api.load(model, device=opt.device(device), **opt.loading(context))
         pictures = api.images(judged, loaded, limit=test_limit, seed=seed, **how)
         example = _example(pictures)
         where = find_blocks(loaded, example, blocks)

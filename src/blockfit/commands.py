@@ -35,11 +35,12 @@ def opened(
     seed: int,
     batch_size: int,
     device: str | None,
+    loading: dict[str, Any] | None = None,
     **reading: Any,
 ) -> tuple[nn.Module, Images]:
     """A model and images for it, as the command line names them; both are told of."""
     out.say(f"loading {model}")
-    loaded = api.load(model, device=opt.device(device))
+    loaded = api.load(model, device=opt.device(device), **(loading or {}))
     pictures = api.images(images, loaded, limit=limit, seed=seed, batch_size=batch_size, **reading)
     show_images(out, pictures.description())
     return loaded, pictures
@@ -62,7 +63,9 @@ def evaluate(
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
     workers: opt.Workers = 0,
+    max_pixels: opt.MaxPixels = None,
     device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     blocks: opt.BlocksPath = None,
     resume: opt.Resume = False,
     as_json: opt.Json = False,
@@ -81,8 +84,10 @@ def evaluate(
             saved = store.load_saved(small, device=opt.device(device))
             compressed, where = saved.model, saved.blocks
         else:
-            compressed = api.load(small, device=opt.device(device))
-        original = None if against is None else api.load(against, device=opt.device(device))
+            compressed = api.load(small, device=opt.device(device), **opt.loading(context))
+        original = None
+        if against is not None:
+            original = api.load(against, device=opt.device(device), **opt.loading(context))
         # The small model's own preprocessing; the original's where it has none.
         own = source_of(compressed).preprocessing is not None or original is None
         prepared = compressed if own else original
@@ -134,7 +139,9 @@ def analyze(
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
     workers: opt.Workers = 0,
+    max_pixels: opt.MaxPixels = None,
     device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     blocks: opt.BlocksPath = None,
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
@@ -155,7 +162,15 @@ def analyze(
         raise BlockfitError("--resume saves beside the output; name one with -o")
     with out.working():
         original, pictures = opened(
-            out, model, images, limit, seed, batch_size, device, **opt.reading(context)
+            out,
+            model,
+            images,
+            limit,
+            seed,
+            batch_size,
+            device,
+            opt.loading(context),
+            **opt.reading(context),
         )
         result = analyze_model(
             original,

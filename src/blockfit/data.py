@@ -25,7 +25,7 @@ from blockfit.errors import BlockfitError
 from blockfit.paths import from_files, from_path
 from blockfit.preprocess import Preprocessing, preprocessing_of
 from blockfit.probe import Batch
-from blockfit.records import Records, from_arrays, from_items
+from blockfit.records import Records, from_arrays, from_digits, from_items
 from blockfit.stream import Stream, stream_of
 from blockfit.tables import from_dataset, one_split
 
@@ -73,6 +73,7 @@ class Images:
     class_names: list[str] | None
     new_label: dict[int, int] | None = None
     unreadable: dict[int, str] = field(default_factory=dict)
+    max_pixels: int | None = None
     shard: tuple[int, int] = (0, 1)
 
     def __len__(self) -> int:
@@ -212,7 +213,7 @@ class Images:
         return self.positions[batch % of == rank]
 
     def _samples(self, numbers: Sequence[int]) -> Iterator[list[_Sample]]:
-        reader = _Reader(cast(Records, self.records), self.preprocessing)
+        reader = _Reader(cast(Records, self.records), self.preprocessing, self.max_pixels)
         chunks = [self._chunk(number).tolist() for number in numbers]
         if self.workers == 0:
             return ([reader[i] for i in chunk] for chunk in chunks)
@@ -272,6 +273,7 @@ def images(
     label_column: str | None = None,
     split: str | None = None,
     workers: int = 0,
+    max_pixels: int | None = None,
 ) -> Images:
     """Images from anywhere, prepared for a model.
 
@@ -302,12 +304,15 @@ def images(
         label_column: likewise, or the key in the shards' ``.json``.
         split: of a data set with several.
         workers: processes that decode; 0 decodes in this one. The batches are the same.
+        max_pixels: a picture of more is unreadable; Pillow's limit by default, 178,956,970.
 
     Raises:
         BlockfitError: where there are no images, or it is not clear how to prepare them.
     """
-    if batch_size < 1 or (limit is not None and limit < 1) or workers < 0:
-        raise BlockfitError("batch_size and limit must be at least 1, workers at least 0")
+    if batch_size < 1 or min(limit or 1, max_pixels or 1) < 1 or 0 in (limit, max_pixels):
+        raise BlockfitError("batch_size, limit and max_pixels must be at least 1")
+    if workers < 0:
+        raise BlockfitError("workers must be at least 0")
     records = _records(source, image_column, label_column, split)
     if records.size == 0:
         raise BlockfitError(f"{records.source} holds no images")
@@ -317,7 +322,10 @@ def images(
         positions = np.random.default_rng(seed).permutation(records.size)[:limit]
     names, new_label = model_labels(records.class_names, model)
     drawn = len(positions)
-    return Images(records, positions, prepare, batch_size, seed, workers, drawn, names, new_label)
+    return Images(
+        records, positions, prepare, batch_size, seed, workers, drawn, names, new_label,
+        max_pixels=max_pixels,
+    )  # fmt: skip
 
 
 def _records(
@@ -325,7 +333,7 @@ def _records(
 ) -> Records | Stream:
     kind = type(source).__name__
     if isinstance(source, str) and source in ("digits", "digits:test"):
-        return _digits(source)
+        return from_digits(source)
     if isinstance(source, str | Path):
         return from_path(str(source), image_column, label_column, split)
     if isinstance(source, np.ndarray | Tensor):
@@ -338,14 +346,6 @@ def _records(
     if isinstance(source, Sequence) and source and isinstance(source[0], str | Path):
         return from_files(source, image_column, label_column, split)
     return stream_of(source) or from_items(source, kind, image_column, label_column)
-
-
-def _digits(source: str) -> Records:
-    from blockfit.demo import digits
-
-    pictures = digits("test" if source.endswith(":test") else "calibration")
-    names = [str(digit) for digit in range(10)]
-    return replace(from_arrays(*pictures), source=source, class_names=names)
 
 
 def _prepare(
@@ -380,6 +380,7 @@ class _Reader(Dataset[_Sample]):
 
     records: Records
     prepare: Prepare | None
+    max_pixels: int | None = None
 
     def __getitem__(self, position: int) -> _Sample:
         name = self.records.name(position)
@@ -387,7 +388,7 @@ class _Reader(Dataset[_Sample]):
             picture, label = self.records.read(position)
             if isinstance(picture, Tensor) or self.prepare is None:
                 return _Sample(position, name, cast(Tensor, picture), label)
-            tensor = self.prepare(decode(picture))
+            tensor = self.prepare(decode(picture, self.max_pixels))
         except Unreadable as error:
             return _Sample(position, name, None, reason=str(error))
         except BlockfitError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +27,9 @@ class Unreadable(Exception):
     """An image that cannot be decoded; ``data.Images`` skips, counts and names it."""
 
 
-def decode(content: bytes | str | Path | Image.Image | np.ndarray) -> Image.Image:
+def decode(
+    content: bytes | str | Path | Image.Image | np.ndarray, max_pixels: int | None = None
+) -> Image.Image:
     """An upright RGB image with 8 bits per channel.
 
     EXIF orientation is applied, transparency is laid over white, greyscale, palette and CMYK are
@@ -36,10 +40,11 @@ def decode(content: bytes | str | Path | Image.Image | np.ndarray) -> Image.Imag
     Args:
         content: an encoded file's bytes or path, a Pillow image, or a uint8 array (H, W),
             (H, W, 1), (H, W, 3) or (H, W, 4).
+        max_pixels: of an encoded image; Pillow's limit by default, 178,956,970.
 
     Raises:
         Unreadable: for anything that Pillow cannot decode completely, empty, truncated or
-            missing files, images beyond Pillow's size limit and those of a shape beyond
+            missing files, images beyond ``max_pixels`` and those of a shape beyond
             ``LONGEST_SHAPE`` included.
     """
     if isinstance(content, np.ndarray):
@@ -50,7 +55,12 @@ def decode(content: bytes | str | Path | Image.Image | np.ndarray) -> Image.Imag
         if not isinstance(content, bytes) and not Path(content).is_file():
             raise Unreadable("it is not there, or no regular file")
         file = io.BytesIO(content) if isinstance(content, bytes) else content
-        with Image.open(file, formats=_formats()) as image:
+        with _own_limit(max_pixels) as most, Image.open(file, formats=_formats()) as image:
+            if image.width * image.height > most:
+                raise Unreadable(
+                    f"{image.width} × {image.height} pixels are more than {most}, too many for a "
+                    "picture; allow more with max_pixels= (--max-pixels)"
+                )
             _checked(image).load()
             return rgb(_upright(image))
     except Unreadable:
@@ -82,6 +92,17 @@ def rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def _own_limit(max_pixels: int | None) -> Iterator[float]:
+    """How many pixels a picture may have; Pillow's own check, which is global, is off meanwhile."""
+    usual = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield max_pixels or (float("inf") if usual is None else 2 * usual)
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
 
 
 @cache

@@ -14,7 +14,6 @@ import importlib
 import inspect
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -35,7 +34,9 @@ from blockfit.source import (
     attention_of,
     check_attention,
     check_config,
+    check_original,
     check_timm,
+    licence_of,
     without_loading,
 )
 from blockfit.untrusted import read_json
@@ -71,6 +72,8 @@ def load_folder(
         raise BlockfitError(
             f"{config} names neither a model_type (transformers) nor an architecture (timm)"
         )
+    if not trust_remote_code:
+        check_original(values)
     return load_transformers(str(folder), trust_remote_code, dtype, options)
 
 
@@ -100,7 +103,7 @@ def load_transformers(
     keys = ("revision", "cache_dir", "token", "local_files_only")
     files = {key: options[key] for key in keys if key in options}
     own = transformers_preprocessing(name, **files)
-    return Loaded(model, name, _licence(Path(name)), own)
+    return Loaded(model, name, licence_of(Path(name)), own)
 
 
 def _transformers_class(config: Any, name: str, trust_remote_code: bool) -> Any:
@@ -136,7 +139,9 @@ def transformers_sources(model: nn.Module) -> Iterator[Source]:
     if (attention := attention_of(config)) is not None:
         arguments["attention"] = attention
     for options in _switches(cls):
-        yield Source("transformers", name, {**arguments, "options": options}, _licence(Path(name)))
+        yield Source(
+            "transformers", name, {**arguments, "options": options}, licence_of(Path(name))
+        )
 
 
 def _switches(cls: type) -> Iterator[dict[str, bool]]:
@@ -190,15 +195,6 @@ def _cannot_load(name: str, error: Exception) -> str:
     )
 
 
-def _licence(folder: Path) -> str | None:
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    header = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
-    line = header and re.search(r"^license:[ \t]*['\"]?([^'\"\n]+)", header.group(1), re.MULTILINE)
-    return line.group(1).strip() if line else None
-
-
 # -- timm ---------------------------------------------------------------------------------------
 
 
@@ -224,6 +220,9 @@ def load_timm(name: str, options: dict[str, Any]) -> Loaded:
             hub_id = config.hf_hub_id or hub_id
             hub.need(config, options)
         model = timm.create_model(name, **{"pretrained": True, **options})
+        own = timm_preprocessing(model)
+    except BlockfitError:
+        raise
     except Exception as error:  # a folder's files may make the library raise nearly anything
         hint = (
             f"; where there is no network, download it elsewhere (hf download {hub_id} "
@@ -234,7 +233,7 @@ def load_timm(name: str, options: dict[str, Any]) -> Loaded:
             + (hint if isinstance(error, OSError) and config is not None else "")
         ) from error
     licence = model.pretrained_cfg.get("license")
-    return Loaded(model, name.removeprefix("local-dir:"), licence, timm_preprocessing(model))
+    return Loaded(model, name.removeprefix("local-dir:"), licence, own)
 
 
 def timm_sources(model: nn.Module) -> Iterator[Source]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blockfit import ranks
 from blockfit.errors import BlockfitError
-from blockfit.numerics import exact
+from blockfit.numerics import exact, full_float32
 from blockfit.spans import Span
 
 TOKEN_TYPES = ("prefix", "patch")
@@ -47,14 +47,15 @@ class Regression:
         """
         widen = exact if dtype == torch.float64 else lambda rows: rows.to(dtype)
         x, y = widen(x.reshape(-1, x.shape[-1])), widen(y.reshape(-1, y.shape[-1]))
-        return cls(
-            count=float(len(x)),
-            sum_x=x.sum(0).cpu().double(),
-            sum_y=y.sum(0).cpu().double(),
-            xx=(x.T @ x).cpu().double(),
-            xy=(x.T @ y).cpu().double(),
-            yy=y.square().sum(0).cpu().double(),
-        )
+        with full_float32(x.device):
+            return cls(
+                count=float(len(x)),
+                sum_x=x.sum(0).cpu().double(),
+                sum_y=y.sum(0).cpu().double(),
+                xx=(x.T @ x).cpu().double(),
+                xy=(x.T @ y).cpu().double(),
+                yy=y.square().sum(0).cpu().double(),
+            )
 
     def __add__(self, other: Regression) -> Regression:
         return Regression(

@@ -94,8 +94,16 @@ LabelColumn = Annotated[
 Workers = Annotated[
     int, option("--workers", help="Processes that decode; 0 decodes in this one.", panel=DATA)
 ]
+MaxPixels = Annotated[
+    int | None,
+    option("--max-pixels", help="Pictures of more are unreadable; 178956970.", panel=DATA),
+]
 Device = Annotated[
     str | None, option("--device", help="cpu (default), cuda, cuda:1, mps.", panel=DATA)
+]
+TrustRemoteCode = Annotated[
+    bool,
+    option("--trust-remote-code", help="Run code that comes with a Hub checkpoint.", panel=DATA),
 ]
 BlocksPath = Annotated[
     str | None,
@@ -215,13 +223,19 @@ def recipe(name: str | None, plain: bool, select: str | None, contiguous: bool) 
     return named_recipe(chosen, **changes) if changes else chosen
 
 
-READING_NAMES = ("image_column", "label_column", "workers")
+READING_NAMES = ("image_column", "label_column", "workers", "max_pixels")
 """Options that say how images are read, by their names in ``api.images``."""
 
 
 def reading(context: typer.Context) -> dict[str, Any]:
     """The options of ``READING_NAMES`` that a command was given."""
     return {name: context.params[name] for name in READING_NAMES}
+
+
+def loading(context: typer.Context) -> dict[str, Any]:
+    """Options of ``api.load`` that a command was given; what is not asked for is left out."""
+    name = "trust_remote_code"
+    return {name: True} if context.params[name] else {}
 
 
 HOW_NAMES = (

@@ -129,6 +129,12 @@ class Originals:
             [self._owners[n] for n in taken],
         )
 
+    def places(self, batch: int) -> range:
+        """Which of all fit images are those of one batch."""
+        number = self.numbers[batch]
+        first = sum(size for other, size in self.sizes.items() if other < number)
+        return range(first, first + self.sizes[number])
+
     def state(self, batch: int, boundary: int) -> Tensor:
         """h[boundary] of one batch."""
         seen = self.traces[batch]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -19,10 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from blockfit.errors import BlockfitError
+from blockfit.described import describe
+from blockfit.errors import BlockfitError, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+LONGEST_SIDE = 4096
+"""Pixels of the largest image that a model may be given."""
 
 _KEYS: dict[str, frozenset[str] | None] = {
     "transformers": None,  # whatever the processor's class takes
@@ -58,6 +62,7 @@ class Preprocessing:
                 f"unknown kind of preprocessing {self.kind!r}; choose one of {', '.join(_KEYS)}"
             )
         object.__setattr__(self, "settings", _plain_values(self.settings))
+        _check_sides(self.settings)
         known = _KEYS[self.kind]
         if known is None:
             if not isinstance(self.settings.get("image_processor_type"), str):
@@ -76,8 +81,16 @@ class Preprocessing:
         return type(self), (self.kind, self.settings)  # workers rebuild the library's object
 
     def __call__(self, image: Image.Image) -> Tensor:
-        mode = "L" if self.channels == 1 else "RGB"
-        return self._transform(image if image.mode == mode else image.convert(mode))
+        try:
+            mode = "L" if self.channels == 1 else "RGB"
+            return self._transform(image if image.mode == mode else image.convert(mode))
+        except BlockfitError:
+            raise
+        except Exception as error:  # values that nobody has tried yet
+            raise BlockfitError(
+                f"the preprocessing cannot prepare an image of {image.width} × {image.height} "
+                f"({type(error).__name__}: {first_line(error)}); give another with preprocessing="
+            ) from error
 
     @property
     def channels(self) -> int:
@@ -101,7 +114,7 @@ class Preprocessing:
 
     def describe(self) -> str:
         """One line for people, such as ``resize to 98 × 98, bicubic, mean …, std … (timm)``."""
-        return _describe(self.kind, self.settings)
+        return describe(self.kind, self.settings)
 
     def to_json(self) -> dict[str, Any]:
         """The preprocessing as plain JSON values."""
@@ -165,8 +178,8 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     """
     source = getattr(model, "blockfit_source", None)
     found: Preprocessing | None = getattr(source, "preprocessing", None)
-    if found is None:
-        found = own_preprocessing(model)
+    if found is None:  # a folder's config may name any place on the Hub: nobody has given that name
+        found = own_preprocessing(model, look_up=source is None)
     if found is None:
         raise BlockfitError(
             f"{type(model).__name__} does not say how its images are prepared; give "
@@ -175,11 +188,16 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     return found
 
 
-def own_preprocessing(model: nn.Module) -> Preprocessing | None:
-    """What transformers' config or timm's ``pretrained_cfg`` says, or ``None``."""
+def own_preprocessing(model: nn.Module, look_up: bool = True) -> Preprocessing | None:
+    """What timm's ``pretrained_cfg`` or transformers' checkpoint says, or ``None``.
+
+    Args:
+        model: any.
+        look_up: read the checkpoint that transformers' config names, in its folder or on the Hub.
+    """
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if isinstance(name, str) and name and type(model).__module__.startswith("transformers."):
-        return transformers_preprocessing(name)
+        return transformers_preprocessing(name) if look_up else None
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
         return timm_preprocessing(model)
     return None
@@ -187,7 +205,8 @@ def own_preprocessing(model: nn.Module) -> Preprocessing | None:
 
 def transformers_preprocessing(name: str, **options: Any) -> Preprocessing | None:
     """The image processor of a Hub id or folder; ``None`` where it has none."""
-    if os.path.isdir(name):
+    local = os.path.isdir(name)
+    if local:
         names = ("preprocessor_config.json", "processor_config.json")
         if not any(os.path.isfile(os.path.join(name, n)) for n in names):
             return None
@@ -195,7 +214,12 @@ def transformers_preprocessing(name: str, **options: Any) -> Preprocessing | Non
 
     try:
         processor = AutoImageProcessor.from_pretrained(name, **options)
-    except (OSError, ValueError):  # what transformers raises for "has none" and "not reachable"
+    except Exception as error:  # broken files make transformers raise nearly anything
+        if local and "trust_remote_code" not in str(error):
+            raise BlockfitError(
+                f"{name}: its image processor cannot be read ({first_line(error)}); repair "
+                "preprocessor_config.json, or delete it and give preprocessing="
+            ) from error
         return None
     if not type(processor).__module__.startswith("transformers."):
         return None  # remote code cannot be rebuilt from values
@@ -239,6 +263,18 @@ def _plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
         return cast(dict[str, Any], json.loads(json.dumps(dict(settings))))
     except (TypeError, ValueError) as error:
         raise BlockfitError(f"the preprocessing cannot be written as JSON: {error}") from error
+
+
+def _check_sides(settings: Mapping[str, Any]) -> None:
+    """Refuse sizes that no model takes, and that would fill the memory."""
+    for key, value in settings.items():
+        if key == "size" or key.endswith("_size"):
+            inner = value.values() if isinstance(value, dict) else value
+            for side in inner if isinstance(inner, Iterable) else [inner]:
+                if isinstance(side, int | float) and not 0 <= side <= LONGEST_SIDE:
+                    raise BlockfitError(
+                        f"preprocessing: {key} is {side}, beyond {LONGEST_SIDE} pixels"
+                    )
 
 
 def _check_plain(settings: Mapping[str, Any]) -> None:
@@ -327,53 +363,3 @@ def _library(module: str, extra: str) -> Any:
             f"the model's preprocessing needs {module.partition('.')[0]}, which is not installed; "
             f'pip install "blockfit[{extra}]"'
         ) from error
-
-
-def _describe(kind: str, settings: Mapping[str, Any]) -> str:
-    if kind == "plain":
-        resize = (
-            f"{'resize and crop' if settings['crop'] else 'resize'} to {_size(settings['size'])}"
-        )
-        parts = [resize, settings["interpolation"]]
-    elif kind == "timm":
-        size = _size(settings["input_size"][1:])
-        cut = f"{settings['crop_mode']} crop {settings['crop_pct']:g}"
-        parts = [f"resize to {size}", cut, settings["interpolation"]]
-    elif kind == "torchvision":
-        resize, crop = settings["resize_size"][0], settings["crop_size"]
-        parts = [f"resize to {resize}", f"crop to {_size(crop)}", settings["interpolation"]]
-    else:
-        parts = _transformers_steps(settings)
-    mean, std = (settings.get("mean"), settings.get("std"))
-    if kind == "transformers" and settings.get("do_normalize"):
-        mean, std = settings.get("image_mean"), settings.get("image_std")
-    if mean is not None and std is not None:
-        parts += [f"mean {_numbers(mean)}", f"std {_numbers(std)}"]
-    name = settings["image_processor_type"] if kind == "transformers" else kind
-    return f"{', '.join(parts)} ({name})"
-
-
-def _transformers_steps(settings: Mapping[str, Any]) -> list[str]:
-    parts = []
-    if settings.get("do_resize") and settings.get("size"):
-        parts.append(f"resize to {_size(settings['size'])}")
-        resample = settings.get("resample")
-        if isinstance(resample, int):
-            parts.append(Image.Resampling(resample).name.lower())
-    if settings.get("do_center_crop") and settings.get("crop_size"):
-        parts.append(f"crop to {_size(settings['crop_size'])}")
-    return parts
-
-
-def _size(value: Any) -> str:
-    if isinstance(value, Mapping):
-        if {"height", "width"} <= value.keys():
-            return f"{value['height']} × {value['width']}"
-        return ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in value.items())
-    numbers = list(value)
-    return " × ".join(str(n) for n in (numbers if len(numbers) > 1 else numbers * 2))
-
-
-def _numbers(values: Any) -> str:
-    values = values if isinstance(values, list) else [values]
-    return "(" + ", ".join(f"{v:.4g}" for v in values) + ")"

@@ -7,7 +7,7 @@ time; ``data.Images`` draws, decodes, prepares and batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,15 @@ def from_items(
     names = getattr(items, "classes", None)
     names = [str(name) for name in names] if isinstance(names, list | tuple) else None
     return Records(source, len(items), _Items(items, image_key, label_key), None, names)
+
+
+def from_digits(source: str) -> Records:
+    """The demo's pictures: ``digits``, or ``digits:test``."""
+    from blockfit.demo import digits
+
+    pictures = digits("test" if source.endswith(":test") else "calibration")
+    names = [str(digit) for digit in range(10)]
+    return replace(from_arrays(*pictures), source=source, class_names=names)
 
 
 def numbered(labels: Sequence[int | str | None]) -> tuple[list[int | None], list[str] | None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blockfit import ranks
 from blockfit.blocks import Blocks, named_blocks
+from blockfit.calibrate import drawn_tokens
 from blockfit.errors import BlockfitError
 from blockfit.fit import RIDGE, choose_ridge, fit_affine, fit_map
 from blockfit.maps import empty_map
@@ -367,14 +368,13 @@ class _Walk:
         Of the patch tokens as many are drawn as ``ROWS_PER_INPUT`` allows.
         """
         k, tokens = self.blocks.prefix_tokens, x.shape[1]
-        share = ROWS_PER_INPUT * x.shape[-1] / (len(x) * tokens * len(self.originals.sizes))
+        share = ROWS_PER_INPUT * x.shape[-1] / (tokens * sum(self.originals.sizes.values()))
         taken = 1.0
         if share < 1 and tokens > k:
-            generator = torch.Generator().manual_seed(self.originals.numbers[batch])
-            drawn = torch.randperm(tokens - k, generator=generator) + k
-            few = drawn[: max(1, round(share * (tokens - k)))].to(x.device)
-            picked = torch.cat([torch.arange(k, device=x.device), few])
-            x, y, taken = x[:, picked], y[:, picked], len(few) / (tokens - k)
+            count = max(1, round(share * (tokens - k)))
+            picked = drawn_tokens(k, tokens - k, count, 0, self.originals.places(batch))
+            rows, picked = torch.arange(len(x), device=x.device)[:, None], picked.to(x.device)
+            x, y, taken = x[rows, picked], y[rows, picked], count / (tokens - k)
         enough = torch.float32 if self.options.repair_ridge >= 1e-3 else torch.float64
         # Fewer patch tokens must not make the prefix tokens count for more.
         return self._weighted(x, y, enough, taken)

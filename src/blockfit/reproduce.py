@@ -15,6 +15,7 @@ from blockfit.experiments import EXPERIMENTS, Experiment
 from blockfit.findings import finding
 from blockfit.laboratory import Lab, Row, stopwatch
 from blockfit.pages import as_csv, as_table, similarity_table
+from blockfit.untrusted import read_json
 
 MARK = "reproduction.json"
 INDEX = "index.md"
@@ -69,9 +70,9 @@ def earlier(folder: Path, about: Mapping[str, Any] | None = None) -> dict[str, A
             raise BlockfitError(f"{folder} is not empty and holds no experiments; choose a new one")
         return None
     try:
-        data = json.loads(mark.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BlockfitError(f"{mark} cannot be read ({error}); choose a new folder") from error
+        data = read_json(mark, exact=False)
+    except BlockfitError as error:
+        raise BlockfitError(f"{error}; choose a new folder") from error
     if not isinstance(data, dict) or set(data) != {"format", "about", "experiments"}:
         raise BlockfitError(f"{mark} was not written by blockfit reproduce; choose a new folder")
     if data["format"] != FORMAT:

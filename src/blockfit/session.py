@@ -23,7 +23,7 @@ from blockfit.probe import evaluating, first_images
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution
 from blockfit.resume import Checkpoint
-from blockfit.search import Point, Search, most_removed
+from blockfit.search import QUICK_IMAGES, Point, Search, most_removed
 from blockfit.shelf import (
     MOMENTS_SHARE,
     STATES_SHARE,
@@ -86,12 +86,21 @@ class Setting:
                 f"the model is compressed already ({done}); compress the original again instead"
             )
         fit, held_out = images.split(hold_out, seed)
+        fit = replace(fit, batch_size=_fit_batch(fit.batch_size))
         return cls(model, blocks, fit, replace(held_out, batch_size=JUDGE_BATCH), example)
 
     def state(self) -> Tensor:
         """The first hidden state of one image, shape (1, tokens, width)."""
         with evaluating(self.model):
             return trace(self.model, self.blocks, first_images(self.example, 1), [0]).states[0]
+
+
+def _fit_batch(asked: int) -> int:
+    """The largest power of two up to what was asked for and ``QUICK_IMAGES``.
+
+    Batches then end where the quick refits do, so that these see the same images at any batch size.
+    """
+    return 1 << (min(asked, QUICK_IMAGES).bit_length() - 1)
 
 
 class Session:

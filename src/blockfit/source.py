@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -162,6 +163,33 @@ def check_config(config: object) -> None:
             check_config(value)
 
 
+_FETCHES = re.compile("use_kernels|kernel_config|allow_all_kernels|custom_pipelines")
+
+
+def check_original(config: object) -> None:
+    """Refuse a folder's transformers config that would have transformers ask the Hub for more.
+
+    Backbones named there by their Hub id, and kernels, which are compiled code. What merely
+    describes the model stays free: its weights are in the folder.
+
+    Raises:
+        BlockfitError: names the key.
+    """
+    if isinstance(config, list):
+        config = dict(enumerate(config))
+    if not isinstance(config, Mapping):
+        return
+    for key, value in config.items():
+        chooses = key == "backbone" or str(key).endswith(("attn_implementation", "_implementation"))
+        if (chooses and "/" in str(value)) or (_FETCHES.fullmatch(str(key)) and value):
+            raise BlockfitError(
+                f"config.json: {key!r} would have the Hub asked for {value!r:.80}, and no name "
+                "was given; take it out, or allow it with trust_remote_code "
+                "(--trust-remote-code) if you trust the folder's author"
+            )
+        check_original(value)
+
+
 def check_timm(architecture: object, options: object) -> None:
     """Refuse what would make timm read files or the network while it builds a model.
 
@@ -230,3 +258,13 @@ def _too_large() -> BlockfitError:
 def attach(model: nn.Module, source: Source) -> None:
     """Remember ``source`` on the model; it survives ``deepcopy`` and is not in the state dict."""
     model.blockfit_source = source  # type: ignore[assignment]
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model card in ``folder`` names."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    header = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+    line = header and re.search(r"^license:[ \t]*['\"]?([^'\"\n]+)", header.group(1), re.MULTILINE)
+    return line.group(1).strip() if line else None
