@@ -233,8 +233,8 @@ def _original(axis: Any, rows: Rows) -> None:
 
 def _percent(axis: Any) -> None:
     low, high = axis.get_ylim()
-    room = max(0.0, LEAST_RANGE - (high - low)) / 2
-    axis.set_ylim(low - room, high + room)
+    high = min(high + max(0.0, LEAST_RANGE - (high - low)) / 2, max(high, 1.01))
+    axis.set_ylim(min(low, high - LEAST_RANGE), high)
     axis.yaxis.set_major_formatter(lambda value, position: f"{round(100 * value, 2):g}%")
     axis.set_ylabel("top-1 accuracy")
 
