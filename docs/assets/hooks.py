@@ -96,7 +96,7 @@ def notebook_page(notebook: dict[str, Any], name: str) -> str:
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(source.replace(".ipynb)", ".md)"))
         else:
             parts.append(f"```python\n{source}\n```")
             parts += [output(value) for value in cell["outputs"]]
@@ -108,8 +108,7 @@ def output(value: dict[str, Any]) -> str:
     """One output of a cell: its picture, or its text."""
     data = value.get("data", {})
     if "image/png" in data:
-        told = "".join(data.get("text/plain", "picture"))
-        image = "".join(data["image/png"]).strip()
-        return f'<img alt="{html.escape(told)}" src="data:image/png;base64,{image}">'
+        image = "".join(data["image/png"]).replace("\n", "")
+        return f'<img alt="What the code above draws" src="data:image/png;base64,{image}">'
     text = "".join(value.get("text", data.get("text/plain", "")))
     return f"```text\n{text.rstrip()}\n```"
