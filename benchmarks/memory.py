@@ -104,7 +104,7 @@ def main() -> None:
     if given.what == "images":
         rows = [[384, 12, 6, count, 32, None] for count in (256, 1000, 10_000)]
     else:
-        rows = [[width, *how, 8, 64, given.limit] for width, how in WIDTHS.items()]
+        rows = [[width, *how, 4, 64, given.limit] for width, how in WIDTHS.items()]
     print(
         "| width | blocks | images | spans | passes | sums of all | peak | above the model | CPU |"
     )

@@ -74,8 +74,7 @@ def same_draws(model: nn.Module) -> Iterator[None]:
 
 def placed(model: nn.Module, inputs: Batch) -> Batch:
     """``inputs`` on the model's device; floating tensors in the model's floating dtype."""
-    floats = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
-    like = next(floats, torch.empty(0))
+    like = _model_float(model)
 
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -86,6 +85,22 @@ def placed(model: nn.Module, inputs: Batch) -> Batch:
         moved: Tensor = move(inputs)
         return moved
     return {name: move(value) for name, value in inputs.items()}
+
+
+def _run_on(model: nn.Module) -> torch.device:
+    """Where a model runs whose weights accelerate brings there for each module's forward."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return torch.device("meta")
+
+
+def offloaded(model: nn.Module) -> bool:
+    """Whether some weights lie elsewhere and come only for a module's forward."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def first_images(inputs: Batch, count: int) -> Batch:
@@ -160,9 +175,11 @@ def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _model_float(model: nn.Module) -> Tensor:
-    """A floating parameter (or buffer) of the model, for its dtype and device."""
+    """A floating parameter (or buffer) of the model, for its dtype and the device it runs on."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
+            if tensor.is_meta and (device := _run_on(model)).type != "meta":
+                return torch.empty(0, dtype=tensor.dtype, device=device)
             return tensor
     return torch.empty(0)
 

@@ -19,7 +19,7 @@ from blockfit.heldout import HeldOut
 from blockfit.measure import alternate, speedup
 from blockfit.moments import Moments
 from blockfit.originals import Originals
-from blockfit.probe import evaluating, first_images
+from blockfit.probe import evaluating, first_images, offloaded
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution
 from blockfit.resume import Checkpoint
@@ -78,6 +78,12 @@ class Setting:
             raise BlockfitError(
                 f"{len(images)} calibration images are too few; give at least {FEWEST_IMAGES}, "
                 "better a few hundred"
+            )
+        if offloaded(model):
+            raise BlockfitError(
+                "some of the model's weights are offloaded (on the meta device), and a "
+                "compression changes weights; load it whole, or spread it over devices "
+                "(device_map), or only calibrate or analyze it"
             )
         example = next(iter(images))
         blocks = find_blocks(model, example, path)

@@ -185,7 +185,7 @@ def narrowest(model: nn.Module) -> torch.dtype | None:
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers are on the meta device; takes no memory for them.
 
-    Int8 weights become ordinary ones.
+    Int8 weights become ordinary ones, and nobody brings tensors to other devices any more.
 
     Raises:
         BlockfitError: where the model cannot be copied.
@@ -200,7 +200,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
             bare = nn.Parameter(bare, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = bare
     try:
-        return copy.deepcopy(model, memo)
+        made = copy.deepcopy(model, memo)
+        for module in made.modules():
+            if module.__dict__.pop("_hf_hook", None) is not None:  # accelerate's
+                for name in ("forward", "_old_forward"):
+                    module.__dict__.pop(name, None)
+        return made
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise BlockfitError(
             f"{type(model).__name__} cannot be copied ({first_line(error)}); "
