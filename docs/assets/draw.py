@@ -13,7 +13,7 @@ BLUE, ORANGE, GREY, GREEN, RED = "#3f51b5", "#e65100", "#8a8f98", "#2e7d32", "#c
 PALE_TO_STRONG = ((232, 63), (234, 81), (246, 181))
 """Red, green and blue where nothing and where everything is explained."""
 
-STYLE = "font-family:system-ui,sans-serif;font-size:13px;fill:#6b7280"
+STYLE = "font-family:system-ui,sans-serif;font-size:13px;fill:#7d8590"
 
 
 def on_files(files: Files, config: Any) -> Files:
