@@ -23,6 +23,10 @@ def main() -> int:
         print(f"not audited: the advisory service cannot be asked ({last:.200})", file=sys.stderr)
         return UNREACHABLE
     skipped = [p for p in packages if "skip_reason" in p]
+    if len(skipped) == len(packages):
+        why = skipped[0]["skip_reason"] if skipped else "no packages"
+        print(f"not audited: no package could be looked up ({why:.200})", file=sys.stderr)
+        return UNREACHABLE
     found = [(p, v) for p in packages for v in p.get("vulns", [])]
     for package, known in found:
         fixed = ", ".join(known["fix_versions"]) or "none yet"

@@ -167,7 +167,7 @@ def folder_case(number: int, seed: int, root: Path, names: list[str]) -> tuple[s
 def run_folders(count: int, seed: int, names: list[str] | None = None, first: int = 0) -> Counter:
     """Run damaged folders; the faults are printed with their number."""
     tally: Counter[str] = Counter()
-    for target in names or TARGETS:
+    for target in (names or TARGETS) if count else ():
         TARGETS[target].files()  # made before anything is watched
     with tempfile.TemporaryDirectory() as root:
         for number in range(first, first + count):

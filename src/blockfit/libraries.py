@@ -8,6 +8,7 @@ called under ``torch.device("meta")`` by ``models.skeleton``.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import importlib
@@ -159,7 +160,7 @@ def _switches(cls: type) -> Iterator[dict[str, bool]]:
 
 def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
     transformers = import_library("transformers", "transformers")
-    values, name = dict(arguments["config"]), arguments["class"]
+    values, name = copy.deepcopy(dict(arguments["config"])), arguments["class"]
     model_class = getattr(transformers, name, None)
     if not (
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
