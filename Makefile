@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-quality fuzz audit compat clean
+.PHONY: help demo test lint format docs bench bench-quality fuzz audit compat browser clean
 
 help:
 	@echo "make demo           compress the shipped model, print a table of before and after"
@@ -30,8 +30,20 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/blockfit demo
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# Tests look at reports in Chromium and are skipped without it. Nothing fails where it cannot be had.
+browser: $(STAMP)
+	@if ! { command -v chromium && command -v chromedriver; } >/dev/null 2>&1 \
+	    && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 \
+	    && [ ! -e $(VENV)/.browser-tried ]; then \
+	  echo "installing chromium for the tests of reports"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -y -qq \
+	    --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 \
+	    || echo "could not install it; those tests will be skipped"; \
+	  touch $(VENV)/.browser-tried; \
+	fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

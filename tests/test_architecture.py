@@ -20,7 +20,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "blockfit"
 
 ROWS = (
-    ("errors", "numerics", "untrusted", "amounts", "ranks", "resume", "values"),
+    ("errors", "numerics", "untrusted", "amounts", "ranks", "resume", "values", "doctor"),
     ("spans",),
     ("maps",),
     ("moments",),
@@ -69,6 +69,7 @@ ROWS = (
         "commands",
         "command_bench",
         "command_check",
+        "command_doctor",
         "command_quantize",
         "command_report",
         "command_reproduce",

@@ -18,6 +18,7 @@ from blockfit import options as opt
 from blockfit.budget import Budget
 from blockfit.command_bench import bench
 from blockfit.command_check import check
+from blockfit.command_doctor import doctor
 from blockfit.command_quantize import quantize
 from blockfit.command_report import report as report_command
 from blockfit.command_reproduce import reproduce
@@ -25,6 +26,7 @@ from blockfit.commands import analyze, evaluate, export, opened
 from blockfit.console import (
     Output,
     guarded,
+    keeping,
     show_compression,
     show_evaluation,
     show_frontier,
@@ -35,7 +37,7 @@ from blockfit.evaluate import evaluate as evaluate_model
 from blockfit.reporter import Reporter
 from blockfit.resume import forget, place_beside
 from blockfit.session import HOLD_OUT
-from blockfit.sweep import from_sweep
+from blockfit.sweep import from_sweep, read_sweep
 from blockfit.sweep import sweep as sweep_model
 
 QUIET_LIBRARIES = {
@@ -55,7 +57,6 @@ DEMO_IMAGES = 512
 app = typer.Typer(
     name="blockfit",
     help="Make a pretrained vision transformer smaller and faster without training it.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -219,6 +220,7 @@ app.command()(reproduce)
 app.command()(bench)
 app.command()(quantize)
 app.command()(check)
+app.command()(doctor)
 
 
 @app.command()
@@ -264,7 +266,7 @@ def sweep(
     page = Reporter(report)
     chosen = api.recipe_for(opt.recipe(recipe, plain, select, contiguous), **opt.how(context))
     protected = opt.block_numbers(protect)
-    with out.working():
+    with out.working(), keeping(lambda: _finished(output)):
         original, pictures = opened(
             out,
             model,
@@ -342,6 +344,16 @@ def demo(
         out.line(f"saved to {output}")
     page.tell(out)
     out.result({"compress": _compression(result, output), "evaluate": worth})
+
+
+def _finished(folder: Path) -> str:
+    """What a stopped sweep has kept."""
+    try:
+        count = len(read_sweep(folder).points)
+    except BlockfitError:
+        return "no plan was finished yet"
+    plans = "1 plan is" if count == 1 else f"{count} plans are"
+    return f"{plans} kept in {folder}, and the same command goes on from there"
 
 
 def _compression(result: api.Result, output: Path | None) -> dict[str, Any]:

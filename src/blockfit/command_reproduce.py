@@ -13,7 +13,7 @@ from torch import nn
 from blockfit import __version__, api
 from blockfit import options as opt
 from blockfit.blocks import Batch, Blocks, find_blocks
-from blockfit.console import Output
+from blockfit.console import Output, keeping
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.judge import JUDGES, Judge, fitting_judge
@@ -134,7 +134,7 @@ def reproduce(
     if quick:
         test_limit = QUICK_TEST if test_limit is None else test_limit
         train_limit = QUICK_TRAIN if train_limit is None else train_limit
-    with out.working():
+    with out.working(), keeping(lambda: f"the experiments that were finished are in {output}"):
         out.say(f"loading {model}")
         loaded = api.load(model, device=opt.device(device), **opt.loading(context))
         pictures = api.images(judged, loaded, limit=test_limit, seed=seed, **how)

@@ -41,6 +41,10 @@ BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
 LOG = logging.getLogger("blockfit")
 
 
+class Stopped(Exception):
+    """Ctrl-C in a command that keeps what it had finished; the text says what, and how to go on."""
+
+
 class Output:
     """Where a command's words go.
 
@@ -65,7 +69,7 @@ class Output:
             for file in (sys.stderr, sys.stdout)
         )  # fmt: skip
         logged = LOG.isEnabledFor(logging.INFO)  # log lines and a bar would run into one another
-        shown = self._console.is_terminal and not quiet and not logged
+        shown = self._console.is_terminal and not self.quiet and not logged
         self._bars = Bars(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Count(),
             console=self._console, transient=True, disable=not shown,
@@ -142,6 +146,15 @@ class _Count(ProgressColumn):
         return Text(text)
 
 
+@contextlib.contextmanager
+def keeping(told: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C inside the ``with`` ends the command with what ``told`` returns."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted; {told()}") from None
+
+
 def start_logging() -> None:
     """Log what the package does, and the warnings of other libraries, to standard error."""
     handler = logging.StreamHandler()
@@ -178,6 +191,8 @@ def guarded(command: Callable[[], int | None], debug: bool) -> int:
     try:
         code = int(command() or 0)
         text = INTERRUPTED_TEXT if code == INTERRUPTED else None
+    except Stopped as stop:
+        code, text = INTERRUPTED, str(stop)
     except (KeyboardInterrupt, typer.Abort):
         code, text = INTERRUPTED, INTERRUPTED_TEXT
     except Exception as error:
