@@ -47,7 +47,7 @@ def check_target(folder: Path, mark: str, own: Collection[str], overwrite: bool)
         )
     if not overwrite:
         raise BlockfitError(
-            f"{folder} holds a saved model already; choose another folder, or replace it with "
+            f"{folder} holds what an earlier run wrote; choose another folder, or replace it with "
             "--overwrite (overwrite=True in Python)"
         )
     if foreign := [name for name in names if name not in own]:

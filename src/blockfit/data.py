@@ -315,7 +315,7 @@ def images(
         raise BlockfitError("workers must be at least 0")
     records = _records(source, image_column, label_column, split)
     if records.size == 0:
-        raise BlockfitError(f"{records.source} holds no images")
+        raise BlockfitError(f"{records.source} holds no images; give one that holds some")
     prepare = _prepare(records, model, preprocessing)
     positions = np.arange(records.size)
     if limit is not None:

@@ -94,7 +94,10 @@ def primary_output(output: Any) -> Tensor:
             value = value[-1]
         if isinstance(value, Tensor) and value.ndim > 0:
             return value
-    raise BlockfitError(f"the model returned {type(output).__name__}, which holds no tensor")
+    raise BlockfitError(
+        f"the model returned {type(output).__name__}, which holds no tensor; "
+        "give a model whose forward returns one, alone or in a tuple or mapping"
+    )
 
 
 def _member(output: Any, name: str) -> Any:

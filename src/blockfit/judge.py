@@ -115,7 +115,7 @@ class Judge:
         if kind not in JUDGES:
             raise BlockfitError(f"unknown judge {kind!r}; choose one of {', '.join(JUDGES)}")
         if kind != "head" and train is None:
-            raise BlockfitError(f"the judge {kind} needs labelled images to learn from")
+            raise BlockfitError(f"the judge {kind} needs labelled images to learn from; give some")
         self.model, self.blocks, self.kind = model, blocks, kind
         self.images = len(test)
         self._test = _Walk(model, blocks, test, most_bytes)

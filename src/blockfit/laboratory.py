@@ -201,7 +201,9 @@ class Lab:
         """
         example = next(iter(images), None)
         if example is None:
-            raise BlockfitError("there are no calibration images; give some that can be read")
+            raise BlockfitError(
+                "there are no calibration images; give a folder or file that holds some"
+            )
         with self._recording() as recorded:
             call(self.model, first_images(example, 1))
             room = MOST_BYTES // max(1, recorded[0].nbytes * len(images))

@@ -86,7 +86,8 @@ def empty_map(replacement: Replacement, width: int, prefix_tokens: int = 0) -> n
     kind, rank = replacement.map, replacement.rank
     if rank is not None and rank > width:
         raise BlockfitError(
-            f"rank {rank} of span {replacement.span} is larger than the model's width {width}"
+            f"rank {rank} of span {replacement.span} is larger than the model's width; "
+            f"give at most {width}"
         )
 
     def one() -> nn.Module:

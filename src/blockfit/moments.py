@@ -205,7 +205,9 @@ class Moments:
             other.width,
             other.prefix_tokens,
         ):
-            raise BlockfitError("moments of different spans, widths or token types cannot be added")
+            raise BlockfitError(
+                "moments of different spans, widths or token types cannot be added; take both alike"
+            )
         self._patches += other._patches
         for name, mine in self._types.items():
             theirs = other._types[name]
@@ -286,7 +288,9 @@ class Moments:
     def _pair_of(self, span: Span) -> tuple[int, int]:
         pair = (self._row.get(span.start, -1), self._row.get(span.stop, -1))
         if pair not in self._types["patch"].crosses:
-            raise BlockfitError(f"no moments were taken for span {span}")
+            raise BlockfitError(
+                f"no moments were taken for span {span}; name it when they are taken"
+            )
         return pair
 
     def _pair(self, sums: _TokenSums, span: Span) -> Regression:

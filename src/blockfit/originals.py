@@ -59,7 +59,7 @@ class Originals:
             self._tell()
             if not self.sizes:
                 raise BlockfitError(
-                    "there are no images to fit on; give a folder or file with some"
+                    "there are no images to fit on; give a folder or file that holds some"
                 )
             alone = ranks.count() == 1
             inputs = self.traces[0].inputs if alone else next(iter(images))

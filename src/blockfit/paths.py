@@ -43,7 +43,7 @@ def from_path(
         return from_ready(source, image_column, label_column, split)
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         return from_hub(source, image_column, label_column, split)
-    raise BlockfitError(f"there is no file or folder {source}")
+    raise BlockfitError(f"there is no file or folder {source}; check the path")
 
 
 def from_files(
@@ -69,7 +69,9 @@ def from_files(
     if all(is_shard(file) for file in files):
         return from_shards(files, source, image_column, label_column)
     if image_column is not None or label_column is not None:
-        raise BlockfitError(f"{source}: image files have neither columns nor splits")
+        raise BlockfitError(
+            f"{source}: image files have neither columns nor splits; leave both away"
+        )
     if len(files) == 1 and suffixes <= {".txt", ".tsv", ".lst"}:
         return from_list(files[0])
     _one_kind(files, source)
@@ -101,7 +103,9 @@ def _from_folder(
     if not pictures:
         return _other_files(folder, found, columns)
     if split is not None or image_column is not None or label_column is not None:
-        raise BlockfitError(f"{folder}: a folder of images has neither columns nor splits")
+        raise BlockfitError(
+            f"{folder}: a folder of images has neither columns nor splits; leave both away"
+        )
     parents = [path.relative_to(folder).parts[0] for path in pictures]
     classes = sorted(set(parents))
     if any(path.parent == folder for path in pictures) or len(classes) < 2:
@@ -121,7 +125,10 @@ def _other_files(folder: Path, found: Sequence[Path], columns: Columns) -> Recor
         return from_hub(str(folder), *columns)
     shards = [path for path in found if is_shard(path)]
     if not shards:
-        raise BlockfitError(f"{folder} holds no images (and no parquet or arrow files or shards)")
+        raise BlockfitError(
+            f"{folder} holds no images and no parquet or arrow files or shards; give a folder that "
+            "holds some"
+        )
     splits = {path: _split_in(path.relative_to(folder)) for path in shards}
     names = sorted({name for name in splits.values() if name})
     if split is None and len(set(splits.values())) > 1 and names:
@@ -131,7 +138,9 @@ def _other_files(folder: Path, found: Sequence[Path], columns: Columns) -> Recor
         )
     chosen = [path for path in shards if split is None or splits[path] == split]
     if not chosen:
-        raise BlockfitError(f"{folder} holds no shards of the split {split!r}")
+        raise BlockfitError(
+            f"{folder} holds no shards of the split {split!r}; choose one of {', '.join(names)}"
+        )
     source = str(folder) if split is None else f"{folder}:{split}"
     return from_shards(chosen, source, image_column, label_column)
 
@@ -164,7 +173,7 @@ def _matching(pattern: str) -> list[Path]:
         here = sorted(Path(p) for p in glob.glob(part, recursive=True))
         if not here:
             more = f" (of {pattern})" if part != pattern else ""
-            raise BlockfitError(f"no file matches {part}{more}")
+            raise BlockfitError(f"no file matches {part}{more}; check the pattern")
         found += here
     return found
 

@@ -89,7 +89,9 @@ def extract(
     images.exchange()
     told = ranks.gathered([rows[0].shape[1] if rows else 0, places])
     if not any(width for width, _ in told):
-        raise BlockfitError("there are no images to take features of; give some that can be read")
+        raise BlockfitError(
+            "there are no images to take features of; give a folder or file that holds some"
+        )
     values = _rows_of_all(rows, told, torch.float32)
     if not torch.isfinite(values).all():
         raise BlockfitError("the features hold NaN or infinite values; check the model's weights")

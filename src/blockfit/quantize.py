@@ -118,7 +118,9 @@ def stages(
     """
     first = next(iter(data), None)
     if first is None:
-        raise BlockfitError("there are no images to compare on; give a folder or file with some")
+        raise BlockfitError(
+            "there are no images to compare on; give a folder or file that holds some"
+        )
     classes = observe(saved.model, saved.blocks, placed(saved.model, first)).logits is not None
     tallies = {name: _Tally() for name in models}
     done = 0

@@ -45,7 +45,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for kind in self.maps:
             if kind not in MAP_KINDS:
-                raise BlockfitError(f"unknown map {kind!r}; choose from {', '.join(MAP_KINDS)}")
+                raise BlockfitError(f"unknown map {kind!r}; choose one of {', '.join(MAP_KINDS)}")
         if not self.maps:
             raise BlockfitError("a recipe needs at least one kind of map")
         if self.rank is not None and "low-rank" not in self.maps:

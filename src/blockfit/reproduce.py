@@ -44,7 +44,7 @@ def chosen(names: str | None) -> tuple[Experiment, ...]:
     for name in wanted:
         if name not in BY_NAME:
             raise BlockfitError(
-                f"unknown experiment {name!r}; choose from {', '.join(BY_NAME)}, "
+                f"unknown experiment {name!r}; choose some of {', '.join(BY_NAME)}, "
                 "with commas between them"
             )
     return tuple(e for e in EXPERIMENTS if e.name in wanted)
@@ -251,4 +251,6 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> BlockfitError:
-    return BlockfitError(f"cannot write {path}: {error.strerror or error}; make room or move on")
+    return BlockfitError(
+        f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
+    )
