@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commandline import FEW, blockfit_command
 from filelock import FileLock
+from PIL import Image
 
-PARTS = ("sweep", "analysis", "small", "evaluation.json")
+from blockfit.content import Experiment
+from blockfit.report import render
+from blockfit.runs import read_runs
+from blockfit.samples import Prediction, Sample, SideBySide
+
+PARTS = ("sweep", "analysis", "thin", "small", "evaluation.json")
+"""``thin`` is the analysis with one table only, which is quickly drawn."""
+
+EVIL = """</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'"><b>"""
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -23,7 +34,7 @@ FLAGS = (
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs, and ``page.html`` of the sweep with images side by side."""
+    """All runs; ``page.html`` of the sweep with images; ``hostile.html`` full of EVIL."""
     base = tmp_path_factory.getbasetemp()
     shared_by_processes = base.parent if base.name.startswith("popen-") else base
     root = shared_by_processes / "reports"
@@ -59,6 +70,39 @@ def _make(root: Path) -> None:
         told = done.json
         if command[0] == "evaluate":
             (root / "evaluation.json").write_text(json.dumps(told))
+    shutil.copytree(root / "analysis", root / "thin")
+    found = json.loads((root / "thin" / "analysis.json").read_text())
+    found["similarity"]["metrics"] = {"mse": {"all": found["similarity"]["metrics"]["mse"]["all"]}}
+    (root / "thin" / "analysis.json").write_text(json.dumps(found))
+    (root / "hostile.html").write_text(_hostile(root), encoding="utf-8")
+
+
+def _hostile(root: Path) -> str:
+    """A page of copies of two runs with a script in every text that is free to choose."""
+    small, analysis = root / "hostile", root / f"hostile<b>{'x' * 20}"
+    shutil.copytree(root / "small", small)
+    shutil.copytree(root / "thin", analysis)
+    saved: Any = json.loads((small / "blockfit.json").read_text())
+    saved["base"] |= {"name": EVIL, "licence": EVIL}
+    saved["versions"] = {EVIL: EVIL}
+    saved["report"] |= {"warnings": [EVIL], "budget": EVIL, "sweep": EVIL}
+    saved["report"]["calibration"] |= {"source": EVIL, "skipped": [EVIL]}
+    saved["report"]["recipe"]["name"] = EVIL
+    (small / "blockfit.json").write_text(json.dumps(saved))
+    found: Any = json.loads((analysis / "analysis.json").read_text())
+    found |= {"model": EVIL, "warnings": [EVIL]}
+    found["calibration"]["source"] = EVIL
+    (analysis / "analysis.json").write_text(json.dumps(found))
+    content = read_runs([small, analysis])
+    assert content.compressed is not None
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    png, said = file.getvalue(), Prediction((EVIL, EVIL), (0.9, 0.1))
+    sample = Sample(EVIL, png, EVIL, said, said, 0.5, (png, png))
+    errors = {"patch": (0.0,) * 13}
+    side = SideBySide(content.compressed.plan, 1, EVIL, 0, 0, (sample,), errors, errors, 0.5)
+    experiment = Experiment(EVIL, EVIL, (EVIL,), ((EVIL,),))
+    return render(replace(content, side=side, experiments=(experiment,)))
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from reports import chromium as chromium
 from reports import made as made
-from reports import runs as runs
-from test_report import hostile_page, png  # noqa: F401 - a fixture
 
 SCREENSHOTS = Path(__file__).resolve().parents[1] / "screenshots"
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
@@ -21,8 +19,9 @@ def show(chromium: Any, path: Path, size: str = "desktop", scheme: str = "light"
     width, height = SIZES[size]
     screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+    features = [{"name": name, "value": value} for name, value in wanted.items()]
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     for kind in ("browser", "performance"):
         chromium.get_log(kind)  # forget what was before
     chromium.get(path.as_uri())
@@ -223,11 +222,8 @@ def test_it_prints_without_its_controls(chromium: Any, made: Path) -> None:
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
-def test_a_hostile_folder_runs_nothing(
-    chromium: Any, runs: dict[str, Path], tmp_path: Path, png: bytes  # noqa: F811
-) -> None:  # fmt: skip
-    page = tmp_path / "page.html"
-    page.write_text(hostile_page(runs, tmp_path, png), encoding="utf-8")
+def test_a_hostile_folder_runs_nothing(chromium: Any, made: Path) -> None:
+    page = made / "hostile.html"
     show(chromium, page)
     assert chromium.execute_script("return window.hacked") is None
     assert chromium.get_log("browser") == []

@@ -18,7 +18,9 @@ from blockfit.runs import read_runs
 
 Runs = Annotated[
     list[str],
-    typer.Argument(help="Folders of compress, sweep and analyze; files of evaluate --json."),
+    typer.Argument(
+        help="Folders of compress, sweep, analyze, reproduce; files of evaluate --json."
+    ),
 ]
 Page = Annotated[Path, opt.option("--output", "-o", help="File to write.", panel=opt.OUT)]
 Against = Annotated[

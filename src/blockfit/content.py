@@ -77,6 +77,16 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Experiment:
+    """One experiment of ``blockfit reproduce``: what it says, and its rows as texts."""
+
+    title: str
+    finding: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Content:
     """All that is known of one or several runs on one model.
 
@@ -85,6 +95,7 @@ class Content:
         compressed: the one small model that the report is about.
         frontier: of a sweep, by removed blocks.
         similarity: of the original's hidden states.
+        experiments: of the paper, on this model.
         evaluation: figures of ``Evaluation.to_json``, checked.
         side: original and small model on a few images.
         facts: where it all came from.
@@ -96,6 +107,7 @@ class Content:
     compressed: Candidate | None = None
     frontier: tuple[Candidate, ...] = ()
     similarity: Tables | None = None
+    experiments: tuple[Experiment, ...] = ()
     evaluation: Evaluated | None = None
     side: SideBySide | None = None
     facts: tuple[Fact, ...] = ()
@@ -197,6 +209,7 @@ WHAT = {
     "compressed": "a compressed model",
     "frontier": "a sweep",
     "similarity": "similarity tables",
+    "experiments": "experiments",
     "evaluation": "an evaluation",
     "side": "images side by side",
 }

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from blockfit import analysis, store
+from blockfit import analysis, reproduce, store
 from blockfit import sweep as sweeps
 from blockfit.budget import Budget
 from blockfit.command_lines import (
@@ -27,6 +27,7 @@ from blockfit.content import (
     Command,
     Content,
     Evaluated,
+    Experiment,
     Fact,
     Measured,
     joined,
@@ -34,6 +35,7 @@ from blockfit.content import (
 from blockfit.errors import BlockfitError
 from blockfit.heldout import MapError
 from blockfit.manifest import read_manifest
+from blockfit.pages import FRACTIONS, WORDS
 from blockfit.similarity import METRICS, Tables
 from blockfit.source import Source
 from blockfit.spans import MAP_KINDS, Plan, Span
@@ -42,6 +44,9 @@ from blockfit.values import Values, read_values
 
 MOST_BOUNDARIES = 512
 """More hidden states than any model has blocks."""
+
+MOST_ROWS = 300
+"""Rows of an experiment's table that are shown."""
 
 TOKEN_TYPES = ("prefix", "patch", "all")
 
@@ -73,8 +78,8 @@ def read_run(path: str | Path) -> Content:
             return read(place)
     what = "holds no run" if place.is_dir() else "does not exist"
     raise BlockfitError(
-        f"{path} {what}; give a folder that compress, sweep or analyze wrote, or a file with what "
-        "evaluate --json printed"
+        f"{path} {what}; give a folder that compress, sweep, analyze or reproduce wrote, or a file "
+        "with what evaluate --json printed"
     )
 
 
@@ -200,10 +205,51 @@ def analysis_content(data: Values, folder: Path | None = None) -> Content:
     )
 
 
+def _reproduction(folder: Path) -> Content:
+    data = read_values(folder / reproduce.MARK)
+    about, entries = data.inner("about"), data.inner("experiments")
+    model, test = about.inner("model"), about.inner("test")
+    experiments = []
+    for name in entries.keys():  # noqa: SIM118 - no mapping
+        entry = entries.inner(name)
+        known = reproduce.BY_NAME.get(name)
+        rows = entry.several("rows")
+        experiments.append(
+            Experiment(
+                title=name if known is None else known.title,
+                finding=entry.text("finding") or "",
+                **_rows_shown(rows),
+            )
+        )
+    facts = [
+        Fact("experiments judged by", about.text("judge") or ""),
+        Fact("test images", f"{test.whole('images') or 0} from {test.text('source') or '–'}"),
+    ]
+    return Content(model.text("name") or "", experiments=tuple(experiments), facts=_known(facts))
+
+
+def _rows_shown(rows: list[Values]) -> dict[str, Any]:
+    """Header and cells of a table; none where it would be too long to read."""
+    if not rows or len(rows) > MOST_ROWS:
+        return {"header": (), "rows": ()}
+    columns = [name for name in rows[0].keys() if any(name in row for row in rows)]  # noqa: SIM118
+    return {
+        "header": tuple(WORDS.get(name, name) for name in columns),
+        "rows": tuple(tuple(_cell(name, row.raw(name)) for name in columns) for row in rows),
+    }
+
+
+def _cell(column: str, value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.2%}" if column in FRACTIONS else f"{value:.4g}"
+    return "–" if value is None or value == "" else str(value)
+
+
 READERS: dict[str, Callable[[Path], Content]] = {
     store.MARK: _saved,
     SWEEP_MARK: _sweep,
     analysis.MARK: _analysis,
+    reproduce.MARK: _reproduction,
 }
 """File that marks a kind of run → what reads its folder."""
 

@@ -25,6 +25,7 @@ PARTS = (
     ("frontier", "Frontier", "frontier"),
     ("states", "Error behind blocks", "state_plots"),
     ("similarity", "Similarity", "similarity"),
+    ("experiments", "Experiments", "experiments"),
     ("samples", "Images", "samples"),
     ("pca", "Patches", "pca"),
     ("provenance", "Provenance", "facts"),
@@ -48,6 +49,7 @@ def views(content: Content) -> View:
         "state_plots": [_state_plot(side, kind) for kind in side.errors] if side else [],
         "state_rows": _state_rows(side) if side else [],
         "similarity": _similarity(content.similarity) if content.similarity else None,
+        "experiments": content.experiments,
         "samples": [_sample(sample) for sample in side.samples] if side else [],
         "samples_words": _samples_words(side) if side else "",
         "pca": _pca(side.samples) if side else [],
@@ -323,7 +325,7 @@ def missing(content: Content) -> list[Mapping[str, str]]:
     """What the page cannot show, in a word each, and the command that finds it out."""
     model = content.model or "MODEL"
     out = []
-    if content.chosen is None:
+    if content.chosen is None and not content.experiments:
         out.append(_gap("No small model and no sweep is in these runs, only the original."))
     if content.similarity is None:
         out.append(
