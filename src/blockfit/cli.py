@@ -167,7 +167,8 @@ def compress(
         )
     chosen = opt.recipe(recipe, plain, select, contiguous)
     protected = opt.block_numbers(protect)
-    with out.working():
+    state = place_beside(output) if resume else None
+    with out.working(), keeping(lambda: _unfinished(state)):
         original, pictures = opened(
             out,
             model,
@@ -199,15 +200,16 @@ def compress(
             inplace=True,
             say=out.say,
             progress=out.count,
-            resume=place_beside(output) if resume else None,
+            resume=state,
             max_memory=max_memory,
         )
         if ranks.is_first():
             out.say(f"saving to {output}")
             api.save(result, output, overwrite=overwrite)
-        page.compressed(out, result, output, original, pictures, hold_out)
-        if resume:
-            forget(place_beside(output))
+        held_out = pictures.split(hold_out, seed)[1]
+        page.compressed(out, result, output, original, pictures, held_out)
+        if state is not None:
+            forget(state)
     _compressed(out, result, model, output)
     page.tell(out)
 
@@ -293,7 +295,7 @@ def sweep(
             resume=place_beside(output) if resume else None,
             max_memory=max_memory,
         )
-        page.swept(out, output, original, pictures, hold_out)
+        page.swept(out, output, original, pictures, pictures.split(hold_out, seed)[1])
     before = frontier.data["original"]
     show_frontier(out, frontier.points, before)
     out.line(f"next: blockfit compress --from {shlex.quote(str(output))} --params 62% -o small/")
@@ -337,13 +339,20 @@ def demo(
         worth = evaluate_model(
             result.model, test, against=original, blocks=result.blocks, progress=out.count
         ).to_json()
-        page.compressed(out, result, output, original, pictures, evaluation=worth)
+        page.compressed(out, result, output, original, pictures, test, evaluation=worth)
     show_compression(out, result.report, result.blocks.depth)
     show_evaluation(out, worth)
     if output is not None:
         out.line(f"saved to {output}")
     page.tell(out)
     out.result({"compress": _compression(result, output), "evaluate": worth})
+
+
+def _unfinished(state: Path | None) -> str:
+    """What a stopped compression has kept: its state, where ``--resume`` was given."""
+    if state is None or not state.exists():
+        return "nothing unfinished was saved"
+    return f"what is done is kept in {state}, and the same command goes on from there"
 
 
 def _finished(folder: Path) -> str:

@@ -60,7 +60,7 @@ class Reporter:
         folder: Path | None,
         original: nn.Module | None = None,
         images: Images | None = None,
-        hold_out: float | None = None,
+        shown: Images | None = None,
         sweep: Path | None = None,
         evaluation: dict[str, Any] | None = None,
     ) -> None:
@@ -70,9 +70,9 @@ class Reporter:
             out: progress.
             result: what ``compress`` returned.
             folder: where it was saved.
-            original: and ``images``: for the images side by side and the similarity.
-            images: the calibration images.
-            hold_out: the part of them to look at; all of them where ``None``.
+            original: the model before, for what follows.
+            images: on which the similarity is measured.
+            shown: the images on which both models are looked at.
             sweep: that the model was made from.
             evaluation: figures of ``evaluate``.
         """
@@ -87,22 +87,23 @@ class Reporter:
         if original is not None and images is not None:
             parts["the analysis"] = self._similarity(out, original, images)
         content = joined(parts)
-        if original is not None and images is not None:
-            few = _few(images, hold_out)
+        if original is not None and shown is not None:
+            few = shown.take(LOOKED_AT)
             content = beside(out, content, original, result.model, result.blocks, few)
         self._write(out, content)
 
     def swept(
-        self, out: Output, folder: Path, original: nn.Module, images: Images, hold_out: float
+        self, out: Output, folder: Path, original: nn.Module, images: Images, shown: Images
     ) -> None:
-        """Write the report of a sweep of ``original`` on ``images``."""
+        """Write the report of a sweep of ``original``; the images as in ``compressed``."""
         if self.path is None:
             return
         parts = {str(folder): read_run(folder)}
         parts["the analysis"] = self._similarity(out, original, images)
         content = joined(parts)
         small, blocks = small_model([str(folder)], content, None, original, None)
-        self._write(out, beside(out, content, original, small, blocks, _few(images, hold_out)))
+        few = shown.take(LOOKED_AT)
+        self._write(out, beside(out, content, original, small, blocks, few))
 
     def analysed(self, out: Output, found: dict[str, Any], folder: Path | None) -> None:
         """Write the report of an analysis, from ``Analysis.to_json``."""
@@ -122,11 +123,6 @@ class Reporter:
         """Say where the report is."""
         if self.path is not None:
             out.line(f"report in {self.path}, open it in a browser")
-
-
-def _few(images: Images, hold_out: float | None) -> Images:
-    part = images if hold_out is None else images.split(hold_out)[1]
-    return part.take(LOOKED_AT)
 
 
 def _result(result: api.Result, folder: Path | None) -> Content:
