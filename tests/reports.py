@@ -119,6 +119,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    window.command_executor.client_config.timeout = 250  # a busy machine is slow, not broken
     try:
         yield window
     finally:

@@ -169,17 +169,8 @@ def compress(
     protected = opt.block_numbers(protect)
     state = place_beside(output) if resume else None
     with out.working(), keeping(lambda: _unfinished(state)):
-        original, pictures = opened(
-            out,
-            model,
-            images,
-            limit,
-            seed,
-            batch_size,
-            device,
-            opt.loading(context),
-            **opt.reading(context),
-        )
+        more: dict[str, Any] = {"loading": opt.loading(context), **opt.reading(context)}
+        original, pictures = opened(out, model, images, limit, seed, batch_size, device, **more)
         hold_out = HOLD_OUT if hold_out is None else hold_out
         result = api.compress(
             page.kept(original),
@@ -269,17 +260,8 @@ def sweep(
     chosen = api.recipe_for(opt.recipe(recipe, plain, select, contiguous), **opt.how(context))
     protected = opt.block_numbers(protect)
     with out.working(), keeping(lambda: _finished(output)):
-        original, pictures = opened(
-            out,
-            model,
-            images,
-            limit,
-            seed,
-            batch_size,
-            device,
-            opt.loading(context),
-            **opt.reading(context),
-        )
+        more: dict[str, Any] = {"loading": opt.loading(context), **opt.reading(context)}
+        original, pictures = opened(out, model, images, limit, seed, batch_size, device, **more)
         hold_out = HOLD_OUT if hold_out is None else hold_out
         frontier = sweep_model(
             original,
