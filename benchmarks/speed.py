@@ -1,7 +1,7 @@
 """How much of the speed-up that the FLOPs promise is measured, for 1 to 6 removed blocks.
 
-Original and small model run in turn in one process. The weights of the maps do not matter for the
-time, so nothing is fitted: each size removes the plan of blockfit's table in the README.
+The same as ``blockfit bench``, without fitting: the weights of the maps do not matter for the time,
+so each size removes the plan of blockfit's table in the README.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import argparse
 import copy
 
 import torch
-from common import MODEL, TRAIN, say
+from common import MODEL, say
 
 import blockfit
-from blockfit.budget import Sizes
+from blockfit.bench import bench
 from blockfit.maps import empty_map
-from blockfit.measure import alternate, speedup
 from blockfit.spans import Plan
+from blockfit.speed import BATCH_SIZES, Settings
+from blockfit.speed_report import markdown
 from blockfit.surgery import apply_plan
 
 PLANS = {
@@ -32,36 +33,21 @@ PLANS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--images", default=TRAIN)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[32, 1])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=BATCH_SIZES)
+    parser.add_argument("--engine", nargs="+", default=["eager"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     model = blockfit.load(args.model)
     blocks = blockfit.find_blocks(model)
-    for size in args.batch_size:
-        images = blockfit.images(args.images, model, limit=size, batch_size=size)
-        batch = next(iter(images))
-        sizes = Sizes(model, blocks, batch)
-        models = {"original": model}
-        promised = {}
-        for removed, spans in PLANS.items():
-            plan = Plan.of(spans, "affine")
-            small = copy.deepcopy(model)
-            maps = [empty_map(entry, blocks.width) for entry in plan]
-            apply_plan(small, blocks, plan, maps)
-            models[str(removed)] = small
-            promised[str(removed)] = 1 / sizes.fractions(plan)["flops"]
-        times = alternate(models, batch, args.rounds)
-        say(f"\nbatch {size}, {torch.get_num_threads()} threads, {args.rounds} rounds in turn")
-        say("| removed | plan | promised by FLOPs | measured (median of paired rounds) | part |")
-        say("|---|---|---|---|---|")
-        for name, promise in promised.items():
-            measured = speedup(times["original"], times[name])
-            plan_text = ", ".join(PLANS[int(name)])
-            say(
-                f"| {name} | {plan_text} | {promise:.2f}x | {measured:.2f}x "
-                f"| {measured / promise:.0%} |"
-            )
+    smalls = {}
+    for removed, spans in PLANS.items():
+        plan = Plan.of(spans, "affine")
+        small = copy.deepcopy(model)
+        apply_plan(small, blocks, plan, [empty_map(entry, blocks.width) for entry in plan])
+        smalls[f"{removed} removed"] = small
+    settings = Settings(args.batch_size, args.engine, threads=args.threads, rounds=args.rounds)
+    say(markdown(bench(model, smalls, settings, blocks=dict.fromkeys(smalls, blocks), say=say)))
 
 
 if __name__ == "__main__":
