@@ -98,7 +98,7 @@ class DigitsViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        class_token = self.cls_token.expand(len(images), -1, -1)
+        class_token = self.cls_token.expand(images.shape[0], -1, -1)
         hidden = torch.cat([class_token, patches], dim=1) + self.pos_embed
         for block in self.blocks:
             hidden = block(hidden)
