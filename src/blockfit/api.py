@@ -57,7 +57,7 @@ def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) ->
 
     Args:
         name: a saved folder; a transformers folder or Hub id; ``timm/NAME``;
-            ``torchvision/NAME``; ``demo``.
+            ``torchvision/NAME``; ``open_clip/NAME.WEIGHTS``; ``demo``.
         model: the freshly built original, for folders saved from a user's own module class.
         options: ``device``, ``dtype``, and for models by name ``trust_remote_code``.
 

@@ -32,11 +32,16 @@ def _log(wanted: bool) -> None:
 REMOVE, HOW, DATA, OUT = "What to remove", "How", "Model and images", "Output"
 
 Model = Annotated[
-    str, typer.Argument(help="A model folder, a Hub id, timm/NAME, torchvision/NAME or demo.")
+    str,
+    typer.Argument(
+        help="A model folder, a Hub id, timm/, torchvision/ or open_clip/NAME, or demo."
+    ),
 ]
 MaybeModel = Annotated[
     str | None,
-    typer.Argument(help="A model folder, a Hub id, timm/NAME, torchvision/NAME or demo."),
+    typer.Argument(
+        help="A model folder, a Hub id, timm/, torchvision/ or open_clip/NAME, or demo."
+    ),
 ]
 Small = Annotated[str, typer.Argument(help="A folder that compress wrote, or any model.")]
 TestData = Annotated[
