@@ -57,7 +57,8 @@ ROWS = (
     ("evaluate", "protocols", "zeroshot", "dense", "samples"),
     ("atomic", "manifest", "store", "sweepfile"),
     ("analysis",),
-    ("export",),
+    ("parity", "passport", "traced"),
+    ("card", "export_folder", "export_plain", "export_hub", "export_program", "export_onnx"),
     ("engines", "speed", "speed_report", "shortfall", "bench", "quantize", "precision"),
     ("content", "plots", "headline", "views", "report", "charts", "pages", "findings"),
     ("translators", "judge", "laboratory", "experiments", "reproduce"),
@@ -73,6 +74,8 @@ ROWS = (
         "command_quantize",
         "command_report",
         "command_reproduce",
+        "command_export",
+        "command_push",
         "cli",
         "__main__",
     ),
@@ -82,8 +85,25 @@ ROWS = (
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
 
 LIBRARIES_OF_MODELS = {"timm", "transformers", "torchvision", "open_clip"}
-EXTRAS = LIBRARIES_OF_MODELS | {"datasets", "matplotlib", "jinja2", "torchao"}
-KNOW_MODELS = {"preprocess", "libraries", "openclip", "models", "texts", "export"}
+EXTRAS = LIBRARIES_OF_MODELS | {
+    "datasets",
+    "jinja2",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "torchao",
+}
+KNOW_MODELS = {
+    "preprocess",
+    "libraries",
+    "openclip",
+    "models",
+    "texts",
+    "export_plain",
+    "export_hub",
+}
 """The only modules that may import a library of models; all others see any ``nn.Module``."""
 
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

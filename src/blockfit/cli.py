@@ -19,10 +19,12 @@ from blockfit.budget import Budget
 from blockfit.command_bench import bench
 from blockfit.command_check import check
 from blockfit.command_doctor import doctor
+from blockfit.command_export import export
+from blockfit.command_push import push
 from blockfit.command_quantize import quantize
 from blockfit.command_report import report as report_command
 from blockfit.command_reproduce import reproduce
-from blockfit.commands import analyze, evaluate, export, opened
+from blockfit.commands import analyze, evaluate, opened
 from blockfit.console import (
     Output,
     guarded,
@@ -208,6 +210,7 @@ def compress(
 app.command()(evaluate)
 app.command()(analyze)
 app.command()(export)
+app.command()(push)
 app.command()(report_command)
 app.command()(reproduce)
 app.command()(bench)

@@ -1,4 +1,4 @@
-"""The commands that take a model as it is: ``evaluate``, ``analyze`` and ``export``."""
+"""The commands that take a model as it is: ``evaluate`` and ``analyze``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from blockfit.console import Output, show_analysis, show_evaluation, show_images
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.evaluate import evaluate as evaluate_model
-from blockfit.export import export_plain
 from blockfit.models import source_of
 from blockfit.reporter import Reporter
 from blockfit.resume import Checkpoint, place_beside, settled
@@ -194,44 +193,5 @@ def analyze(
             **result.to_json(),
             "seconds": round(time.perf_counter() - started, 3),
             "output": None if output is None else str(output),
-        }
-    )
-
-
-def export(
-    small: opt.Small,
-    output: opt.Folder,
-    plain: opt.PlainCheckpoint = False,
-    overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Write a compressed model in a form that needs no blockfit."""
-    started = time.perf_counter()
-    out = Output(as_json, quiet)
-    if not plain:
-        raise BlockfitError(
-            "say in which form: --plain writes an ordinary checkpoint with fewer blocks"
-        )
-    with out.working():
-        out.say(f"loading {small}")
-        saved = store.load_saved(small)
-        out.say(f"writing {output}")
-        done = export_plain(saved, output, overwrite=overwrite)
-    compared = "not compared: the model's preprocessing is not known"
-    if done.error is not None:
-        compared = f"largest difference of its output from the small model's: {done.error:.1e}"
-    out.line(f"{done.library} checkpoint with {done.blocks} blocks in {output}; {compared}")
-    out.result(
-        {
-            "form": "plain",
-            "library": done.library,
-            "blocks": done.blocks,
-            "parameters": done.parameters,
-            "max_abs_error": done.error,
-            "seconds": round(time.perf_counter() - started, 3),
-            "output": str(output),
         }
     )

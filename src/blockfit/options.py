@@ -30,6 +30,7 @@ def _log(wanted: bool) -> None:
 
 
 REMOVE, HOW, DATA, OUT = "What to remove", "How", "Model and images", "Output"
+FORM = "Form, one of"
 
 Model = Annotated[
     str,
@@ -145,7 +146,45 @@ Plain = Annotated[
 ]
 PlainCheckpoint = Annotated[
     bool,
-    option("--plain", help="An ordinary transformers or timm checkpoint with fewer blocks."),
+    option(
+        "--plain",
+        help="An ordinary transformers or timm checkpoint with fewer blocks.",
+        panel=FORM,
+    ),
+]
+Onnx = Annotated[bool, option("--onnx", help="An ONNX file.", panel=FORM)]
+Pt2 = Annotated[bool, option("--pt2", help="A torch.export program (.pt2).", panel=FORM)]
+Hub = Annotated[
+    bool,
+    option("--hub", help="A transformers folder with its own code, for any map.", panel=FORM),
+]
+ExportedFolder = Annotated[
+    Path, typer.Argument(help="A folder that export --plain or --hub wrote.")
+]
+Repository = Annotated[str, typer.Argument(help="Where to, as owner/name.")]
+Private = Annotated[bool, option("--private", help="Where the repository is new.", panel=OUT)]
+ResolutionText = Annotated[
+    str | None,
+    option(
+        "--resolution",
+        help="Of the images: 224, 224x320 (height first) or dynamic; by default the model's own.",
+        panel=HOW,
+    ),
+]
+FixedBatch = Annotated[
+    int | None,
+    option("--fixed-batch", help="Take this many images only, instead of any number.", panel=HOW),
+]
+Opset = Annotated[
+    int | None, option("--opset", help="Version of the ONNX operator set; 18.", panel=HOW)
+]
+CompareLevels = Annotated[
+    bool,
+    option("--compare-levels", help="Time onnxruntime's graph optimisation levels.", panel=HOW),
+]
+CheckPictures = Annotated[
+    str | None,
+    option("--images", help="To compare on; by default two sample photographs.", panel=DATA),
 ]
 Map = Annotated[str | None, option("--map", help=f"{', '.join(MAP_KINDS)}.", panel=HOW)]
 Rank = Annotated[int | None, option("--rank", help="Of low-rank maps.", panel=HOW)]
@@ -177,6 +216,7 @@ HoldOut = Annotated[
     option("--hold-out", help=f"Part of the images that judges: {HOLD_OUT}.", panel=HOW),
 ]
 Folder = Annotated[Path, option("--output", "-o", help="Folder to write.", panel=OUT)]
+Target = Annotated[Path, option("--output", "-o", help="Folder or file to write.", panel=OUT)]
 MaybeFolder = Annotated[Path | None, option("--output", "-o", help="Folder to write.", panel=OUT)]
 Overwrite = Annotated[
     bool, option("--overwrite", help="Replace what an earlier run wrote.", panel=OUT)

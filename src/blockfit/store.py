@@ -179,7 +179,7 @@ def load_saved(
         )
     try:
         bare = skeleton(source) if model is None else meta_copy(model)
-        _put(bare, blocks, plan)
+        put_plan(bare, blocks, plan)
     except BlockfitError as error:
         raise BlockfitError(f"{mark}: {error}") from error
     if (loose := valueless(bare)) is not None:
@@ -193,7 +193,7 @@ def load_saved(
     return Saved(bare.eval(), blocks, plan, manifest.report, source, manifest.versions)
 
 
-def _put(bare: nn.Module, blocks: Blocks, plan: Plan) -> None:
+def put_plan(bare: nn.Module, blocks: Blocks, plan: Plan) -> None:
     """Apply a plan on the meta device, where its maps take no memory either."""
     with torch.device("meta"):
         maps = [empty_map(entry, blocks.width, blocks.prefix_tokens) for entry in plan]
@@ -205,7 +205,7 @@ def _check_rebuilds(
 ) -> None:
     """Refuse to write what ``load`` would refuse to read."""
     bare = skeleton(source)
-    _put(bare, blocks, plan)
+    put_plan(bare, blocks, plan)
     expected = {name: tuple(tensor.shape) for name, tensor in named_tensors(bare).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     why = f"what {source.name} is rebuilt from does not give the model that is to be saved"

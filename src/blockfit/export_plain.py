@@ -8,59 +8,40 @@ without blockfit.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blockfit.atomic import check_target, new_folder
 from blockfit.blocks import Blocks, named_blocks
+from blockfit.card import model_card
+from blockfit.data import Images
 from blockfit.errors import BlockfitError
-from blockfit.head import primary_output
+from blockfit.export_folder import (
+    CARD,
+    CONFIG,
+    FILES,
+    ExportedFolder,
+    compared,
+    kept_blocks,
+    narrow,
+    write_preprocessor,
+)
 from blockfit.models import load_model, skeleton
-from blockfit.preprocess import Preprocessing
-from blockfit.probe import call, evaluating
 from blockfit.source import Source
 from blockfit.store import WEIGHTS, Saved
-from blockfit.tensors import fill, named_tensors, storable, stored_dtype
+from blockfit.tensors import fill, named_tensors, storable
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-LARGEST_ERROR = 1e-4
-"""Of the reloaded checkpoint's output, relative to its largest value; more is refused."""
-
-PARITY_IMAGES = 4
 _OF_STAGES = ("stage_names", "out_features", "out_indices")
 """Keys by which a transformers config numbers the blocks for use as a backbone."""
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A plain checkpoint that was written.
-
-    Args:
-        folder: where it lies.
-        library: that loads it.
-        blocks: how many it has.
-        parameters: their number.
-        error: largest absolute difference of its output from the small model's, on noise images;
-            ``None`` where the model's preprocessing is not known, so that nothing was compared.
-    """
-
-    folder: Path
-    library: str
-    blocks: int
-    parameters: int
-    error: float | None
-
-
-def export_plain(saved: Saved, folder: str | Path, *, overwrite: bool = False) -> Exported:
+def export_plain(
+    saved: Saved, folder: str | Path, *, images: Images | None = None, overwrite: bool = False
+) -> ExportedFolder:
     """Write a compressed model as an ordinary checkpoint of its library, with fewer blocks.
 
     A transformers model becomes a folder for ``from_pretrained``, a timm model one for
@@ -70,6 +51,7 @@ def export_plain(saved: Saved, folder: str | Path, *, overwrite: bool = False) -
     Args:
         saved: from ``store.load_saved``.
         folder: new or empty.
+        images: to compare on; see ``parity.Pictures``.
         overwrite: replace a checkpoint that lies there.
 
     Raises:
@@ -78,17 +60,27 @@ def export_plain(saved: Saved, folder: str | Path, *, overwrite: bool = False) -
             folder is taken.
     """
     target = Path(folder).expanduser()
-    check_target(target, CONFIG, (CONFIG, WEIGHTS, PREPROCESSOR), overwrite)
+    check_target(target, CONFIG, FILES, overwrite)
     model, source = plain_model(saved)
+    local, online = f"local-dir:{folder}", "hf-hub:OWNER/NAME"
+    load = 'timm.create_model("{}", pretrained=True)'
+    if source.library == "transformers":
+        local, online = str(folder), "OWNER/NAME"
+        load = f'transformers.{type(model).__name__}.from_pretrained("{{}}")'
     with new_folder(target) as partial:
         if source.library == "transformers":
             _write_transformers(model, source, partial)
         else:
             _write_timm(model, source, partial)
-        _narrow(partial / WEIGHTS)
-        error = _largest_error(saved, partial)
+        narrow(partial / WEIGHTS)
+        parity = compared(saved, load_model(partial), images, "plain checkpoint")
+        (partial / CARD).write_text(
+            model_card(saved, parity, load.format(online)), encoding="utf-8"
+        )
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Exported(target, source.library, _kept(saved), count, error)
+    return ExportedFolder(
+        target, source.library, kept_blocks(saved), count, parity, load.format(local)
+    )
 
 
 def plain_model(saved: Saved) -> tuple[nn.Module, Source]:
@@ -104,7 +96,8 @@ def plain_model(saved: Saved) -> tuple[nn.Module, Source]:
     if needing:
         raise BlockfitError(
             f"the {needing[0].map} map of span {needing[0].span} needs a module that no stock "
-            "checkpoint has; compress with --plain (identity and folded maps only)"
+            "checkpoint has; compress with --plain (identity and folded maps only), or export with "
+            "--hub, --onnx or --pt2"
         )
     if saved.source.library not in ("transformers", "timm"):
         raise BlockfitError(
@@ -130,13 +123,9 @@ def plain_model(saved: Saved) -> tuple[nn.Module, Source]:
             fill(bare, values)
             return bare.eval(), source
     raise BlockfitError(
-        f"{saved.source.name} cannot be built with {_kept(saved)} blocks by changing one number of "
-        "its config; keep the folder that blockfit saved"
+        f"{saved.source.name} cannot be built with {kept_blocks(saved)} blocks by changing one "
+        "number of its config; keep the folder that blockfit saved"
     )
-
-
-def _kept(saved: Saved) -> int:
-    return saved.blocks.depth - len(saved.plan.removed_blocks)
 
 
 def _renumbered(saved: Saved) -> dict[str, Tensor]:
@@ -195,10 +184,7 @@ def _write_transformers(model: Any, source: Source, folder: Path) -> None:
     model.config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
-    own = source.preprocessing
-    if own is not None and own.kind == "transformers":
-        text = json.dumps(own.settings, indent=2) + "\n"
-        (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
+    write_preprocessor(source, folder)
 
 
 def _write_timm(model: Any, source: Source, folder: Path) -> None:
@@ -206,33 +192,3 @@ def _write_timm(model: Any, source: Source, folder: Path) -> None:
 
     options = source.arguments["options"]
     save_for_hf(model, str(folder), model_args=options, safe_serialization=True)
-
-
-def _narrow(weights: Path) -> None:
-    """Hold values in half precision where none of them changes by that."""
-    values = {name: value.to(stored_dtype(value)) for name, value in load_file(weights).items()}
-    save_file(values, weights, metadata={"format": "pt"})
-
-
-def _largest_error(saved: Saved, folder: Path) -> float | None:
-    own = saved.source.preprocessing
-    if own is None:
-        return None
-    images = _noise(own).to(next(saved.model.parameters()))
-    again = load_model(folder).to(images)
-    with torch.no_grad(), evaluating(saved.model):
-        expected = primary_output(call(saved.model, images))
-        found = primary_output(call(again, images))
-    error = float((found - expected).abs().max())
-    if not error <= LARGEST_ERROR * float(expected.abs().max()):
-        raise BlockfitError(
-            f"the plain checkpoint's output differs from the small model's by {error:.2g}: its "
-            "blocks depend on their position; keep the folder that blockfit saved"
-        )
-    return error
-
-
-def _noise(preprocessing: Preprocessing) -> Tensor:
-    random = np.random.default_rng(0)
-    pictures = random.integers(0, 256, (PARITY_IMAGES, 64, 64, 3), dtype=np.uint8)
-    return torch.stack([preprocessing(Image.fromarray(picture)) for picture in pictures])
