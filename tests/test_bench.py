@@ -186,6 +186,20 @@ def test_compiled_models_are_timed_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     assert one.shares is None
 
 
+def test_onnx_is_timed_beside_torch_where_it_can_be() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    original, small, _ = without_two_blocks()
+    settings = Settings((2, 1), ("onnx",), ("float32", "bfloat16"), rounds=2)
+    result = bench(original, {"small": small}, settings)
+    assert [(one.setting.batch_size, one.setting.dtype) for one in result.rows] == [
+        (2, "float32"), (1, "float32"),
+    ]  # fmt: skip
+    assert all(one.memory == (None, None) for one in result.rows)
+    (said,) = result.skipped
+    assert said.startswith("onnx in bfloat16 on cpu is not measured")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

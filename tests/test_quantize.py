@@ -200,7 +200,8 @@ def test_stages_are_judged_on_the_same_images(small: tuple[Path, Done]) -> None:
     saved, original = store.load_saved(small[0]), load_demo()
     data = open_images("digits:test", original, limit=100, batch_size=40)
     models = {"original": original, "compressed": saved.model}
-    first, second = stages(models, data, saved, rounds=2)
+    first, second = stages(models, dict.fromkeys(models, 7), data, saved, rounds=2)
+    assert first.size_bytes == 7
     right = agree = 0
     off = whole = 0.0
     with torch.no_grad():
@@ -229,7 +230,7 @@ def test_the_command_shows_what_each_step_costs(small: tuple[Path, Done], tmp_pa
     assert all(0.9 < stage["top1"] <= 1 for stage in told["stages"])
     assert "--overwrite" in blockfit_command(*given).error
     alone = blockfit_command(*given, "--overwrite")
-    assert "weights file:" in alone.out
+    assert "weights:" in alone.out
     assert "go together" in blockfit_command(*given, "--overwrite", "--against", "demo").error
     shown = blockfit_command(*given, "--overwrite", *compare[:-1], "8")
     assert "points of top-1 from the stage before" in shown.out
@@ -238,3 +239,56 @@ def test_the_command_shows_what_each_step_costs(small: tuple[Path, Done], tmp_pa
     few = ("--data", "digits:test", "--limit", "8")
     judged = blockfit_command("evaluate", tmp_path / "tiny", *few, "--json").json
     assert judged["compressed"]["size_bytes"] == told["size_bytes"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(small: tuple[Path, Done], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX file with static int8 activations, calibrated on what compress was given."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    file = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
+    given = ("quantize", small[0], "--int8", "onnx-static", "-o", file)
+    compare = ("--against", "demo", "--data", "digits:test", "--limit", "40")
+    told = blockfit_command(*given, *compare, "--json").json
+    assert told["size_bytes"] == file.stat().st_size < 0.45 * told["original_float32_bytes"]
+    tiny = told["stages"][2]
+    assert tiny["agreement"] > 0.95
+    assert 0 < tiny["relative_error"] < 0.2
+    assert tiny["latency_ms"]["median"] > 0
+    return file
+
+
+def test_static_int8_is_calibrated_on_the_same_images(
+    calibrated: Path, small: tuple[Path, Done]
+) -> None:
+    """The range of the input of the head is that of the calibration images' features."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(calibrated)
+    told = {entry.key for entry in model.metadata_props}
+    assert {"blockfit.plan", "blockfit.preprocessing"} <= told
+    saved = store.load_saved(small[0])
+    features = []
+    saved.model.head.register_forward_hook(lambda m, a, out: features.append(a[0]))
+    with torch.no_grad():
+        for batch in open_images("digits", saved.model, limit=40):
+            saved.model(batch)
+    values = torch.cat(features)
+    span = float(values.max().clamp(min=0) - values.min().clamp(max=0))
+    arrays = {entry.name: numpy_helper.to_array(entry) for entry in model.graph.initializer}
+    (gemm,) = (node for node in model.graph.node if node.op_type == "Gemm")
+    (back,) = (node for node in model.graph.node if gemm.input[0] in node.output)
+    assert float(arrays[back.input[1]]) == pytest.approx(span / 255, rel=1e-2)
+
+
+def test_onnx_files_are_named_and_guarded(
+    small: tuple[Path, Done], tmp_path: Path, calibrated: Path
+) -> None:
+    given = ("quantize", small[0], "--int8")
+    assert "must end in .onnx" in blockfit_command(*given, "onnx-dynamic", "-o", tmp_path).error
+    assert "is there already" in blockfit_command(*given, "onnx-dynamic", "-o", calibrated).error
+    wrong = (*given, "dynamic", "-o", tmp_path / "x", "--images", "digits")
+    assert "needs no calibration" in blockfit_command(*wrong).error
+    done = blockfit_command(*given, "onnx-dynamic", "-o", tmp_path / "x.onnx", "--json").json
+    assert done["size_bytes"] < 0.45 * 4 * parameters(load_demo())

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from blockfit.blocks import Blocks
-from blockfit.engines import Engine, compiling, noise_for, ready
+from blockfit.engines import Engine, compiling, noise_for, onnx_files, ready, unable
 from blockfit.errors import BlockfitError
 from blockfit.manifest import installed_versions
 from blockfit.measure import Timing, device_name, flops, in_turn, parameters, size_bytes
@@ -49,20 +51,29 @@ def bench(
         BlockfitError: where a model does not say what images it takes, or cannot run.
     """
     settings = settings or Settings()
+    tell = say or (lambda line: None)
     if not smalls or ORIGINAL in smalls:
         raise BlockfitError(f"give compressed models by names other than {ORIGINAL!r}")
     models = {ORIGINAL: original, **smalls}
     inputs = noise_for(original, max(settings.batch_sizes))
     costs = {name: _cost(model, inputs) for name, model in models.items()}
     rows: list[Row] = []
-    with _threads(settings.threads):
+    skipped: dict[str, None] = {}
+    files: dict[str, Path] = {}
+    with _threads(settings.threads), tempfile.TemporaryDirectory() as folder:
         for setting in settings.each():
-            if say is not None:
-                say(f"timing {setting}")
+            why = unable(setting.engine, setting.dtype, settings.device)
+            if why is not None:
+                skipped[why] = None
+                continue
+            if setting.engine == "onnx" and not files:
+                tell("exporting to ONNX")
+                files = onnx_files(models, inputs, Path(folder))
+            tell(f"timing {setting}")
             batch = first_images(inputs, setting.batch_size)
-            rows += _rows(models, setting, settings, batch, costs, blocks or {})
+            rows += _rows(models, setting, settings, batch, costs, blocks or {}, files)
     explained = tuple(replace(row, remarks=remarks(row, rows)) for row in rows)
-    return Bench(_machine(settings), settings.rounds, costs, explained)
+    return Bench(_machine(settings), settings.rounds, costs, explained, tuple(skipped))
 
 
 def _cost(model: nn.Module, inputs: Batch) -> dict[str, int]:
@@ -80,13 +91,21 @@ def _rows(
     batch: Batch,
     costs: Mapping[str, Mapping[str, int]],
     blocks: Mapping[str, Blocks],
+    files: Mapping[str, Path],
 ) -> list[Row]:
     """One setting: every compressed model against the original."""
     dtype = getattr(torch, setting.dtype)
     copies = {name: copy.deepcopy(m).to(settings.device, dtype) for name, m in models.items()}
     with compiling(setting.engine), ExitStack() as stack:
         engines: dict[str, Engine] = {
-            name: stack.enter_context(ready(setting.engine, model, batch))
+            name: stack.enter_context(
+                ready(
+                    setting.engine,
+                    model,
+                    batch,
+                    files[name] if setting.engine == "onnx" else None,
+                )
+            )
             for name, model in copies.items()
         }
         seconds = in_turn({name: one.run for name, one in engines.items()}, settings.rounds)

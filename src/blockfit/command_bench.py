@@ -108,7 +108,7 @@ def bench(
     out.line(how_measured(result))
     out.table(COLUMNS, [cells(row) for row in result.rows])
     out.table(cost_columns(result), cost_cells(result))
-    for line in remark_lines(result):
+    for line in (*remark_lines(result), *result.skipped):
         out.line(line)
     out.result({**result.to_json(), "seconds": round(time.perf_counter() - started, 3)})
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 from blockfit import api, store
 from blockfit import options as opt
 from blockfit.amounts import amount, number, percent, share
+from blockfit.atomic import check_file
 from blockfit.console import Output, show_images
+from blockfit.data import Images
 from blockfit.errors import BlockfitError
+from blockfit.export_onnx import SUFFIX, Session
 from blockfit.int8 import check_kind
 from blockfit.measure import parameters, size_bytes
 from blockfit.quantize import Stage, stages
 from blockfit.quantize import quantize as quantize_model
+from blockfit.quantize_onnx import ONNX_KINDS, quantize_onnx
 from blockfit.tensors import INT8_KINDS
 
 ORIGINAL, COMPRESSED = "original", "compressed"
@@ -27,7 +33,20 @@ COLUMNS = (
 )  # fmt: skip
 
 Saved = Annotated[str, typer.Argument(metavar="SMALL", help="A folder that compress wrote.")]
-Int8 = Annotated[str, opt.option("--int8", help=f"{', '.join(INT8_KINDS)}.", panel=opt.HOW)]
+Int8 = Annotated[
+    str, opt.option("--int8", help=f"{', '.join((*INT8_KINDS, *ONNX_KINDS))}.", panel=opt.HOW)
+]
+Target = Annotated[
+    Path, opt.option("--output", "-o", help="Folder, or ONNX file, to write.", panel=opt.OUT)
+]
+Calibration = Annotated[
+    str | None,
+    opt.option("--images", help="For onnx-static; by default those of compress.", panel=opt.DATA),
+]
+CalibrationLimit = Annotated[
+    int | None,
+    opt.option("--images-limit", help="Draw this many of --images.", panel=opt.DATA),
+]
 Data = Annotated[
     str | None, opt.option("--data", help="Images to compare all stages on.", panel=opt.DATA)
 ]
@@ -37,7 +56,9 @@ def quantize(
     context: typer.Context,
     small: Saved,
     int8: Int8,
-    output: opt.Folder,
+    output: Target,
+    images: Calibration = None,
+    images_limit: CalibrationLimit = None,
     against: opt.Against = None,
     data: Data = None,
     limit: opt.Limit = None,
@@ -56,47 +77,77 @@ def quantize(
     """Bring the weights of a compressed model to int8; compare original, compressed and int8."""
     started = time.perf_counter()
     out = Output(as_json, quiet)
-    check_kind(int8)
-    store.check_folder(output, overwrite)
+    if int8 in ONNX_KINDS:
+        check_file(output, SUFFIX, overwrite)
+    else:
+        check_kind(int8)
+        store.check_folder(output, overwrite)
+    if images is not None and int8 != "onnx-static":
+        raise BlockfitError(f"--images has no use with {int8}, which needs no calibration")
     if (against is None) != (data is None):
         raise BlockfitError(
             "--against and --data go together: give the original and images to compare on"
         )
+    how = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
     with out.working():
         out.say(f"loading {small}")
         saved = store.load_saved(small)
-        out.say("rounding weights")
-        tiny = quantize_model(saved, int8)
-        out.say(f"saving to {output}")
-        store.save(
-            output, tiny.model, tiny.blocks, tiny.plan,
-            source=tiny.source, report=tiny.report, overwrite=overwrite,
-        )  # fmt: skip
-        models = {COMPRESSED: saved.model, f"+ int8 {int8}": store.load(output)}
+        out.say(f"writing {output}")
+        if int8 in ONNX_KINDS:
+            used = _calibration(saved, images, images_limit, how) if "static" in int8 else None
+            quantize_onnx(saved, output, int8, used, overwrite=overwrite)
+            tiny: nn.Module = Session(output)
+            after = output.stat().st_size
+        else:
+            _save(quantize_model(saved, int8), output, overwrite)
+            tiny = store.load(output)
+            after = size_bytes(tiny)
+        before = size_bytes(saved.model)
         found: list[Stage] = []
         if against is not None and data is not None:
-            models = {ORIGINAL: api.load(against, **opt.loading(context)), **models}
-            how = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
+            original = api.load(against, **opt.loading(context))
+            whole = 4 * parameters(original)
+            models = {ORIGINAL: original, COMPRESSED: saved.model, f"+ int8 {int8}": tiny}
+            sizes = dict(zip(models, (size_bytes(original), before, after), strict=True))
             pictures = api.images(data, saved.model, limit=limit, **how)
             show_images(out, pictures.description())
             out.say("comparing")
-            found = stages(models, pictures, saved, progress=out.count)
-    before, after = (size_bytes(model) for model in list(models.values())[-2:])
-    out.line(f"weights file: {amount(before, 'B')} → {amount(after, 'B')}, in {output}")
-    whole = 4 * parameters(models[ORIGINAL]) if found else None
-    if whole is not None:
+            found = stages(models, sizes, pictures, saved, progress=out.count)
+    out.line(f"weights: {amount(before, 'B')} → {amount(after, 'B')}, in {output}")
+    if found:
         _show(out, found, whole)
     out.result(
         {
             "int8": int8,
             "size_bytes_before": before,
             "size_bytes": after,
-            "original_float32_bytes": whole,
+            "original_float32_bytes": whole if found else None,
             "stages": [stage.to_json() for stage in found],
             "threads": torch.get_num_threads(),
             "seconds": round(time.perf_counter() - started, 3),
             "output": str(output),
         }
+    )
+
+
+def _save(tiny: store.Saved, output: Path, overwrite: bool) -> None:
+    store.save(
+        output, tiny.model, tiny.blocks, tiny.plan,
+        source=tiny.source, report=tiny.report, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def _calibration(
+    saved: store.Saved, images: str | None, limit: int | None, how: dict[str, Any]
+) -> Images:
+    """The images that were named, or else those that the model was compressed on."""
+    if images is not None:
+        return api.images(images, saved.model, limit=limit, **how)
+    told = saved.report.get("calibration", {})
+    if not {"source", "used", "seed"} <= told.keys():
+        raise BlockfitError("the folder does not say what it was calibrated on; give --images")
+    return api.images(
+        told["source"], saved.model, limit=limit or told["used"], **{**how, "seed": told["seed"]}
     )
 
 

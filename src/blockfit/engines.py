@@ -1,11 +1,12 @@
-"""What runs a model: torch as it is or compiled, behind one function without arguments."""
+"""What runs a model: torch as it is or compiled, or onnxruntime, behind one function."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from blockfit.blocks import find_blocks
+from blockfit.export_onnx import Session, export_onnx
+from blockfit.manifest import installed_versions
 from blockfit.measure import measuring, peak_memory, wait
 from blockfit.models import source_of
-from blockfit.probe import Batch, call, example_input, image_tower, placed
+from blockfit.probe import Batch, call, example_input, first_images, image_tower, placed
+from blockfit.store import Saved
+from blockfit.surgery import removed_plan
 
-ENGINES = ("eager", "compiled")
+ENGINES = ("eager", "compiled", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 
 MOST_COMPILED = 64
@@ -37,8 +43,32 @@ class Engine:
     memory: Callable[[], int | None]
 
 
+def unable(engine: str, dtype: str, device: str) -> str | None:
+    """Why an engine cannot run in a dtype on a device; ``None`` where it can."""
+    if engine == "onnx" and (dtype != "float32" or torch.device(device).type != "cpu"):
+        return f"onnx in {dtype} on {device} is not measured: onnxruntime runs float32 on the cpu"
+    return None
+
+
+def onnx_files(models: Mapping[str, nn.Module], inputs: Batch, folder: Path) -> dict[str, Path]:
+    """Every model as an ONNX file for any number of images, by name.
+
+    Raises:
+        BlockfitError: where one cannot be exported.
+    """
+    out = {}
+    for number, (name, model) in enumerate(models.items()):
+        blocks = find_blocks(model, placed(model, first_images(inputs, 2)))
+        plan, source = removed_plan(model, blocks), source_of(model)
+        out[name] = folder / f"{number}.onnx"
+        export_onnx(Saved(model, blocks, plan, {}, source, installed_versions()), out[name])
+    return out
+
+
 @contextmanager
-def ready(engine: str, model: nn.Module, inputs: Batch) -> Iterator[Engine]:
+def ready(
+    engine: str, model: nn.Module, inputs: Batch, file: Path | None = None
+) -> Iterator[Engine]:
     """Prepare ``model`` for ``inputs`` on its own device and in its own dtype.
 
     It is in eval mode and makes no gradients as long as the context lasts.
@@ -47,8 +77,12 @@ def ready(engine: str, model: nn.Module, inputs: Batch) -> Iterator[Engine]:
         engine: one of ``ENGINES``.
         model: on the device and in the dtype that are to be measured.
         inputs: a batch.
+        file: the model in ONNX, for that engine.
     """
     batch = placed(model, inputs)
+    if file is not None:
+        yield _in_onnx(Session(file), batch)
+        return
     with measuring(model):
         if engine == "compiled":
             model = _compiled(model)
@@ -94,6 +128,13 @@ def noise_for(model: nn.Module, count: int) -> Batch:
     if isinstance(example, Tensor):
         return repeated(example)
     return {name: repeated(value) for name, value in example.items()}
+
+
+def _in_onnx(session: Session, batch: Batch) -> Engine:
+    """onnxruntime takes and gives arrays; what it allocates cannot be seen from here."""
+    pixels = batch if isinstance(batch, Tensor) else batch["pixel_values"]
+    feed = {session.input: pixels.numpy()}
+    return Engine(functools.partial(session.session.run, None, feed), lambda: None)
 
 
 def _compiled(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from blockfit.errors import BlockfitError
 from blockfit.evaluate import Accuracy
 from blockfit.head import Observation, observe, primary_output
 from blockfit.int8 import check_kind, to_int8
-from blockfit.measure import ROUNDS, Timing, alternate, measuring, size_bytes
+from blockfit.measure import ROUNDS, Timing, alternate, measuring
 from blockfit.probe import Batch, call, first_images, placed
 from blockfit.store import Saved
 
@@ -98,6 +98,7 @@ class _Tally:
 
 def stages(
     models: Mapping[str, nn.Module],
+    sizes: Mapping[str, int],
     data: Images,
     saved: Saved,
     *,
@@ -108,6 +109,7 @@ def stages(
 
     Args:
         models: by name, the original first; anything that gives outputs as the original does.
+        sizes: bytes of their weights, by name.
         data: the images; labels are used where there are any.
         saved: the compressed model, which says whether there is a head.
         rounds: timed passes of each.
@@ -142,7 +144,7 @@ def stages(
     return [
         Stage(
             name,
-            size_bytes(models[name]),
+            sizes[name],
             tally.accuracy.top1,
             tally.same / done if classes else None,
             (tally.off / tally.whole) ** 0.5 if tally.whole else 0.0,

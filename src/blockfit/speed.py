@@ -169,12 +169,14 @@ class Bench:
         rounds: timed passes of each model in each setting.
         models: by name: parameters, FLOPs per image, bytes of the weights file.
         rows: settings × compressed models.
+        skipped: why a setting was left out, a sentence each.
     """
 
     machine: dict[str, Any]
     rounds: int
     models: dict[str, dict[str, int]]
     rows: tuple[Row, ...]
+    skipped: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -183,4 +185,5 @@ class Bench:
             "rounds": self.rounds,
             "models": self.models,
             "rows": [row.to_json() for row in self.rows],
+            "skipped": list(self.skipped),
         }

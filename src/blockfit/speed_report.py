@@ -97,7 +97,7 @@ def markdown(result: Bench) -> str:
         _table(COLUMNS, [cells(row) for row in result.rows]),
         _table(cost_columns(result), cost_cells(result)),
     ]
-    if remarks := [f"- {line}" for line in remark_lines(result)]:
+    if remarks := [f"- {line}" for line in (*remark_lines(result), *result.skipped)]:
         parts.append("\n".join(remarks))
     return "\n\n".join(parts) + "\n"
 
