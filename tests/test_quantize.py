@@ -17,7 +17,7 @@ from families import FAMILIES
 from families import one_thread as one_thread
 from safetensors.torch import load_file
 
-from blockfit import store
+from blockfit import compress, store
 from blockfit.blocks import find_blocks
 from blockfit.data import images as open_images
 from blockfit.demo import load_demo
@@ -25,6 +25,7 @@ from blockfit.errors import BlockfitError
 from blockfit.head import primary_output
 from blockfit.int8 import targets, to_int8
 from blockfit.measure import flops, parameters, size_bytes
+from blockfit.precision import check_precision
 from blockfit.quantize import quantize, stages
 from blockfit.tensors import INT8_KINDS, int8_kind, int8_parts
 
@@ -130,8 +131,14 @@ def test_what_cannot_be_rounded_is_refused(small: tuple[Path, Done]) -> None:
     saved = store.load_saved(small[0])
     with pytest.raises(BlockfitError, match="unknown int8 kind 'static'"):
         quantize(saved, "static")
-    with pytest.raises(BlockfitError, match="in int8 already"):
-        quantize(quantize(saved, "dynamic"), "weight-only")
+    tiny = quantize(saved, "dynamic")
+    for refused in (
+        lambda: quantize(tiny, "weight-only"),
+        lambda: compress(tiny.model, IMAGES, remove=1),
+        lambda: check_precision(tiny.model, tiny.blocks, open_images(IMAGES), "float16"),
+    ):
+        with pytest.raises(BlockfitError, match="in int8 already"):
+            refused()
 
 
 def test_layers_outside_the_blocks_are_left_alone() -> None:

@@ -20,6 +20,7 @@ from blockfit.budget import Budget
 from blockfit.data import Images, images
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
+from blockfit.int8 import check_no_int8
 from blockfit.models import load_model, source_of
 from blockfit.precision import overflow_warnings
 from blockfit.recipes import Recipe
@@ -219,6 +220,7 @@ def compress(
         model, inplace = load(model), True
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
+    check_no_int8(model, "compressed")
     source = source_of(model)
     setting = Setting.of(model, images, blocks, hold_out, seed)
     if plan is not None:

@@ -31,6 +31,7 @@ from blockfit.export_folder import (
     kept_blocks,
     write_preprocessor,
 )
+from blockfit.int8 import check_no_int8
 from blockfit.manifest import dumps, installed_versions
 from blockfit.store import WEIGHTS, Saved
 from blockfit.tensors import storable, stored_dtype, tied
@@ -130,6 +131,7 @@ def export_hub(
     """
     target = Path(folder).expanduser()
     check_target(target, CONFIG, FILES, overwrite)
+    check_no_int8(saved.model, "exported")
     if saved.source.library != "transformers":
         raise BlockfitError(
             f"{saved.source.name} is no transformers model, and only transformers loads a folder's "

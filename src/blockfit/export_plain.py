@@ -30,6 +30,7 @@ from blockfit.export_folder import (
     narrow,
     write_preprocessor,
 )
+from blockfit.int8 import check_no_int8
 from blockfit.models import load_model, skeleton
 from blockfit.source import Source
 from blockfit.store import WEIGHTS, Saved
@@ -61,6 +62,7 @@ def export_plain(
     """
     target = Path(folder).expanduser()
     check_target(target, CONFIG, FILES, overwrite)
+    check_no_int8(saved.model, "exported")
     model, source = plain_model(saved)
     local, online = f"local-dir:{folder}", "hf-hub:OWNER/NAME"
     load = 'timm.create_model("{}", pretrained=True)'

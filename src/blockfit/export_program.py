@@ -15,6 +15,7 @@ from blockfit.atomic import check_file, new_file
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.head import observe
+from blockfit.int8 import check_no_int8
 from blockfit.parity import Parity, Pictures, Run, compare
 from blockfit.passport import passport
 from blockfit.store import Saved
@@ -102,6 +103,7 @@ class Setting:
         Raises:
             BlockfitError: where the model cannot take the images or the resolution.
         """
+        check_no_int8(saved.model, "exported")
         if batch is not None and batch < 1:
             raise BlockfitError(f"a fixed batch holds at least 1 image, not {batch}")
         pictures = Pictures.of(saved.model, saved.source, images)

@@ -56,8 +56,7 @@ def to_int8(model: nn.Module, blocks: Blocks, kind: str, inputs: Batch) -> list[
     """
     check_kind(kind)
     torchao = _torchao()
-    if int8_kind(model.parameters()) is not None:
-        raise BlockfitError("the model's weights are in int8 already; give the one before that")
+    check_no_int8(model, "rounded again")
     found = targets(model, blocks, inputs)
     if not found:
         raise BlockfitError("the blocks call no linear layers that could be brought to int8")
@@ -107,6 +106,19 @@ def _by_token() -> Any:
     )
 
     return QuantizeTensorToInt8Kwargs(granularity=PerRow())
+
+
+def check_no_int8(model: nn.Module, purpose: str) -> None:
+    """Refuse a model in int8 for what needs ordinary weights.
+
+    Raises:
+        BlockfitError: naming the purpose, such as ``exported``.
+    """
+    if int8_kind(model.parameters()) is not None:
+        raise BlockfitError(
+            f"the model's weights are in int8 already and cannot be {purpose}; give the model "
+            "before that step"
+        )
 
 
 def check_kind(kind: str) -> None:

@@ -15,10 +15,10 @@ from blockfit.blocks import Blocks, block_modules, record
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.head import observe, primary_output
+from blockfit.int8 import check_no_int8
 from blockfit.measure import measuring
 from blockfit.probe import Batch, call, first_images, placed
 from blockfit.surgery import is_replaced
-from blockfit.tensors import int8_kind
 
 HALVES = ("bfloat16", "float16")
 
@@ -136,8 +136,7 @@ def check_precision(
     """
     if dtype not in HALVES:
         raise BlockfitError(f"unknown dtype {dtype!r}; choose {' or '.join(HALVES)}")
-    if int8_kind(model.parameters()) is not None:
-        raise BlockfitError("the model's weights are in int8; check it before that")
+    check_no_int8(model, "checked in half precision")
     exact = copy.deepcopy(model).float()
     half = copy.deepcopy(model).to(getattr(torch, dtype))
     states = [_Sums() for _ in range(blocks.depth + 1)]
