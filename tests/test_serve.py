@@ -81,7 +81,8 @@ def until(server: Server, path: str, done: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def onnx_file(small: tuple[Path, Done], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    export_onnx = pytest.importorskip("blockfit.export_onnx").export_onnx
+    from blockfit.export_onnx import export_onnx
+
     file = tmp_path_factory.mktemp("serve") / "small.onnx"
     export_onnx(store.load_saved(small[0]), file)
     return file
