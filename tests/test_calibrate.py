@@ -11,10 +11,11 @@ from small import PREFIX, small_blocks, small_images, small_pictures, small_vit
 from torch import Tensor
 
 from blockfit.blocks import find_blocks, record
-from blockfit.calibrate import calibrate
+from blockfit.calibrate import calibrate, moments_of
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.moments import Moments
+from blockfit.originals import Originals
 from blockfit.spans import Span, spans_up_to
 
 SPANS = spans_up_to(6, 3)
@@ -54,6 +55,20 @@ def test_every_token_of_every_image_counts_also_in_a_last_short_batch() -> None:
     assert few.tokens == {"prefix": 21 * PREFIX, "patch": 21 * 4}
     more = calibrate(model, small_blocks(model), small_images(21), SPANS, tokens_per_image=99)
     assert torch.equal(flat(more), flat(moments))
+
+
+@pytest.mark.parametrize("tokens_per_image", [None, 4])
+def test_states_that_are_kept_need_no_second_pass(tokens_per_image: int | None) -> None:
+    model, how = small_vit(), {"tokens_per_image": tokens_per_image, "seed": 3}
+    blocks, images = small_blocks(model), small_images(21)
+    originals = Originals(model, blocks, images)
+    assert originals.complete
+    kept = [(seen.states, originals.places(b)) for b, seen in enumerate(originals.traces)]
+    found = moments_of(kept, blocks, SPANS, **how)
+    again = calibrate(model, blocks, images, SPANS, **how)
+    assert found.tokens == again.tokens
+    assert torch.equal(flat(found), flat(again))
+    assert not Originals(model, blocks, images, limit_bytes=0).complete
 
 
 def test_the_same_tokens_are_drawn_whatever_the_batch_size() -> None:

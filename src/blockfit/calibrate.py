@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from hashlib import sha256
 from typing import Any
@@ -77,9 +77,7 @@ def calibrate(
         for batch in own.batches(start):
             call(model, batch.inputs)
             _check_all(states, batch.names)
-            picked = _pick(states, blocks.prefix_tokens, tokens_per_image, seed, batch.places)
-            patches = states[0].shape[1] - blocks.prefix_tokens
-            moments.add({b: picked(states[b]) for b in moments.boundaries}, patches)
+            _add(moments, dict(enumerate(states)), tokens_per_image, seed, batch.places)
             done += len(states[0])
             if progress is not None:
                 progress(done, len(own))
@@ -97,6 +95,44 @@ def calibrate(
     return moments
 
 
+def moments_of(
+    kept: Iterable[tuple[Mapping[int, Tensor], Sequence[int]]],
+    blocks: Blocks,
+    spans: Iterable[Span],
+    *,
+    tokens_per_image: int | None = None,
+    seed: int = 0,
+) -> Moments:
+    """What ``calibrate`` returns, from hidden states that are known already: no pass at all.
+
+    Args:
+        kept: for each batch of this process, l → h[l] of shape (images, tokens, width), and the
+            places of its images in the walk.
+        blocks: where the blocks of the model are.
+        spans: what maps may be fitted for.
+        tokens_per_image: as in ``calibrate``.
+        seed: as in ``calibrate``.
+    """
+    moments = Moments(spans, blocks.width, blocks.prefix_tokens)
+    for states, places in kept:
+        _add(moments, states, tokens_per_image, seed, places)
+    moments.reduce()
+    return moments
+
+
+def _add(
+    moments: Moments,
+    states: Mapping[int, Tensor],
+    tokens_per_image: int | None,
+    seed: int,
+    places: Sequence[int],
+) -> None:
+    prefix_tokens = moments.prefix_tokens
+    picked = _pick(states[0], prefix_tokens, tokens_per_image, seed, places)
+    patches = states[0].shape[1] - prefix_tokens
+    moments.add({b: picked(states[b]) for b in moments.boundaries}, patches)
+
+
 def _save(checkpoint: Checkpoint, name: str, moments: Moments, rest: list[Any]) -> None:
     counts, tensors = moments.state()
     checkpoint.save(name, [counts, *rest], tensors)
@@ -108,19 +144,19 @@ def _check_all(states: list[Tensor], names: list[str]) -> None:
 
 
 def _pick(
-    states: list[Tensor],
+    hidden: Tensor,
     prefix_tokens: int,
     tokens_per_image: int | None,
     seed: int,
     places: Sequence[int],
 ) -> Callable[[Tensor], Tensor]:
     """Takes the prefix tokens and some patch tokens; the choice depends on the image's place."""
-    images, tokens = states[0].shape[:2]
+    images, tokens = hidden.shape[:2]
     patches = tokens - prefix_tokens
     if tokens_per_image is None or tokens_per_image >= patches:
         return lambda hidden: hidden
     index = drawn_tokens(prefix_tokens, patches, tokens_per_image, seed, places)
-    index = index.to(states[0].device)
+    index = index.to(hidden.device)
     take = torch.arange(images, device=index.device)[:, None]
     return lambda hidden: hidden[take, index]
 

@@ -88,6 +88,11 @@ class Originals:
         self._whole = {number for number, _, whole, _ in told if whole}
         self._owners = {number: rank for number, _, _, rank in told}
 
+    @property
+    def complete(self) -> bool:
+        """Whether the hidden states of all batches, of all processes, are kept."""
+        return self._whole == set(self.sizes)
+
     def hold(self, tensor: Tensor) -> Tensor:
         """Where a tensor of every batch lies: in memory, or on the shelf."""
         return tensor if self._shelf is None else self._shelf.hold(tensor)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blockfit import ranks
 from blockfit.blocks import Batch, Blocks, find_blocks, named_blocks
 from blockfit.budget import Budget, Sizes
-from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate
+from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.heldout import HeldOut
@@ -218,6 +218,16 @@ class Session:
             yield self._pass(spans)
 
     def _pass(self, spans: list[Span]) -> Moments:
+        if self.originals.complete:
+            originals = self.originals
+            kept = ((t.states, originals.places(b)) for b, t in enumerate(originals.traces))
+            return moments_of(
+                kept,
+                self.setting.blocks,
+                spans,
+                tokens_per_image=TOKENS_PER_IMAGE,
+                seed=self.seed,
+            )
         return calibrate(
             self.setting.model,
             self.setting.blocks,
