@@ -63,8 +63,7 @@ def test_states_that_are_kept_need_no_second_pass(tokens_per_image: int | None) 
     blocks, images = small_blocks(model), small_images(21)
     originals = Originals(model, blocks, images)
     assert originals.complete
-    kept = [(seen.states, originals.places(b)) for b, seen in enumerate(originals.traces)]
-    found = moments_of(kept, blocks, SPANS, **how)
+    found = moments_of(originals.kept(), blocks, SPANS, **how)
     again = calibrate(model, blocks, images, SPANS, **how)
     assert found.tokens == again.tokens
     assert torch.equal(flat(found), flat(again))

@@ -125,7 +125,7 @@ def _show_folder(out: Output, done: ExportedFolder) -> None:
 
 
 def _show_file(out: Output, done: Exported) -> None:
-    out.line(f"{_described(done)} in {done.path}")
+    out.line(f"{_described(done)}, in {done.path}")
     out.line(f"compared with the model: {done.parity}")
     out.line(f'run it: torch.export.load("{done.path}").module()(images)')
 
@@ -165,4 +165,4 @@ _SHOW: dict[str, Callable[[Output, Any], None]] = {
 def _described(done: Exported) -> str:
     size = "any size" if done.size is None else f"{done.size[0]} × {done.size[1]} pixels"
     batch = "any number of" if done.batch is None else f"{done.batch}"
-    return f"{done.blocks} blocks, {amount(done.size_bytes, 'B')}, for {batch} images of {size},"
+    return f"{done.blocks} blocks, {amount(done.size_bytes, 'B')}, for {batch} images of {size}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,10 @@ class Originals:
     def complete(self) -> bool:
         """Whether the hidden states of all batches, of all processes, are kept."""
         return self._whole == set(self.sizes)
+
+    def kept(self) -> Iterator[tuple[dict[int, Tensor], range]]:
+        """The hidden states of each batch of this process, and the places of its images."""
+        return ((seen.states, self.places(b)) for b, seen in enumerate(self.traces))
 
     def hold(self, tensor: Tensor) -> Tensor:
         """Where a tensor of every batch lies: in memory, or on the shelf."""

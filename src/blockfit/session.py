@@ -218,25 +218,12 @@ class Session:
             yield self._pass(spans)
 
     def _pass(self, spans: list[Span]) -> Moments:
+        how = {"tokens_per_image": TOKENS_PER_IMAGE, "seed": self.seed}
+        model, blocks, fit = self.setting.model, self.setting.blocks, self.setting.fit
         if self.originals.complete:
-            originals = self.originals
-            kept = ((t.states, originals.places(b)) for b, t in enumerate(originals.traces))
-            return moments_of(
-                kept,
-                self.setting.blocks,
-                spans,
-                tokens_per_image=TOKENS_PER_IMAGE,
-                seed=self.seed,
-            )
+            return moments_of(self.originals.kept(), blocks, spans, **how)
         return calibrate(
-            self.setting.model,
-            self.setting.blocks,
-            self.setting.fit,
-            spans,
-            tokens_per_image=TOKENS_PER_IMAGE,
-            seed=self.seed,
-            progress=self._progress,
-            checkpoint=self._checkpoint,
+            model, blocks, fit, spans, **how, progress=self._progress, checkpoint=self._checkpoint
         )
 
     def by_hand(self, plan: Plan) -> Point:
