@@ -63,3 +63,13 @@ TORCHVISION: dict[str, Family] = {
 }
 
 FAMILIES: dict[str, Family] = {**TIMM, **TRANSFORMERS, **TORCHVISION, **OPENCLIP, **PLAIN}
+
+EXPORTED: dict[str, tuple[str, ...]] = {
+    "ONNX": (
+        "timm-vit", "vit-classifier", "deit-teacher", "dinov2-classifier", "clip-vision",
+        "torchvision-vit",
+    ),
+    "Hub": ("vit-classifier", "deit-teacher", "clip-vision", "beit-classifier", "dinov3"),
+    "plain": ("dinov2-classifier", "timm-vit"),
+}  # fmt: skip
+"""By form, the families whose exports the tests run; an export takes seconds, so not all."""

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from families import FAMILIES, Family
+from families import EXPORTED, FAMILIES, Family
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 HEADER = """\
-| family | found | compressed | saved, reloaded | intermediate features intact | logits |
-|---|---|---|---|---|---|"""
+| family | found | compressed | saved, reloaded | intermediate features intact | logits | exported |
+|---|---|---|---|---|---|---|"""
 
 
 def row(name: str, family: Family) -> str:
     facts = (True, True, True, family.intermediates is not None, family.heads > 0)
-    return f"| `{name}` | {' | '.join('yes' if fact else '–' for fact in facts)} |"
+    exports = ", ".join(form for form, names in EXPORTED.items() if name in names)
+    words = ["yes" if fact else "–" for fact in facts] + [exports or "–"]
+    return f"| `{name}` | {' | '.join(words)} |"
 
 
 def table() -> str:

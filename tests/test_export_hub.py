@@ -11,7 +11,7 @@ import pytest
 import torch
 from commandline import blockfit_command
 from exporting import MAPS, environment, output, prepared, saved
-from families import FAMILIES
+from families import EXPORTED, FAMILIES
 from families import one_thread as one_thread
 from safetensors.torch import load_file, save_file
 
@@ -62,9 +62,7 @@ def test_transformers_alone_reads_it_and_gives_the_same_outputs(tmp_path: Path) 
     assert torch.equal(found["again"], found["out"])
 
 
-@pytest.mark.parametrize(
-    "name", ["vit-classifier", "deit-teacher", "clip-vision", "beit-classifier", "dinov3"]
-)
+@pytest.mark.parametrize("name", EXPORTED["Hub"])
 def test_every_family_is_read_back_before_it_is_kept(name: str, tmp_path: Path) -> None:
     small = saved(tmp_path / "small", name, MAPS)
     done = export_hub(small, tmp_path / "hub")

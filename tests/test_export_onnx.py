@@ -10,7 +10,7 @@ import pytest
 import torch
 from commandline import FEW, blockfit_command
 from exporting import MAPS, output, prepared, saved
-from families import FAMILIES
+from families import EXPORTED, FAMILIES
 from families import one_thread as one_thread
 from torch import Tensor
 
@@ -26,11 +26,7 @@ pytest.importorskip("onnxruntime")
 NAMES = {"timm-vit": "output", "torchvision-vit": "output", "clip-vision": "last_hidden_state"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["timm-vit", "vit-classifier", "deit-teacher", "dinov2-classifier", "clip-vision",
-     "torchvision-vit"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", EXPORTED["ONNX"])
 def test_onnxruntime_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
     small = saved(tmp_path / "small", name, MAPS)
     done = export_onnx(small, tmp_path / "small.onnx")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commandline import blockfit_command
 from exporting import elsewhere, environment, output, prepared, saved
-from families import FAMILIES
+from families import EXPORTED, FAMILIES
 from families import one_thread as one_thread
 from safetensors.torch import load_file
 
@@ -25,7 +25,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment(tmp_path_factory.mktemp("environment"))
 
 
-@pytest.mark.parametrize("name", ["dinov2-classifier", "timm-vit"])
+@pytest.mark.parametrize("name", EXPORTED["plain"])
 def test_the_library_alone_reads_it_and_gives_the_same_outputs(
     name: str, tmp_path: Path, python: Path
 ) -> None:
