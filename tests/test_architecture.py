@@ -65,7 +65,7 @@ ROWS = (
     ("translators", "judge", "laboratory", "experiments", "reproduce"),
     ("api", "sweep", "command_lines", "runs"),
     ("__init__",),
-    ("console", "options", "reporter"),
+    ("interrupts", "console", "options", "reporter"),
     (
         "command_protocols",
         "commands",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -17,7 +18,7 @@ import pytest
 from commandline import FEW, blockfit_command
 
 from blockfit import cli
-from blockfit.console import Output
+from blockfit.console import Output, guarded
 from blockfit.search import Search
 
 CHEAP = ("--select", "last", "--map", "identity", "--repair", "none")
@@ -75,6 +76,28 @@ def test_ctrl_c_in_a_process_of_its_own_leaves_nothing_half_done(tmp_path: Path)
     assert err.splitlines()[-1].startswith("blockfit: interrupted; ")
     assert "Traceback" not in err
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_ctrl_c_is_heeded_also_where_python_drops_the_exception(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reached: list[str] = []
+
+    def command() -> int:
+        out = Output(as_json=False, quiet=True)
+        with out.working():
+            with contextlib.suppress(KeyboardInterrupt):  # as after a finalizer
+                signal.raise_signal(signal.SIGINT)
+            reached.append("before")
+            out.say("the next step")
+            reached.append("behind")
+        return 0
+
+    before = signal.getsignal(signal.SIGINT)
+    assert guarded(command, debug=False) == 130
+    assert reached == ["before"]
+    assert capsys.readouterr().err.startswith("blockfit: interrupted; ")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 class Terminal(io.StringIO):

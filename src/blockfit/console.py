@@ -22,6 +22,7 @@ from rich.text import Text
 from blockfit import ranks
 from blockfit.amounts import amount, number, percent, share
 from blockfit.errors import BlockfitError
+from blockfit.interrupts import heed, listening
 from blockfit.similarity import Tables
 
 WIDTH = 110
@@ -88,7 +89,8 @@ class Output:
             yield self
 
     def say(self, line: str) -> None:
-        """What is being done now."""
+        """What is being done now; Ctrl-C is heeded here at the latest."""
+        heed()
         LOG.info(line)
         self._bars.reset(self._task, total=None, description=line)
 
@@ -189,7 +191,8 @@ def guarded(command: Callable[[], int | None], debug: bool) -> int:
         faults that nobody thought of; ``INTERRUPTED`` for Ctrl-C.
     """
     try:
-        code = int(command() or 0)
+        with listening():
+            code = int(command() or 0)
         text = INTERRUPTED_TEXT if code == INTERRUPTED else None
     except Stopped as stop:
         code, text = INTERRUPTED, str(stop)
