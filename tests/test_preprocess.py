@@ -175,10 +175,28 @@ def test_settings_that_are_unknown_missing_or_wrong_are_refused_by_name() -> Non
         Preprocessing.from_json({**good, "more": 1})
     with pytest.raises(BlockfitError, match="unknown kind of preprocessing 'open_clip'"):
         Preprocessing.from_json({"kind": "open_clip", "settings": {}})
-    with pytest.raises(BlockfitError, match="mean needs 1 values"):
+    with pytest.raises(BlockfitError, match=r"mean needs one number per channel \(1\)"):
         Preprocessing.plain(8, channels=1, mean=[0.1, 0.2, 0.3])
     with pytest.raises(BlockfitError, match="unknown interpolation 'cubic'"):
         Preprocessing.plain(8, interpolation="cubic")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("size", value) for value in (8, None, "ab", [8], [8, True], [8, 0], {"a": 1, "b": 2})),
+        *(("channels", value) for value in (2, True, 3.0, [3], None)),
+        *(("mean", value) for value in (0, None, "abc", [1, 2, "3"], [1, 2, None], [[1], 2, 3])),
+        *(("std", value) for value in (1, [1, 1], [1, 1, True])),
+        *(("interpolation", value) for value in (3, ["box"], {}, None)),
+        *(("crop", value) for value in (1, "yes", None)),
+    ],
+)
+def test_settings_of_another_type_are_refused(key: str, value: object) -> None:
+    """A random folder of the fuzz had a number for ``mean`` and got a traceback."""
+    good = Preprocessing.plain(8).settings
+    with pytest.raises(BlockfitError, match=f"plain preprocessing: .*{key}"):
+        Preprocessing.from_json({"kind": "plain", "settings": {**good, key: value}})
 
 
 @pytest.mark.parametrize("name", ["AutoModel", "pipeline", "NoSuchProcessor", "os"])

@@ -278,20 +278,28 @@ def _check_sides(settings: Mapping[str, Any]) -> None:
 
 
 def _check_plain(settings: Mapping[str, Any]) -> None:
-    size, channels = settings["size"], settings["channels"]
-    if len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
+    size, channels, interpolation = (settings[k] for k in ("size", "channels", "interpolation"))
+    pair = isinstance(size, list) and len(size) == 2
+    if not pair or not all(type(side) is int and side > 0 for side in size):
         raise BlockfitError(f"plain preprocessing: size must be [height, width], got {size!r}")
-    if channels not in (1, 3):
+    if type(channels) is not int or channels not in (1, 3):
         raise BlockfitError(f"plain preprocessing: channels must be 1 or 3, got {channels!r}")
     for key in ("mean", "std"):
-        if len(settings[key]) != channels:
+        values = settings[key]
+        many = isinstance(values, list) and len(values) == channels
+        if not many or not all(type(value) in (int, float) for value in values):
             raise BlockfitError(
-                f"plain preprocessing: {key} needs {channels} values, got {settings[key]!r}"
+                f"plain preprocessing: {key} needs one number per channel ({channels}), "
+                f"got {values!r}"
             )
-    if settings["interpolation"] not in _RESAMPLING:
+    if not isinstance(interpolation, str) or interpolation not in _RESAMPLING:
         raise BlockfitError(
-            f"plain preprocessing: unknown interpolation {settings['interpolation']!r}; "
+            f"plain preprocessing: unknown interpolation {interpolation!r}; "
             f"choose one of {', '.join(_RESAMPLING)}"
+        )
+    if type(settings["crop"]) is not bool:
+        raise BlockfitError(
+            f"plain preprocessing: crop must be true or false, got {settings['crop']!r}"
         )
 
 
