@@ -126,14 +126,8 @@ def test_a_saved_folders_config_cannot_name_a_checkpoint_to_look_up(
 def test_every_command_that_loads_a_model_takes_the_flag_and_none_has_it_on() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     loading = {
-        "compress",
-        "sweep",
-        "analyze",
-        "evaluate",
-        "reproduce",
-        "bench",
-        "report",
-        "quantize",
+        *("compress", "sweep", "analyze", "evaluate", "reproduce"),
+        *("bench", "report", "quantize", "check", "export"),
     }
     assert loading <= commands.keys()
     for name in loading:
@@ -143,7 +137,7 @@ def test_every_command_that_loads_a_model_takes_the_flag_and_none_has_it_on() ->
     assert inspect.signature(models.load_model).parameters["trust_remote_code"].default is False
 
 
-@pytest.mark.parametrize("command", ["compress", "analyze"])
+@pytest.mark.parametrize("command", ["compress", "analyze", "check", "export", "bench"])
 def test_a_checkpoints_code_runs_on_the_command_line_only_where_it_is_trusted(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,9 +146,12 @@ def test_a_checkpoints_code_runs_on_the_command_line_only_where_it_is_trusted(
     config = {"model_type": "mine", "architectures": ["Mine"], "auto_map": auto}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "mine.py").write_text("raise RuntimeError('this code ran')")
-    arguments = [command, str(tmp_path), "--images", "digits"]
-    if command == "compress":
-        arguments += ["--remove", "1", "-o", str(tmp_path / "small")]
+    more = {
+        "compress": ["--images", "digits", "--remove", "1", "-o", str(tmp_path / "small")],
+        "export": ["--onnx", "-o", str(tmp_path / "small.onnx")],
+        "bench": ["--against", "demo"],
+    }
+    arguments = [command, str(tmp_path), *more.get(command, ["--images", "digits"])]
     assert cli.run(arguments) == 2
     assert "trust_remote_code" in capsys.readouterr().err
     assert cli.run([*arguments, "--trust-remote-code"]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -95,7 +95,7 @@ def bench(
         rounds=rounds,
     )
     with out.working():
-        models, blocks = _opened(out, smalls)
+        models, blocks = _opened(out, smalls, opt.loading(context))
         out.say(f"loading {against}")
         original = api.load(against, **opt.loading(context))
         result = bench_models(original, models, settings, blocks=blocks, say=out.say)
@@ -113,7 +113,9 @@ def bench(
     out.result({**result.to_json(), "seconds": round(time.perf_counter() - started, 3)})
 
 
-def _opened(out: Output, names: list[str]) -> tuple[dict[str, nn.Module], dict[str, Blocks]]:
+def _opened(
+    out: Output, names: list[str], loading: dict[str, Any]
+) -> tuple[dict[str, nn.Module], dict[str, Blocks]]:
     short = [Path(name).name for name in names]
     shown = short if len(set(short)) == len(names) else names
     models: dict[str, nn.Module] = {}
@@ -124,5 +126,5 @@ def _opened(out: Output, names: list[str]) -> tuple[dict[str, nn.Module], dict[s
             saved = store.load_saved(name)
             models[key], blocks[key] = saved.model, saved.blocks
         else:
-            models[key] = api.load(name)
+            models[key] = api.load(name, **loading)
     return models, blocks

@@ -34,6 +34,7 @@ def check(
     workers: opt.Workers = 0,
     max_pixels: opt.MaxPixels = None,
     device: opt.Device = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     blocks: opt.BlocksPath = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -49,7 +50,7 @@ def check(
             saved = store.load_saved(small, device=opt.device(device))
             model, where = saved.model, saved.blocks
         else:
-            model = api.load(small, device=opt.device(device))
+            model = api.load(small, device=opt.device(device), **opt.loading(context))
         how = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
         pictures = api.images(images, model, limit=limit, **how)
         show_images(out, pictures.description())
