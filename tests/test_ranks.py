@@ -212,21 +212,35 @@ def test_an_environment_that_contradicts_itself_is_refused(monkeypatch: pytest.M
         assert (ranks.rank(), ranks.count()) == (0, 1)
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc-per-node", "2", "--master-port"),
+    "accelerate": (
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        "--main_process_port",
+    ),
+}
 
 
-def launch(*arguments: str | Path) -> subprocess.Popen[str]:
+def launch(*arguments: str | Path, launcher: str = "torchrun") -> subprocess.Popen[str]:
+    start = (sys.executable, "-m", *LAUNCHERS[launcher], str(free_port()), "-m", "blockfit")
     return subprocess.Popen(
-        [*TORCHRUN, "--master-port", str(free_port()), "-m", "blockfit", *map(str, arguments)],
+        [*start, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_torchrun_prints_one_object(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_starts_two_processes_that_print_one_object(
+    launcher: str, tmp_path: Path
+) -> None:
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate")
     command = ("compress", "demo", "--images", "digits", "--limit", "40", "--map", "affine")
-    good = launch(*command, "--span", "9:11", "-o", tmp_path / "small", "--json")
+    arguments = (*command, "--span", "9:11", "-o", tmp_path / "small", "--json")
+    good = launch(*arguments, launcher=launcher)
+    _worker(good.pid, 1)
     out, err = good.communicate(timeout=200)
     assert good.returncode == 0, err
     assert json.loads(out)["removed_blocks"] == 2
@@ -338,3 +352,30 @@ def test_a_cable_that_is_cut_ends_both_sides(
     for one in started:
         one.process.join(30)
         assert "another process of this run ended or cannot be reached" in one.error()
+
+
+def test_torchrun_joins_two_machines(
+    hosts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own rendezvous; a namespace has no name of its own, so the addresses are said."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable0")
+    started, place = [], f"10.77.0.1:{free_port()}"
+    for number, name in enumerate(hosts, 1):
+        command = (
+            *("ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+            *("--rdzv-endpoint", place, "--rdzv-conf", f"is_host={number == 1}"),
+            *("--local-addr", f"10.77.0.{number}"),
+            *("-m", "blockfit", "compress", "demo", "--images", "digits", "--limit", "40"),
+            *("--map", "affine", "--span", "9:11", "--json", "-o", str(tmp_path / f"{number}")),
+        )
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    try:
+        outputs = [one.communicate(timeout=100)[0] for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    assert [one.returncode for one in started] == [0, 0]
+    printed = [json.loads(output)["removed_blocks"] if output else None for output in outputs]
+    assert sorted(printed, key=str) == [2, None]
+    assert len(list(tmp_path.glob("*/blockfit.json"))) == 1
