@@ -17,7 +17,7 @@ import torch
 from common import MODEL, TEST, TRAIN, say
 
 import blockfit
-from blockfit import repair as repairing
+from blockfit import rows as drawing
 from blockfit.blocks import Blocks
 from blockfit.budget import Budget
 from blockfit.calibrate import calibrate
@@ -70,11 +70,11 @@ def by_option(args: argparse.Namespace, model: Any, blocks: Blocks) -> dict[str,
     if args.only:
         return found
     for rows in (2, 4, 12, 100):
-        before, repairing.ROWS_PER_INPUT = repairing.ROWS_PER_INPUT, rows
+        before, drawing.ROWS_PER_INPUT = drawing.ROWS_PER_INPUT, rows
         found[f"repairs from {rows} tokens per input (default {before})"] = solve(
             originals, Plan.of(args.spans, "affine")
         )
-        repairing.ROWS_PER_INPUT = before
+        drawing.ROWS_PER_INPUT = before
     for tokens in (4, 8, 16, 32, None):
         moments = calibrate(
             model, blocks, images, Plan.of(args.spans, "affine").spans, tokens_per_image=tokens

@@ -52,7 +52,7 @@ ROWS = (
     ("decode", "records", "tables", "shards", "lists", "layouts", "ready", "paths"),
     ("classes", "stream", "data", "splits"),
     ("shelf", "calibrate"),
-    ("originals", "repair"),
+    ("rows", "originals", "repair"),
     ("fidelity", "recipes", "budget", "heldout", "candidates", "search", "session"),
     ("evaluate", "protocols", "zeroshot", "dense", "samples"),
     ("atomic", "manifest", "store", "sweepfile"),

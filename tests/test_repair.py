@@ -13,7 +13,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 from small import PostNormBlock, SmallViT, small_blocks, small_images, small_pictures, small_vit
 from torch import Tensor, nn
 
-from blockfit import repair
+from blockfit import rows
 from blockfit.blocks import Blocks, find_blocks, record
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
@@ -30,7 +30,7 @@ TWO = Plan.of(["1:2", "3:4"], "affine")
 @pytest.fixture
 def every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Repairs are solved from all tokens, as an independent solver is."""
-    monkeypatch.setattr(repair, "ROWS_PER_INPUT", 10**9)
+    monkeypatch.setattr(rows, "ROWS_PER_INPUT", 10**9)
 
 
 @torch.no_grad()
@@ -303,6 +303,27 @@ def test_states_that_do_not_fit_into_memory_are_computed_again(plan: Plan) -> No
     assert roomy.weights.keys() == tight.weights.keys()
     for name, value in roomy.weights.items():
         torch.testing.assert_close(tight.weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_every_block_runs_its_attention_once_and_the_weights_are_those_of_whole_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small_vit()
+    known, ran = originals(model), []
+    solve(known, TWO)  # finds out what the blocks are like, and what the original does in them
+    handles = [
+        block.attention.register_forward_hook(lambda module, args, out, i=i: ran.append(i))
+        for i, block in enumerate(model.blocks)
+    ]
+    quick = solve(known, TWO)
+    batches = len(known.traces)
+    assert {i: ran.count(i) for i in ran} == {2: batches, 4: batches, 5: batches}
+    for handle in handles:
+        handle.remove()
+    monkeypatch.setattr(Originals, "skip", lambda self, index: None)
+    slow = solve(known, TWO)
+    for name, value in quick.weights.items():
+        torch.testing.assert_close(value, slow.weights[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_part_of_the_originals_is_that_of_fewer_images() -> None:

@@ -7,16 +7,27 @@ from collections.abc import Callable
 import pytest
 import torch
 from families import DEPTH, FAMILIES, one_thread  # noqa: F401
-from small import WIDTH, PostNormBlock, ScaledBlock, small_blocks, small_pictures, small_vit
+from small import (
+    WIDTH,
+    Attention,
+    PostNormBlock,
+    ScaledBlock,
+    small_blocks,
+    small_pictures,
+    small_vit,
+)
 from torch import Tensor, nn
 
 from blockfit.blocks import Blocks, block_modules, find_blocks
 from blockfit.errors import BlockfitError
 from blockfit.residual import (
+    Skip,
     Writer,
+    find_attention,
     find_writers,
     input_of,
     inputs_of,
+    left_out,
     need_writer,
     written,
 )
@@ -208,3 +219,75 @@ def test_the_input_of_a_layer_is_heard_with_and_without_the_rest_of_the_block() 
     with pytest.raises(BlockfitError, match=r"did not run its layer mlp\.narrow"):
         input_of(block, "mlp.narrow", lambda x: x, hidden)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+
+
+class TupleAttention(nn.Module):
+    """Returns a tuple, as attentions of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
+        return self.inner(hidden), None
+
+
+class TupleBlock(ScaledBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = TupleAttention()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.gamma1 * self.attention(hidden=self.norm1(x))[0]
+        return x + self.gamma2 * self.mlp(self.norm2(x))
+
+
+class BesideBlock(ScaledBlock):
+    """The MLP reads the block's input, not what the attention made of it (ViT-22B)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma1 * self.attention(self.norm1(x)) + self.gamma2 * self.mlp(x)
+
+
+def small_block(kind: type[nn.Module]) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
+    model = small_vit(block=kind)
+    return seen_by(model, small_blocks(model), small_pictures(3), 2)
+
+
+def skipped(
+    block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor
+) -> tuple[Skip | None, tuple[Writer, Writer]]:
+    attention, mlp = find_writers(block, run, hidden)
+    return find_attention(block, (attention, mlp), run, hidden), (attention, mlp)
+
+
+@pytest.mark.parametrize("name", [n for n, names in EXPECTED.items() if len(names) == 2])
+def test_an_mlp_is_fed_without_its_attention(name: str) -> None:
+    block, run, hidden = family_block(name, 1)
+    skip, (attention, mlp) = skipped(block, run, hidden)
+    assert skip is not None
+    assert "." not in skip.name  # the whole attention, not a part of it
+    before, ran = dict(block.get_submodule(skip.name).__dict__), []
+    middle = hidden + attention.contribution(block, input_of(block, attention.name, run, hidden))
+    expected = input_of(block, mlp.name, run, hidden)
+    handle = attention.linear(block).register_forward_hook(lambda *_: ran.append(1))
+    with left_out(block, skip):
+        found = input_of(block, mlp.name, run, middle)
+    assert not ran
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    assert block.get_submodule(skip.name).__dict__.keys() == before.keys()
+    torch.testing.assert_close(input_of(block, mlp.name, run, hidden), expected)
+
+
+def test_an_attention_that_returns_a_tuple_is_left_out_too() -> None:
+    block, run, hidden = small_block(TupleBlock)
+    skip, _ = skipped(block, run, hidden)
+    assert skip == Skip("attention", behind=1)
+    with left_out(block, skip):
+        assert torch.equal(run(hidden), hidden + block.gamma2 * block.mlp(block.norm2(hidden)))
+
+
+def test_an_mlp_beside_the_attention_has_no_shortcut() -> None:
+    block, run, hidden = small_block(BesideBlock)
+    assert skipped(block, run, hidden)[0] is None

@@ -38,23 +38,34 @@ class Regression:
     yy: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) -> Regression:
+    def of(
+        cls,
+        x: Tensor,
+        y: Tensor,
+        dtype: torch.dtype = torch.float64,
+        weights: Tensor | None = None,
+    ) -> Regression:
         """The sums of rows ``x`` (…, p) and ``y`` (…, q), multiplied in ``dtype``, kept in float64.
 
         float64 products keep 1e-6 relative accuracy of a plain least-squares fit where the
         covariance has a condition number of 1e9, as DINOv2's has at h[0]. float32 halves the time
-        and is enough where a ridge bounds the condition number.
+        and is enough where a ridge bounds the condition number. ``weights``, shape (rows,), are
+        those of the rows; all weigh 1 where there are none.
         """
         widen = exact if dtype == torch.float64 else lambda rows: rows.to(dtype)
         x, y = widen(x.reshape(-1, x.shape[-1])), widen(y.reshape(-1, y.shape[-1]))
+        own = x, y
+        if weights is not None:
+            scale = weights.to(x)[:, None]
+            own = x * scale, y * scale
         with full_float32(x.device):
             return cls(
-                count=float(len(x)),
-                sum_x=x.sum(0).cpu().double(),
-                sum_y=y.sum(0).cpu().double(),
-                xx=(x.T @ x).cpu().double(),
-                xy=(x.T @ y).cpu().double(),
-                yy=y.square().sum(0).cpu().double(),
+                count=float(len(x) if weights is None else weights.sum()),
+                sum_x=own[0].sum(0).cpu().double(),
+                sum_y=own[1].sum(0).cpu().double(),
+                xx=(own[0].T @ x).cpu().double(),
+                xy=(own[0].T @ y).cpu().double(),
+                yy=(own[1] * y).sum(0).cpu().double(),
             )
 
     def __add__(self, other: Regression) -> Regression:

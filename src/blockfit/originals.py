@@ -13,12 +13,16 @@ from blockfit.blocks import Blocks, block_modules
 from blockfit.data import Images, LabelledBatch
 from blockfit.errors import BlockfitError
 from blockfit.probe import evaluating, first_images
-from blockfit.residual import Writer, find_writers, written
+from blockfit.residual import Skip, Writer, find_attention, find_writers, input_of, written
+from blockfit.rows import Draw
 from blockfit.shelf import Shelf
 from blockfit.trace import Trace, trace
 
 PROBE_IMAGES = 4
 """Images on which the residual writers of a block are looked for."""
+
+MIDDLES_SHARE = 8
+"""What drawn states before the MLPs may take: the limit of all states by this."""
 
 
 class Originals:
@@ -45,8 +49,9 @@ class Originals:
         self.traces: list[Trace] = []
         self.numbers: list[int] = []
         self._writers: dict[int, list[Writer]] = {}
-        self._middles: dict[int, list[Tensor]] = {}
+        self._middles: dict[tuple[int, Draw], list[Tensor]] = {}
         self._bare: dict[int, bool] = {}
+        self._skips: dict[int, Skip | None] = {}
         self._held = 0
         self._limit = limit_bytes
         own = images.own()
@@ -172,21 +177,40 @@ class Originals:
                 self._bare[index] = torch.equal(self._probe.run(block, index, hidden), hidden)
         return self._bare[index]
 
-    def middle(self, batch: int, index: int) -> Tensor:
-        """The state of block ``index`` before its MLP's contribution, on the original's input."""
-        kept = self._middles.get(index)
-        if kept is not None:
-            return kept[batch]
-        block = self.modules[index]
-        silenced = {self.writers(index)[-1].name: 0.0}
-        out = []
-        for number, seen in enumerate(self.traces):
-            with written(block, silenced):
-                out.append(self.hold(seen.run(block, index, self.state(number, index))))
-        size = sum(s.nbytes for s in out)
-        if self._shelf is not None or self._held + size > self._limit:
-            self._middles = {index: out}
-        else:
-            self._middles[index] = out
-            self._held += size
-        return out[batch]
+    def skip(self, index: int) -> Skip | None:
+        """The attention of block ``index``, where its MLP can be fed without it."""
+        if index not in self._skips:
+            found, writers = None, self.writers(index)
+            if len(writers) == 2 and self.bare(index):
+                run = self._probe.runner(self.modules[index], index)
+                hidden = self._probe.states[index]
+                pair = (writers[0], writers[1])
+                found = find_attention(self.modules[index], pair, run, hidden)
+            self._skips[index] = found
+        return self._skips[index]
+
+    def middle(self, batch: int, index: int, draw: Draw) -> Tensor:
+        """The drawn tokens of the state of block ``index`` before its MLP's contribution.
+
+        On the original's input; shape (images, drawn tokens, width).
+        """
+        key = (index, draw)
+        if key not in self._middles:
+            out = [
+                self.hold(draw.take(self._middle(number, index), self.places(number)))
+                for number in range(len(self.traces))
+            ]
+            known = sum(s.nbytes for rows in self._middles.values() for s in rows)
+            if known + sum(s.nbytes for s in out) > self._limit // MIDDLES_SHARE:
+                self._middles.clear()
+            self._middles[key] = out
+        return self._middles[key][batch]
+
+    def _middle(self, batch: int, index: int) -> Tensor:
+        seen, block, writers = self.traces[batch], self.modules[index], self.writers(index)
+        hidden = self.state(batch, index)
+        if not self.bare(index):
+            with written(block, {writers[-1].name: 0.0}):
+                return seen.run(block, index, hidden)
+        read = input_of(block, writers[0].name, seen.runner(block, index), hidden)
+        return hidden + writers[0].contribution(block, read)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from blockfit import ranks
 from blockfit.blocks import Blocks, named_blocks
-from blockfit.calibrate import drawn_tokens
 from blockfit.errors import BlockfitError
 from blockfit.fit import RIDGE, choose_ridge, fit_affine, fit_map
 from blockfit.maps import empty_map
-from blockfit.moments import Moments, Regression
+from blockfit.moments import Moments
 from blockfit.originals import Originals
 from blockfit.probe import evaluating
-from blockfit.residual import Writer, input_of, inputs_of, need_writer, written
+from blockfit.residual import Writer, input_of, inputs_of, left_out, need_writer, written
+from blockfit.rows import Draw, RowSums
 from blockfit.spans import Plan, Replacement
 from blockfit.surgery import apply_plan
 
@@ -30,14 +30,6 @@ REPAIRS = ("none", "mlp", "mlp+attention")
 
 REPAIR_RIDGE = 3.0
 """Default λ of the repairs, towards the original weights; measured in docs/measurements.md."""
-
-
-ROWS_PER_INPUT = 6
-"""Most tokens that a repair is solved from, per input of the layer (docs/measurements.md).
-
-The products over an MLP's hidden activations cost more than the block itself; tokens of one image
-are so alike that the prefix tokens and a part of the patch tokens say as much as all.
-"""
 
 
 CHECK_EVERY = 5
@@ -269,7 +261,8 @@ class _Walk:
         block, attention, mlp = self.originals.modules[index], writers[0], writers[-1]
         silent = {attention.name: 0.0, mlp.name: 0.0}
         bare = self.originals.bare(index)
-        total, read = Regression.zeros(*attention.linear(block).weight.T.shape), []
+        draw = self._draw(attention.linear(block).in_features)
+        sums, read = self._repair_sums(attention.linear(block), draw), []
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
             run = seen.runner(block, index)
             read.append(self.hold(input_of(block, attention.name, run, hidden)))
@@ -277,21 +270,17 @@ class _Walk:
             if not bare:
                 with written(block, silent):
                     base = run(hidden)
-            total = total + self._sums(read[-1], self.originals.middle(b, index) - base, b)
-        solved = self._solved(block, attention, total, attention.effective(block))
+            places = self.originals.places(b)
+            gap = self.originals.middle(b, index, draw) - draw.take(base, places)
+            sums.add(draw.take(read[-1], places), gap)
+        solved = self._solved(block, attention, sums, attention.effective(block))
         if not bare:
             return solved, None
         with swapped(block, solved):
             return solved, [
-                self.hold(hidden + self._contribution(block, attention, x))
+                self.hold(hidden + attention.contribution(block, x))
                 for hidden, x in zip(self.hidden, read, strict=True)
             ]
-
-    @staticmethod
-    def _contribution(block: nn.Module, writer: Writer, x: Tensor) -> Tensor:
-        """What a writer adds to the residual stream when it is given ``x``."""
-        linear = writer.linear(block)
-        return writer.gain.to(x) * nn.functional.linear(x, linear.weight, linear.bias)
 
     def _solve_mlp(
         self,
@@ -317,21 +306,26 @@ class _Walk:
                 regressors.append(self.hold(inputs[0]))
             else:
                 bases.append(middles[b])
-                run = seen.runner(block, index)
-                regressors.append(self.hold(input_of(block, mlp.name, run, hidden)))
+                run, skip = seen.runner(block, index), self.originals.skip(index)
+                given = hidden if skip is None else middles[b]
+                with left_out(block, skip):
+                    regressors.append(self.hold(input_of(block, mlp.name, run, given)))
         prior = (weight, bias)
         if folded:
             prior = self._fold(targets, weight, bias, bases, regressors)
         if repair:
-            total = Regression.zeros(weight.shape[1], weight.shape[0])
+            draw = self._draw(weight.shape[1])
+            sums = self._repair_sums(mlp.linear(block), draw)
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
-                total = total + self._sums(x, targets[b] - base, b)
-            solved = self._solved(block, mlp, total, prior)
+                places = self.originals.places(b)
+                gap = draw.take(targets[b], places) - draw.take(base, places)
+                sums.add(draw.take(x, places), gap)
+            solved = self._solved(block, mlp, sums, prior)
         else:
             solved = mlp.stored(block, *prior)
         with swapped(block, solved):
             self.hidden = [
-                self.hold(base + self._contribution(block, mlp, x))
+                self.hold(base + mlp.contribution(block, x))
                 for base, x in zip(bases, regressors, strict=True)
             ]
         return solved
@@ -349,51 +343,37 @@ class _Walk:
         ``r + A m + b`` approximates the targets, with r the state before the MLP's contribution m
         (ReplaceMe, arXiv 2505.02819, maps the MLP's output in the same place).
         """
-        total = Regression.zeros(weight.shape[0], weight.shape[0])
+        whole = Draw.all(self.blocks.prefix_tokens, self.originals.like.shape[1])
+        weights = whole.weights(self.options.prefix_weight)
+        sums = RowSums(weight.shape[0], weight.shape[0], weights, torch.float64)
         for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
             contribution = nn.functional.linear(
                 x, weight.to(x), None if bias is None else bias.to(x)
             )
-            total = total + self._weighted(contribution, targets[b] - base, torch.float64)
-        total = total.over_ranks()
+            sums.add(contribution, targets[b] - base)
         ridge = RIDGE if self.options.ridge is None else self.options.ridge
-        fitted = fit_affine(total, ridge, bias=bias is not None)
+        fitted = fit_affine(sums.total(), ridge, bias=bias is not None)
         if bias is not None:
             bias = fitted.weight @ bias + fitted.bias
         return fitted.weight @ weight, bias
 
-    def _sums(self, x: Tensor, y: Tensor, batch: int) -> Regression:
-        """Sums over a batch for a repair, prefix tokens weighted; float32 suffices with a ridge.
+    def _draw(self, inputs: int) -> Draw:
+        images, tokens = sum(self.originals.sizes.values()), self.originals.like.shape[1]
+        return Draw.limited(self.blocks.prefix_tokens, tokens, images, inputs)
 
-        Of the patch tokens as many are drawn as ``ROWS_PER_INPUT`` allows.
-        """
-        k, tokens = self.blocks.prefix_tokens, x.shape[1]
-        share = ROWS_PER_INPUT * x.shape[-1] / (tokens * sum(self.originals.sizes.values()))
-        taken = 1.0
-        if share < 1 and tokens > k:
-            count = max(1, round(share * (tokens - k)))
-            picked = drawn_tokens(k, tokens - k, count, 0, self.originals.places(batch))
-            rows, picked = torch.arange(len(x), device=x.device)[:, None], picked.to(x.device)
-            x, y, taken = x[rows, picked], y[rows, picked], count / (tokens - k)
+    def _repair_sums(self, linear: nn.Linear, draw: Draw) -> RowSums:
+        weights = draw.weights(self.options.prefix_weight)
         enough = torch.float32 if self.options.repair_ridge >= 1e-3 else torch.float64
-        # Fewer patch tokens must not make the prefix tokens count for more.
-        return self._weighted(x, y, enough, taken)
-
-    def _weighted(self, x: Tensor, y: Tensor, dtype: torch.dtype, taken: float = 1.0) -> Regression:
-        k, weight = self.blocks.prefix_tokens, self.options.prefix_weight * taken
-        if weight == 1.0 or k == 0:
-            return Regression.of(x, y, dtype)
-        prefix = Regression.of(x[:, :k], y[:, :k], dtype)
-        return prefix * weight + Regression.of(x[:, k:], y[:, k:], dtype)
+        return RowSums(linear.in_features, linear.out_features, weights, enough)
 
     def _solved(
         self,
         block: nn.Module,
         writer: Writer,
-        problem: Regression,
+        sums: RowSums,
         prior: tuple[Tensor, Tensor | None],
     ) -> dict[str, Tensor]:
         weight, bias = prior
-        problem = problem.over_ranks()
-        fitted = fit_affine(problem, self.options.repair_ridge, prior=weight, bias=bias is not None)
+        ridge, problem = self.options.repair_ridge, sums.total()
+        fitted = fit_affine(problem, ridge, prior=weight, bias=bias is not None)
         return writer.stored(block, fitted.weight, fitted.bias)

@@ -43,6 +43,11 @@ class Writer:
         bias = None if linear.bias is None else linear.bias.detach().cpu().double() * gain
         return weight, bias
 
+    def contribution(self, block: nn.Module, x: Tensor) -> Tensor:
+        """What the layer adds to the residual stream when it is given ``x``."""
+        linear = self.linear(block)
+        return self.gain.to(x) * nn.functional.linear(x, linear.weight, linear.bias)
+
     def stored(self, block: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Parameters of the layer that give the effective ``weight`` and ``bias``.
 
@@ -98,6 +103,101 @@ def input_of(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) -> Tens
     finally:
         handle.remove()
     raise BlockfitError(f"the block did not run its layer {name}")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A part of a block that can be left out: it then returns zeros without computing anything.
+
+    Args:
+        name: dotted path inside the block (``attn``).
+        behind: how many ``None`` follow the hidden state in the tuple that it returns; ``None``
+            where it returns the hidden state alone.
+    """
+
+    name: str
+    behind: int | None
+
+
+@contextmanager
+def left_out(block: nn.Module, skip: Skip | None) -> Iterator[None]:
+    """Leave a part of ``block`` out until the ``with`` ends."""
+    if skip is None:
+        yield
+        return
+    behind = skip.behind
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        hidden = next(v for v in given if isinstance(v, Tensor) and v.ndim == 3)
+        zeros = torch.zeros_like(hidden)
+        return zeros if behind is None else (zeros, *[None] * behind)
+
+    with ExitStack() as undo:
+        attributes = block.get_submodule(skip.name).__dict__
+        if "forward" in attributes:
+            undo.callback(attributes.__setitem__, "forward", attributes["forward"])
+        else:
+            undo.callback(attributes.pop, "forward", None)
+        attributes["forward"] = forward
+        yield
+
+
+def find_attention(
+    block: nn.Module, writers: tuple[Writer, Writer], run: RunBlock, hidden: Tensor
+) -> Skip | None:
+    """The largest part around the attention's writer without which the MLP can be fed directly.
+
+    Given the state before the MLP's contribution instead of the block's input, and this part left
+    out, the MLP's writer reads what it reads in the whole block. ``None`` where nothing is so, as
+    in blocks whose MLP runs beside the attention.
+
+    Args:
+        block: the block.
+        writers: of its attention and of its MLP; silenced, the block returns its input.
+        run: calls it as its model does.
+        hidden: a hidden state that reaches it, shape (batch, tokens, width).
+    """
+    attention, mlp = writers
+    with torch.no_grad():
+        read = input_of(block, attention.name, run, hidden)
+        middle = hidden + attention.contribution(block, read)
+        expected = input_of(block, mlp.name, run, hidden)
+        for skip in _parts_around(block, attention.name, run, hidden):
+            if mlp.name.startswith(skip.name + "."):
+                continue
+            with left_out(block, skip):
+                found = input_of(block, mlp.name, run, middle)
+            tolerance = 1e-4 if hidden.dtype == torch.float32 else 5e-2
+            if (found - expected).abs().max() <= tolerance * expected.abs().max():
+                return skip
+    return None
+
+
+def _parts_around(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) -> list[Skip]:
+    """Parts of ``block`` around a layer that return a hidden state, largest first."""
+    steps = name.split(".")
+    outputs: dict[str, list[Any]] = {}
+    with ExitStack() as undo:
+        for count in range(1, len(steps)):
+            around = ".".join(steps[:count])
+            seen = outputs.setdefault(around, [])
+
+            def hook(module: nn.Module, args: Any, output: Any, seen: list[Any] = seen) -> None:
+                seen.append(output)
+
+            undo.callback(block.get_submodule(around).register_forward_hook(hook).remove)
+        run(hidden)
+    found = []
+    for around, seen in outputs.items():
+        if len(seen) != 1:
+            continue
+        several = isinstance(seen[0], tuple)
+        first, *rest = seen[0] if several else seen
+        same = isinstance(first, Tensor) and first.shape == hidden.shape
+        if same and all(part is None for part in rest):
+            found.append(Skip(around, len(rest) if several else None))
+    return found
 
 
 @contextmanager
