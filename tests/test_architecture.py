@@ -53,7 +53,7 @@ ROWS = (
     ("classes", "stream", "data", "splits"),
     ("shelf", "calibrate"),
     ("rows", "originals", "repair"),
-    ("fidelity", "recipes", "budget", "heldout", "candidates", "search", "session"),
+    ("fidelity", "recipes", "budget", "latency", "heldout", "candidates", "search", "session"),
     ("evaluate", "protocols", "zeroshot", "dense", "samples"),
     ("atomic", "manifest", "store", "sweepfile"),
     ("analysis",),

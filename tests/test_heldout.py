@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,11 +146,27 @@ def test_accuracy_is_that_of_the_applied_model_on_labelled_images() -> None:
     labels[:5] = (labels[:5] + 1) % 4
     solution = random_solution(Plan.of(["1:4"], "affine"), blocks)
     held_out = HeldOut(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
-    assert held_out.accuracy(Solution(Plan(), ())) == pytest.approx(15 / 20)
+    assert held_out.top1 == pytest.approx(15 / 20)
     right = applied(model, blocks, solution)(NEW).argmax(1) == labels
-    assert held_out.accuracy(solution) == pytest.approx(float(right.float().mean()))
+    assert held_out.judge(solution)[2] == pytest.approx(float(right.float().mean()))
     unlabelled = HeldOut(model, blocks, open_images(NEW, batch_size=8))
-    assert unlabelled.accuracy(solution) is None
+    assert (unlabelled.top1, unlabelled.judge(solution)[2]) == (None, None)
+
+
+@torch.no_grad()
+def test_accuracy_counts_labelled_images_and_only_labels_of_the_heads_classes() -> None:
+    model = small_vit()
+    blocks = small_blocks(model)
+    solution = random_solution(Plan.of(["1:4"], "affine"), blocks)
+    labels = model(NEW).argmax(1)
+    labels[0], labels[1] = (labels[0] + 1) % 4, -1
+    half_labelled = HeldOut(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    assert half_labelled.top1 == pytest.approx(18 / 19)
+    labels[2] = 4
+    others = HeldOut(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    assert (others.top1, others.judge(solution)[2]) == (None, None)
+    three = replace(open_images((NEW, labels.numpy() % 3)), class_names=["a", "b", "c"])
+    assert HeldOut(model, blocks, three).top1 is None
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The frontier: written size by size, resumed after a stop, turned into models without images."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -29,6 +30,20 @@ def folder(model, images, tmp_path_factory):
     return target
 
 
+@pytest.fixture(scope="module")
+def timed(folder, model, images, tmp_path_factory):
+    target = tmp_path_factory.mktemp("timed") / "all"
+    shutil.copytree(folder, target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Search, "solved", never)
+        sweep(model, images, target, latency_images=2)
+    return target
+
+
+def never(*_):
+    raise AssertionError("a finished sweep is not run again")
+
+
 def test_every_size_from_one_block_to_all_but_two_is_there(folder):
     frontier = read_sweep(folder)
     assert [point["removed"] for point in frontier.points] == list(range(1, 11))
@@ -49,6 +64,95 @@ def test_a_model_is_made_without_images_and_has_the_written_figures(folder, mode
         q = torch.cat([result.model(x) for x in held_out]).log_softmax(1)
     kl = float((p.exp() * (p - q)).sum(1).mean())
     assert result.report["held_out"]["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+
+def test_top1_is_that_of_the_held_out_images(folder, model, images):
+    batches = list(images.split(0.2, 0)[1].batches())
+    labels = torch.cat([batch.labels for batch in batches])
+
+    def top1(of):
+        with torch.no_grad():
+            guesses = torch.cat([of(batch.inputs).argmax(1) for batch in batches])
+        return float((guesses == labels).float().mean())
+
+    result = from_sweep(folder, Budget("remove", 8))
+    assert result.report["top1_before"] == pytest.approx(top1(model))
+    assert result.report["top1_after"] == pytest.approx(top1(result.model))
+    stored = read_sweep(folder).data
+    assert stored["original"]["top1"] == result.report["top1_before"]
+    assert result.report["top1_after"] in [point["top1"] for point in stored["points"]]
+
+
+def test_a_drop_budget_takes_the_smallest_model_that_keeps_it(folder):
+    frontier = read_sweep(folder)
+    before = frontier.data["original"]["top1"]
+    for points in (0, 100):
+        best = frontier.best(Budget("max_drop", points))
+        fitting = [p for p in frontier.points if 100 * (before - p["top1"]) <= points]
+        assert best["removed"] == max(p["removed"] for p in fitting)
+
+
+def test_a_finished_sweep_is_timed_from_what_it_wrote(folder, timed, model, images):
+    points = read_sweep(timed).points
+    for point, untimed in zip(points, read_sweep(folder).points, strict=True):
+        found = point["latency"]
+        assert untimed == {key: value for key, value in point.items() if key != "latency"}
+        assert 0 < found["low"] <= found["ratio"] <= found["high"]
+        assert (found["batch_size"], found["threads"]) == (2, torch.get_num_threads())
+    assert points[-1]["latency"]["ratio"] < 0.8  # two of twelve blocks are left
+    written = (timed / MARK).read_bytes()
+    sweep(model, images, timed, latency_images=2)
+    assert (timed / MARK).read_bytes() == written  # nothing was timed twice
+
+
+def test_a_latency_budget_takes_the_best_plan_that_is_fast_enough(timed):
+    frontier = read_sweep(timed)
+    ratio = frontier.points[-1]["latency"]["ratio"]
+    best = frontier.best(Budget("latency", min(1.0, ratio + 1e-9)))
+    assert best["latency"]["ratio"] <= ratio
+    assert from_sweep(timed, Budget("latency", 1.0)).report["latency"]["batch_size"] == 2
+    with pytest.raises(blockfit.BlockfitError, match=r"no plan of the sweep .* meets latency"):
+        frontier.best(Budget("latency", 0.001))
+
+
+def test_what_a_sweep_does_not_know_is_said_with_what_to_do(folder, timed, tmp_path):
+    data = json.loads((timed / MARK).read_text())
+    del data["original"]["top1"]  # as earlier versions wrote it
+    for point in data["points"]:
+        for key in ("top1", "latency", "repaired_blocks"):
+            del point[key]
+        point["held_out"] |= {"kl": None, "agreement": None}
+    (tmp_path / MARK).write_text(json.dumps(data))
+    frontier = read_sweep(tmp_path)
+    for kind, message in (
+        ("latency", "holds no latencies; give the same sweep again with --measure-latency 1"),
+        ("max_drop", "holds no accuracy; sweep labelled images"),
+        ("max_kl", "holds no KL, for the model has no head; use remove"),
+    ):
+        with pytest.raises(blockfit.BlockfitError, match=message):
+            frontier.best(Budget(kind, 1.0))
+    assert frontier.best(Budget("remove", 3))["removed"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "message"),
+    [
+        ("original", "top1", 1.5, "original: top1 must be between 0 and 1"),
+        ("point", "top1", "high", "top1 must be a number"),
+        ("point", "top1", -0.1, "top1 must be between 0 and 1"),
+        ("point", "latency", {"ratio": 0.5}, "missing key .*latency"),
+        ("latency", "ratio", 0.0, "latency: ratio must be above 0"),
+        ("latency", "threads", 0, "latency: threads must be above 0"),
+        ("latency", "more", 1, "unknown key .*more"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(timed, tmp_path, place, key, value, message):
+    data = json.loads((timed / MARK).read_text())
+    point = data["points"][0]
+    {"original": data["original"], "point": point, "latency": point["latency"]}[place][key] = value
+    (tmp_path / MARK).write_text(json.dumps(data))
+    with pytest.raises(blockfit.BlockfitError, match=message):
+        read_sweep(tmp_path)
 
 
 def test_a_model_from_a_sweep_tells_where_it_is_from(folder):

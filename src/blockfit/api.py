@@ -264,6 +264,8 @@ def describe(
             "held_out": len(session.setting.held_out),
         },
         "held_out": dataclasses.asdict(point.fidelity),
+        "top1_before": session.held_out.top1,
+        "top1_after": point.top1,
         "maps": [dataclasses.asdict(error) for error in point.map_errors],
         "repaired_blocks": session.repaired_blocks(point),
         "warnings": session.warnings(point),

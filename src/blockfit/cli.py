@@ -143,7 +143,9 @@ def compress(
         }  # fmt: skip
         opt.refuse(unused, "cannot be used with --from: the sweep has settled it")
         if budget is None:
-            raise BlockfitError("say how small: --from needs --remove, --params or --flops")
+            raise BlockfitError(
+                "say how small: --from needs a budget, such as --remove 3 or --params 62%"
+            )
         with out.working():
             out.say("making the sweep's model")
             original = (
@@ -248,6 +250,7 @@ def sweep(
     contiguous: opt.Contiguous = False,
     protect: opt.Protect = None,
     hold_out: opt.HoldOut = None,
+    measure_latency: opt.MeasureLatency = None,
     report: opt.ReportFile = None,
     resume: opt.Resume = False,
     max_memory: opt.MaxMemory = None,
@@ -279,6 +282,7 @@ def sweep(
             progress=out.count,
             resume=place_beside(output) if resume else None,
             max_memory=max_memory,
+            latency_images=measure_latency,
         )
         page.swept(out, output, original, pictures, pictures.split(hold_out, seed)[1])
     before = frontier.data["original"]

@@ -262,6 +262,9 @@ def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None
     words = []
     if held_out["kl"] is not None:
         words = [f"KL {held_out['kl']:.4f}", f"agreement {held_out['agreement']:.2%}"]
+    if report["top1_after"] is not None:
+        before, after = percent(report["top1_before"]), percent(report["top1_after"])
+        words.append(f"top-1 {after} (original {before})")
     words += [
         f"feature cosine {held_out['feature_cosine']:.4f}",
         f"relative error {held_out['feature_relative_error']:.4f}",
@@ -339,26 +342,35 @@ def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:
 def show_frontier(
     out: Output, points: Iterable[Mapping[str, Any]], original: Mapping[str, Any]
 ) -> None:
-    """The points of a sweep: size, what remains, held-out fidelity, plan."""
-    rows = [
-        (
-            str(point["removed"]),
-            share(point["parameters"], original["parameters"]),
-            share(point["flops"], original["flops"]),
-            number(point["held_out"]["kl"]),
-            percent(point["held_out"]["agreement"]),
-            number(point["held_out"]["feature_relative_error"]),
-            ", ".join(
-                f"{entry['start']}:{entry['stop']} {entry['map']}" for entry in point["plan"]
-            ),
-        )
-        for point in points
-    ]
-    out.table(
-        ("removed", "parameters", "FLOPs", "KL", "agreement", "feature error", "plan"),
-        rows,
-        "The best plan for every size, on held-out images",
-    )
+    """The points of a sweep: size, what remains, held-out fidelity, plan.
+
+    Latency and top-1 have a column where the sweep knows them.
+    """
+    known = list(points)
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "removed": lambda point: str(point["removed"]),
+        "parameters": lambda point: share(point["parameters"], original["parameters"]),
+        "FLOPs": lambda point: share(point["flops"], original["flops"]),
+    }
+    if any("latency" in point for point in known):
+        columns["latency"] = lambda point: share(point.get("latency", {}).get("ratio"), 1)
+    columns |= {
+        "KL": lambda point: number(point["held_out"]["kl"]),
+        "agreement": lambda point: percent(point["held_out"]["agreement"]),
+    }
+    if any(point.get("top1") is not None for point in known):
+        columns["top-1"] = lambda point: percent(point.get("top1"))
+    columns |= {
+        "feature error": lambda point: number(point["held_out"]["feature_relative_error"]),
+        "plan": lambda point: ", ".join(
+            f"{entry['start']}:{entry['stop']} {entry['map']}" for entry in point["plan"]
+        ),
+    }
+    title = "The best plan for every size, on held-out images"
+    if original.get("top1") is not None:
+        title += f"; the original's top-1 is {percent(original['top1'])}"
+    rows = [tuple(shown(point) for shown in columns.values()) for point in known]
+    out.table(tuple(columns), rows, title)
 
 
 def _digits(value: float | None) -> str:

@@ -85,6 +85,7 @@ class HeldOut:
             raise BlockfitError("there are no held-out images to judge by; give more images")
         self.sizes = [len(seen.states[0]) for seen in self.traces]
         self._begin(model, blocks, range(len(self.traces)), None)
+        self._count_right(images.class_names)
 
     @classmethod
     def of_traces(
@@ -120,8 +121,13 @@ class HeldOut:
         self.model, self.blocks = model, blocks
         self._at = {number: place for place, number in enumerate(numbers)}
         self._owners = owners
+        self._fits = False
+        self.top1: float | None = None
+        """The original's, by its own head; ``None`` without labels of the head's classes."""
         whole = Solution(Plan(), ())
-        self.original = [observe_solution(model, blocks, seen, whole) for seen in self.traces]
+        self.original: list[Observation] = [
+            observe_solution(model, blocks, seen, whole) for seen in self.traces
+        ]
         self.passes = 0.0
         """Work done by ``score`` so far, in forward passes of one image through all blocks."""
 
@@ -165,33 +171,38 @@ class HeldOut:
         run = depth - first_touched(solution, depth) - len(solution.plan.removed_blocks)
         return run / depth
 
-    def accuracy(self, solution: Solution) -> float | None:
-        """Top-1 of the model's own head; ``None`` without labels or without a head."""
-        if any(labels is None for labels in self.labels):
-            return None
+    def _count_right(self, names: list[str] | None) -> None:
+        """Find ``top1`` where the images' labels are classes of the model's own head."""
+        logits = self.original[0].logits
+        if logits is None or (names is not None and len(names) != logits.shape[1]):
+            return
+        self._fits = all(
+            known is not None and int(known.max()) < logits.shape[1] for known in self.labels
+        )
+        self.top1 = _share([self._right(n, seen) for n, seen in enumerate(self.original)])
 
-        def right(number: int, _: int) -> int | None:
-            labels, logits = self.labels[number], self._observe(number, solution).logits
-            if labels is None or logits is None:
-                return None
-            return int((logits.argmax(1).cpu() == labels.cpu()).sum())
-
-        found = self._spread([(number, 0) for number in range(len(self.sizes))], right)
-        return None if None in found else sum(found) / sum(self.sizes)
+    def _right(self, place: int, seen: Observation) -> list[int]:
+        """Right answers and labelled images of a batch; below 0 is no label."""
+        labels = self.labels[place]
+        if not self._fits or labels is None or seen.logits is None:
+            return [0, 0]
+        right = seen.logits.argmax(1).to(labels.device) == labels
+        return [int(right.sum()), int((labels >= 0).sum())]
 
     def map_errors(self, solution: Solution) -> list[MapError]:
         """The local held-out error of every map of ``solution``, beside identity's."""
         return self.judge(solution)[1]
 
-    def judge(self, solution: Solution) -> tuple[Fidelity, list[MapError]]:
-        """``score``, and the local error of every map beside identity's, in one go.
+    def judge(self, solution: Solution) -> tuple[Fidelity, list[MapError], float | None]:
+        """``score``, the local error of every map beside identity's, and top-1, in one go.
 
-        A folded map lies in the block before its span, so that identity's error is that of the
-        original's state before the span.
+        Top-1 is that of the model's own head, ``None`` where ``self.top1`` is. A folded map lies
+        in the block before its span, so that identity's error is that of the original's state
+        before the span.
         """
         k, entries = self.blocks.prefix_tokens, list(solution.plan)
 
-        def work(number: int, _: int) -> tuple[Sums, list[list[list[float]]]]:
+        def work(number: int, _: int) -> tuple[Sums, list[list[list[float]]], list[int]]:
             seen = self.traces[self._at[number]]
             gaps = {entry: torch.zeros(3, 2, dtype=torch.float64) for entry in entries}
 
@@ -206,16 +217,18 @@ class HeldOut:
 
             found = observe_solution(self.model, self.blocks, seen, solution, note)
             same = compared(self.original[self._at[number]], found)
-            return same, [gaps[entry].tolist() for entry in entries]
+            right = self._right(self._at[number], found)
+            return same, [gaps[entry].tolist() for entry in entries], right
 
         meter = FidelityMeter()
         sums = [torch.zeros(3, 2, dtype=torch.float64) for _ in entries]
-        for same, gaps in self._spread([(number, 0) for number in range(len(self.sizes))], work):
+        found = self._spread([(number, 0) for number in range(len(self.sizes))], work)
+        for same, gaps, _ in found:
             meter.add_sums(same)
             for total, gap in zip(sums, gaps, strict=True):
                 total += torch.tensor(gap, dtype=torch.float64)
         self.passes += meter.images * self.cost(solution)
-        return meter.result(), [
+        map_errors = [
             MapError(
                 span=str(entry.span),
                 map=entry.map,
@@ -228,6 +241,7 @@ class HeldOut:
             )
             for entry, total in zip(entries, sums, strict=True)
         ]
+        return meter.result(), map_errors, _share([right for _, _, right in found])
 
     def _observe(self, number: int, solution: Solution) -> Observation:
         seen = self.traces[self._at[number]]
@@ -276,6 +290,12 @@ def first_touched(solution: Solution, depth: int) -> int:
     """The first block that is not the original's; the depth where nothing was changed."""
     starts = [e.span.start - (e.map == "folded") for e in solution.plan]
     return min(starts, default=depth)
+
+
+def _share(counts: Sequence[Sequence[int]]) -> float | None:
+    """The right ones among the labelled ones; ``None`` where nothing is labelled."""
+    labelled = sum(known for _, known in counts)
+    return sum(right for right, _ in counts) / labelled if labelled else None
 
 
 def _same(hidden: Tensor) -> Tensor:

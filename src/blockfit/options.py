@@ -228,6 +228,14 @@ Verbose = Annotated[
     bool,
     option("--verbose", "-v", help="Log what is done.", panel=OUT, callback=_log, is_eager=True),
 ]
+MeasureLatency = Annotated[
+    int | None,
+    option(
+        "--measure-latency",
+        help="Time every plan against the original, this many images per forward.",
+        panel=HOW,
+    ),
+]
 MaxMemory = Annotated[
     str | None,
     option("--max-memory", help="For sums and hidden states above the model: 2GB.", panel=HOW),

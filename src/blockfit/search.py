@@ -46,11 +46,13 @@ class Point:
         solution: plan, maps and repaired weights.
         fidelity: on the held-out images.
         map_errors: local held-out error of each map beside identity's.
+        top1: of the model's own head on the held-out images; ``None`` without their labels.
     """
 
     solution: Solution
     fidelity: Fidelity
     map_errors: tuple[MapError, ...]
+    top1: float | None = None
 
     @property
     def removed(self) -> int:
@@ -146,7 +148,7 @@ class Search:
         """Solve a plan on all fit images and judge it; maps worse than identity are replaced."""
         while True:
             solution = self._solve(plan)
-            fidelity, errors = self.held_out.judge(solution)
+            fidelity, errors, top1 = self.held_out.judge(solution)
             worse = {e.span for e in errors if e.error > e.identity_error}
             if not worse:
                 break
@@ -156,7 +158,7 @@ class Search:
                 for entry in plan
             ]
             plan = Plan(tuple(changed))
-        return Point(solution, fidelity, tuple(errors))
+        return Point(solution, fidelity, tuple(errors), top1)
 
     def _solve(self, plan: Plan) -> Solution:
         solution = solve(self.originals, plan, self.recipe.options, self._progress)

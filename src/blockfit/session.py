@@ -16,7 +16,7 @@ from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.heldout import HeldOut
-from blockfit.measure import alternate, speedup
+from blockfit.latency import latency_of
 from blockfit.moments import Moments
 from blockfit.originals import Originals
 from blockfit.probe import evaluating, first_images, offloaded
@@ -314,27 +314,22 @@ class Session:
 
     def latency_ratio(self, solution: Solution) -> float:
         """Median latency of the solved model over the original's, measured in turn."""
-        small = copy.deepcopy(self.setting.model)
-        solution.apply(small, self.setting.blocks)
-        timings = alternate(
-            {"original": self.setting.model, "compressed": small}, self.setting.example
-        )
-        return 1 / speedup(timings["original"], timings["compressed"])
+        setting = self.setting
+        return latency_of(setting.model, setting.blocks, solution, setting.example).ratio
 
     def _reach_loss(self, budget: Budget) -> Point:
         search = self.search()
-        before = self.held_out.accuracy(Solution(Plan(), ()))
-        if budget.kind == "max_drop" and before is None:
+        if budget.kind == "max_drop" and self.held_out.top1 is None:
             raise BlockfitError(
-                "max_drop needs labelled images and a model with a head; give labelled images "
-                "or use max_kl"
+                "max_drop needs labelled images of the classes of the model's own head; "
+                "give such images or use max_kl"
             )
         best: Point | None = None
         cheapest, misses = float("inf"), 0
         for size in range(1, search.largest + 1):
             point = search.solved(size)
             assert point is not None
-            cost = self._cost(budget, point, before)
+            cost = self._cost(budget, point)
             cheapest = min(cheapest, cost)
             misses = misses + 1 if cost > budget.value else 0
             if cost <= budget.value:
@@ -348,12 +343,12 @@ class Session:
             )
         return best
 
-    def _cost(self, budget: Budget, point: Point, before: float | None) -> float:
+    def _cost(self, budget: Budget, point: Point) -> float:
         if budget.kind == "max_kl":
             if point.fidelity.kl is None:
                 raise BlockfitError("max_kl needs a model with a head; use remove, params or flops")
             return point.fidelity.kl
-        after = self.held_out.accuracy(point.solution)
+        before, after = self.held_out.top1, point.top1
         assert before is not None
         assert after is not None
         return 100 * (before - after)

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,32 @@ from torch import Tensor, nn
 from blockfit import ranks
 from blockfit.amounts import bytes_of
 from blockfit.api import Result, checkpoint_of, load, recipe_for, run_json
-from blockfit.blocks import Blocks
+from blockfit.blocks import Batch, Blocks
 from blockfit.budget import Budget
 from blockfit.data import Images
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
+from blockfit.latency import latency_of, way_of
 from blockfit.maps import empty_map
 from blockfit.models import source_of
+from blockfit.probe import first_images
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution
 from blockfit.search import Point, most_removed
 from blockfit.session import HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.source import Source
 from blockfit.spans import Plan, Replacement
-from blockfit.sweepfile import FORMAT, LATER_KEYS, MARK, read_point_file, read_sweep_file
+from blockfit.sweepfile import FORMAT, MARK, read_point_file, read_sweep_file
 from blockfit.tensors import fingerprint
+
+UNKNOWN = {
+    "latency": "holds no latencies; give the same sweep again with --measure-latency 1 "
+    "(latency_images=1), or compress from images",
+    "max_kl": "holds no KL, for the model has no head; use remove, params or flops",
+    "max_drop": "holds no accuracy; sweep labelled images of the classes of the model's own "
+    "head into a new folder, or use max_kl",
+}
+"""Why no point of a sweep can be chosen by a kind of budget, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +67,22 @@ class Frontier:
     def best(self, budget: Budget) -> dict[str, Any]:
         """The point of smallest held-out loss that meets ``budget``.
 
-        For ``max_kl``, the one that removes most. A point that removes more at a smaller loss is
-        preferred, so the loss never falls from one budget to a larger one.
+        For ``max_kl`` and ``max_drop``, the one that removes most. A point that removes more at a
+        smaller loss is preferred, so the loss never falls from one budget to a larger one.
 
         Raises:
-            BlockfitError: where no point meets it.
+            BlockfitError: where no point meets it, or the sweep does not hold what it needs.
         """
-        if budget.kind in ("latency", "max_drop"):
-            raise BlockfitError(
-                f"a sweep knows no {budget.kind}; use remove, params, flops or max_kl, or compress "
-                "from images"
-            )
-        if budget.kind == "max_kl":
-            fitting = [p for p in self.points if loss_of(p) <= budget.value]
+        known = [(point, self._figures(point)) for point in self.points]
+        known = [(point, figures) for point, figures in known if budget.kind in figures]
+        if not known:
+            raise BlockfitError(f"the sweep {self.folder} {UNKNOWN[budget.kind]}")
+        if budget.kind in ("max_kl", "max_drop"):
+            fitting = [p for p, figures in known if figures[budget.kind] <= budget.value]
             if fitting:
                 return max(fitting, key=lambda p: (p["removed"], -loss_of(p)))
         else:
-            fitting = [p for p in self.points if budget.met_by_size(self._fractions(p))]
+            fitting = [p for p, figures in known if budget.met_by_size(figures)]
             if fitting:
                 return min(fitting, key=lambda p: (loss_of(p), p["removed"]))
         raise BlockfitError(
@@ -80,13 +90,20 @@ class Frontier:
             f"{self.points[0]['removed']} to {self.points[-1]['removed']} blocks"
         )
 
-    def _fractions(self, point: dict[str, Any]) -> dict[str, float]:
+    def _figures(self, point: dict[str, Any]) -> dict[str, float]:
+        """What each kind of budget looks at, as far as the sweep holds it."""
         original = self.data["original"]
-        return {
+        before, after = original.get("top1"), point.get("top1")
+        found = {
             "removed": point["removed"],
+            "remove": point["removed"],
             "params": point["parameters"] / original["parameters"],
             "flops": point["flops"] / original["flops"],
+            "latency": point.get("latency", {}).get("ratio"),
+            "max_kl": point["held_out"]["kl"],
+            "max_drop": None if None in (before, after) else 100 * (before - after),
         }
+        return {kind: value for kind, value in found.items() if value is not None}
 
 
 def loss_of(point: dict[str, Any]) -> float:
@@ -110,6 +127,7 @@ def sweep(
     progress: Progress | None = None,
     resume: str | Path | None = None,
     max_memory: int | str | None = None,
+    latency_images: int | None = None,
 ) -> Frontier:
     """Find the best plan for every size, from 1 removed block to all but two.
 
@@ -129,11 +147,16 @@ def sweep(
         progress: called with how many of how many (images, blocks) are done of what was said last.
         resume: as in ``compress``: goes on also within the calibration and within a size.
         max_memory: as in ``compress``.
+        latency_images: measure the latency of every plan against the original's, in turn, with
+            this many images per forward pass. A finished sweep is measured without being run
+            again, and only plans that were not measured with as many images and threads.
 
     Raises:
         BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
     """
     target = Path(folder).expanduser()
+    if latency_images is not None and latency_images < 1:
+        raise BlockfitError(f"latency is measured on 1 image or more, got {latency_images}")
     if not isinstance(model, nn.Module):
         model = load(model)
     if not isinstance(images, Images):
@@ -143,23 +166,45 @@ def sweep(
     run = run_json(model, images, chosen, protect, hold_out, seed)
     before = ranks.agreed(lambda: _resume(target, run))
     setting = Setting.of(model, images, blocks, hold_out, seed)
-    if before is not None:
-        largest = most_removed(setting.blocks.depth, run["protect"])
-        if {p["removed"] for p in before["points"]} >= set(range(1, largest + 1)):
-            return Frontier(target, before)
-    checkpoint = checkpoint_of(resume, run, images, setting.blocks)
-    session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
-    data = before or {
+    largest = most_removed(setting.blocks.depth, run["protect"])
+    done = set() if before is None else {p["removed"] for p in before["points"]}
+    if before is not None and done >= set(range(1, largest + 1)):
+        frontier = Frontier(target, before)
+    else:
+        checkpoint = checkpoint_of(resume, run, images, setting.blocks)
+        session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
+        frontier = Frontier(target, before or _begun(session, run))
+        _go_through(frontier, session)
+        if checkpoint is not None:
+            checkpoint.forget()
+    if latency_images is not None:
+        few = replace(images, batch_size=latency_images)
+        inputs = first_images(next(iter(few)), latency_images)
+        ranks.agreed(lambda: _measure(frontier, setting, inputs, say))
+    return frontier
+
+
+def _begun(session: Session, run: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``sweep.json`` before there is a plan."""
+    sizes, model = session.sizes, session.setting.model
+    top1 = session.held_out.top1
+    return {
         "format": FORMAT,
         "run": run,
         "source": source_of(model).to_json(),
-        "blocks": asdict(setting.blocks),
-        "original": {"parameters": session.sizes.parameters, "flops": session.sizes.flops},
+        "blocks": asdict(session.setting.blocks),
+        "original": {"parameters": sizes.parameters, "flops": sizes.flops, "top1": top1},
         "points": [],
         "search": {},
     }
+
+
+def _go_through(frontier: Frontier, session: Session) -> None:
+    """Find, and write at once, the plans that are not there yet."""
+    target, data = frontier.folder, frontier.data
     search = session.search()
     search.restore(data["search"])
+    data["original"].setdefault("top1", session.held_out.top1)
     done = {point["removed"] for point in data["points"]}
     if ranks.is_first():
         target.mkdir(parents=True, exist_ok=True)
@@ -173,9 +218,20 @@ def sweep(
         if ranks.is_first():
             data["points"].append(_write_point(target, session, point, started))
             _write_json(target / MARK, data)
-    if checkpoint is not None:
-        checkpoint.forget()
-    return Frontier(target, data)
+
+
+def _measure(frontier: Frontier, setting: Setting, inputs: Batch, say: Say | None) -> None:
+    """Time every plan that was not timed in the same way, from what lies in the folder."""
+    now = way_of(setting.model, inputs)
+    for point in frontier.points:
+        if now.items() <= point.get("latency", {}).items():
+            continue
+        if say is not None:
+            say(f"{point['removed']} blocks: latency")
+        solution = _read_point(frontier.folder, point, setting.blocks)
+        found = latency_of(setting.model, setting.blocks, solution, inputs)
+        point["latency"] = asdict(found)
+        _write_json(frontier.folder / MARK, frontier.data)
 
 
 def read_sweep(folder: str | Path) -> Frontier:
@@ -224,7 +280,7 @@ def from_sweep(
     source = source_of(original)
     small = copy.deepcopy(original) if given else original
     solution.apply(small, blocks)
-    report = {
+    report: dict[str, Any] = {
         "budget": str(budget),
         "sweep": str(folder),
         "recipe": data["run"]["recipe"],
@@ -237,7 +293,9 @@ def from_sweep(
         "calibration": data["run"]["calibration"],
         "held_out": point["held_out"],
         "maps": point["maps"],
-        **{key: point[key] for key in LATER_KEYS if key in point},
+        "top1_before": data["original"].get("top1"),
+        "top1_after": point.get("top1"),
+        **{key: point[key] for key in ("repaired_blocks", "latency") if key in point},
         "warnings": point["warnings"],
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -270,6 +328,7 @@ def _write_point(folder: Path, session: Session, point: Point, started: float) -
         "parameters": parameters,
         "flops": flops,
         "held_out": asdict(point.fidelity),
+        "top1": point.top1,
         "maps": [asdict(error) for error in point.map_errors],
         "repaired_blocks": session.repaired_blocks(point),
         "warnings": session.warnings(point),

@@ -27,7 +27,7 @@ _FORM: dict[str, Any] = {
     },
     "source": _OBJECT,
     "blocks": _OBJECT,
-    "original": {"parameters": _COUNT, "flops": _NUMBER},
+    "original": {"parameters": _COUNT, "flops": _NUMBER, "top1": (_NUMBER, _MAYBE)},
     "points": [
         {
             "removed": _COUNT, "plan": [_OBJECT], "parameters": _COUNT, "flops": _NUMBER,
@@ -43,15 +43,20 @@ _FORM: dict[str, Any] = {
                 }
             ],
             "warnings": [_TEXT], "file": _TEXT, "seconds": _NUMBER,
-            "repaired_blocks": [_COUNT],
+            "repaired_blocks": [_COUNT], "top1": (_NUMBER, _MAYBE),
+            "latency": {
+                "ratio": _NUMBER, "low": _NUMBER, "high": _NUMBER, "original_ms": _NUMBER,
+                "compressed_ms": _NUMBER, "batch_size": _COUNT, "threads": _COUNT,
+                "device": _TEXT,
+            },
         }
     ],
     "search": _OBJECT,
 }  # fmt: skip
 """Keys and what stands behind them: kinds, objects, lists of one kind, or one of several."""
 
-LATER_KEYS = {"repaired_blocks"}
-"""Keys of points that sweeps of earlier versions lack."""
+LATER_KEYS = {"repaired_blocks", "top1", "latency"}
+"""Keys that sweeps of earlier versions lack, and sweeps of which nothing was timed."""
 
 
 def read_sweep_file(path: Path) -> dict[str, Any]:
@@ -69,8 +74,9 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
         _check(data, _FORM, "")
         blocks = read_blocks(data["blocks"], "blocks")
         Source.from_json(data["source"], "source")
-        if min(data["original"].values()) <= 0:
+        if min(data["original"]["parameters"], data["original"]["flops"]) <= 0:
             raise BlockfitError("original: a model has parameters and FLOPs")
+        _check_share(data["original"], "original")
         for number, point in enumerate(data["points"]):
             _check_point(point, blocks.depth, f"points[{number}]")
     except BlockfitError as error:
@@ -107,6 +113,16 @@ def _check_point(point: dict[str, Any], depth: int, where: str) -> None:
     name = point["file"]
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise BlockfitError(f"{where}: file: {name!r} is no file of a sweep")
+    _check_share(point, where)
+    for key, value in point.get("latency", {}).items():
+        if key != "device" and not 0 < value < math.inf:
+            raise BlockfitError(f"{where}: latency: {key} must be above 0, got {value}")
+
+
+def _check_share(figures: dict[str, Any], where: str) -> None:
+    top1 = figures.get("top1")
+    if top1 is not None and not 0 <= top1 <= 1:
+        raise BlockfitError(f"{where}: top1 must be between 0 and 1, got {top1}")
 
 
 def _check(value: Any, form: Any, where: str) -> None:
