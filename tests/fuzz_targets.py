@@ -22,7 +22,7 @@ from families import FAMILIES
 from mutation import STRANGE, damaged_value
 from pictures import PIXELS, encoded, folder_of, grey
 from small import small_blocks, small_pictures, small_vit
-from test_store import KINDS, PLAN, REPORT, small_model
+from stored import KINDS, PLAN, REPORT, small_model
 
 import blockfit
 from blockfit import analysis, store

@@ -19,7 +19,7 @@ import torch
 from families import FAMILIES, one_thread  # noqa: F401
 from pictures import PIXELS, encoded, folder_of, grey
 from PIL import Image
-from test_store import PLAN, REPORT, small_model
+from stored import PLAN, REPORT, small_model
 
 import blockfit
 from blockfit import analysis, atomic
