@@ -21,6 +21,9 @@ from blockfit.trace import Trace, trace
 PROBE_IMAGES = 4
 """Images on which the residual writers of a block are looked for."""
 
+STATES_LIMIT = 4 << 30
+"""Bytes of hidden states that are kept without ``--max-memory``: 512 images of a ViT-B fit."""
+
 MIDDLES_SHARE = 8
 """What drawn states before the MLPs may take: the limit of all states by this."""
 
@@ -39,7 +42,7 @@ class Originals:
         model: nn.Module,
         blocks: Blocks,
         images: Images,
-        limit_bytes: int = 2 << 30,
+        limit_bytes: int = STATES_LIMIT,
         progress: Callable[[int, int], None] | None = None,
         shelf: Shelf | None = None,
     ) -> None:
