@@ -57,7 +57,7 @@ def _make(root: Path) -> None:
     spans = ("--span", "2:4", "--span", "9:11", "--repair", "mlp")
     told = None
     for command in (
-        ("sweep", "demo", *FEW, *cheap, "-o", root / "sweep"),
+        ("sweep", "demo", *FEW, *cheap, "--measure-latency", "1", "-o", root / "sweep"),
         ("analyze", "demo", *FEW, "-o", root / "analysis"),
         ("compress", "demo", *FEW, *spans, "-o", root / "small"),
         ("evaluate", root / "small", "--against", "demo", "--data", "digits:test", "--limit", "50"),

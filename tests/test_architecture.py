@@ -63,7 +63,7 @@ ROWS = (
     ("quantize", "quantize_onnx", "precision"),
     ("content", "plots", "headline", "views", "report", "charts", "pages", "findings"),
     ("translators", "judge", "laboratory", "experiments", "reproduce"),
-    ("api", "sweep", "command_lines", "runs"),
+    ("api", "sweep", "command_lines", "facts", "runs"),
     ("__init__",),
     ("interrupts", "console", "options", "reporter"),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,39 @@ def test_pointing_at_a_plan_shows_it_and_its_command(chromium: Any, made: Path) 
         removed = points[place]["removed"]
         assert f"{removed} block" in tip.text
         assert f"KL {points[place]['held_out']['kl']:.4f}" in tip.text
+        assert f"top-1 {points[place]['top1']:.2%}" in tip.text
+        assert f"{points[place]['latency']['ratio']:.1%} of the latency" in tip.text
         assert "blockfit compress" in tip.text
         box = chromium.execute_script("return arguments[0].getBoundingClientRect().toJSON()", tip)
         assert box["left"] >= 0
         assert box["right"] <= 1280
         mark.click()
         assert [e.get_attribute("id") for e in shown(chromium, ".plan")] == [f"plan-{removed}"]
+
+
+def test_every_quality_stands_against_parameters_flops_and_latency(
+    chromium: Any, made: Path
+) -> None:
+    show(chromium, made / "page.html")
+    points = json.loads((made / "sweep" / "sweep.json").read_text())["points"]
+    qualities = [radio.get_attribute("value") for radio in all_of(chromium, 'input[name="loss"]')]
+    assert qualities == ["kl", "top1", "agreement", "feature_relative_error"]
+    press(chromium, one(chromium, 'input[name="loss"][value="top1"]'))
+    plots = shown(chromium, '[data-loss="top1"] figure')
+    for plot, size in zip(plots, ("parameters", "FLOPs", "latency"), strict=True):
+        assert f"top-1 accuracy against {size}" in plot.text
+        assert plot.find_elements("xpath", './/*[name()="text"][.="original"]')
+        marks = plot.find_elements("css selector", "[role=radio]")
+        assert len(marks) == len(points)
+        sizes = [p["latency"]["ratio"] if size == "latency" else p["parameters"] for p in points]
+        across = [m.rect["x"] + m.rect["width"] / 2 for m in marks]
+        down = [m.rect["y"] + m.rect["height"] / 2 for m in marks]
+        for values, drawn in ((sizes, across), ([-p["top1"] for p in points], down)):
+            in_order = [place for _, place in sorted(zip(values, drawn, strict=True))]
+            assert all(a <= b + 1 for a, b in pairwise(in_order))
+    table = one(chromium, "#all-plans").text
+    assert "Latency" in table
+    assert "Top-1" in table
 
 
 def test_plans_and_cells_are_reached_by_keys(chromium: Any, made: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
+import io
 import json
 import shutil
 import sys
@@ -13,11 +15,14 @@ import numpy as np
 import pytest
 from commandline import Done, blockfit_command
 from families import one_thread as one_thread
+from PIL import Image
 
 from blockfit import command_reproduce, reproduce
 from blockfit.demo import digits
+from blockfit.errors import BlockfitError
 from blockfit.laboratory import QUICK, Lab, Row
 from blockfit.reproduce import ENDINGS, INDEX, MARK
+from blockfit.runs import read_run
 
 NAMES = tuple(reproduce.BY_NAME)
 TINY = ("--limit", "40", "--samples", "20,40", "--test-limit", "50", "--quick")
@@ -62,7 +67,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     pictures = (digits("calibration")[0][:40, 0] + 1) * 8 * 15.9
     np.save(other, np.rot90(pictures.numpy().astype(np.uint8), axes=(1, 2)))
     out = folder / "reproduction"
-    return out, run(out, "--data", "digits", *TINY, "--transfer", other, "--json")
+    page = ("--report", folder / "page.html")
+    return out, run(out, "--data", "digits", *TINY, "--transfer", other, *page, "--json")
 
 
 def test_every_experiment_writes_its_table_its_numbers_and_its_picture(
@@ -91,6 +97,37 @@ def test_every_experiment_writes_its_table_its_numbers_and_its_picture(
     assert all(f"[{e.title}]({e.name}.md)" in index for e in reproduce.EXPERIMENTS)
     assert "test images: 50 of digits:test" in index
     assert told["about"]["judge"] == "head (the model's own)"
+
+
+def test_a_report_shows_every_experiment_with_its_finding_rows_and_picture(
+    whole: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder, done = whole
+    told = done.json["experiments"]
+    shown = read_run(folder).experiments
+    assert [one.title for one in shown] == [reproduce.BY_NAME[name].title for name in told]
+    for one, (name, entry) in zip(shown, told.items(), strict=True):
+        assert one.finding == entry["finding"]
+        assert len(one.rows) in (len(entry["rows"]), 0)  # 0: more than a page can show
+        assert all(len(row) == len(one.header) for row in one.rows)
+        drawn = Image.open(folder / f"{name}.png").convert("RGB")
+        assert np.array_equal(Image.open(io.BytesIO(one.picture or b"")), drawn)
+    spans = shown[NAMES.index("spans")]
+    column = spans.header.index("top-1")
+    rows = told["spans"]["rows"]
+    assert [row[column] for row in spans.rows] == [f"{row['top1']:.2%}" for row in rows]
+    page = (folder.parent / "page.html").read_text(encoding="utf-8")
+    assert page.count('<div class="scroll chart"') == len(NAMES)
+    assert all(entry["finding"] in html.unescape(page) for entry in told.values())
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "spans.png").write_bytes(b"GIF89a")
+    with pytest.raises(BlockfitError, match=r"spans\.png is no picture"):
+        read_run(copy)
+    (copy / "spans.png").unlink()
+    (copy / "spans.png").symlink_to(folder / "seeds.png")
+    left = read_run(copy).experiments[NAMES.index("spans")]
+    assert left.picture is None
 
 
 def test_what_is_done_is_not_run_again_and_what_was_deleted_is_written_again(

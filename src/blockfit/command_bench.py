@@ -78,6 +78,7 @@ def bench(
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Time compressed models and their original in turn: is the promised speed-up there?"""

@@ -38,6 +38,7 @@ def check(
     blocks: opt.BlocksPath = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Compare a model in half precision with itself in float32, block by block."""

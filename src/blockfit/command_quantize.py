@@ -72,6 +72,7 @@ def quantize(
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Bring the weights of a compressed model to int8; compare original, compressed and int8."""

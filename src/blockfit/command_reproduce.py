@@ -20,6 +20,7 @@ from blockfit.judge import JUDGES, Judge, fitting_judge
 from blockfit.laboratory import FULL, QUICK, Draw, Lab, Settings
 from blockfit.measure import parameters
 from blockfit.models import source_of
+from blockfit.reporter import Reporter
 from blockfit.reproduce import BY_NAME, INDEX, chosen, earlier
 from blockfit.reproduce import reproduce as run_experiments
 from blockfit.splits import Source, train_and_test
@@ -108,12 +109,15 @@ def reproduce(
     trust_remote_code: opt.TrustRemoteCode = False,
     blocks: opt.BlocksPath = None,
     output: Output_ = Path("reproduction"),
+    report: opt.ReportFile = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Run the paper's experiments: tables, pictures and an index page."""
     out = Output(as_json, quiet)
+    page = Reporter(report)
     wanted = chosen(experiments)
     settings = _settings(quick, limit, samples, seeds, seed)
     if (data is None) == (train is None or test is None):
@@ -161,9 +165,11 @@ def reproduce(
         about = _about(loaded, where, lab.draw(1, seed), pictures, kind, labelled)
         out.note(f"{where.depth} blocks of width {where.width}; judged by: {about['judge']}")
         result = run_experiments(lab, output, about, wanted, lambda line: out.warn([line]))
+        page.reproduced(out, output)
     for name, entry in result["experiments"].items():
         out.line(f"{name} ({entry['seconds']:.0f} s): {entry['finding']}")
     out.line(f"written to {output / INDEX}")
+    page.tell(out)
     out.result({**result, "output": str(output)})
 
 

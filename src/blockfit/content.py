@@ -31,6 +31,8 @@ class Candidate:
             which.
         warnings: of the run.
         command: that makes it.
+        top1: the original's and its own on the held-out images, where known.
+        latency: of the original's, and the quartiles of the rounds; where it was measured.
     """
 
     plan: Plan
@@ -42,6 +44,8 @@ class Candidate:
     repaired: tuple[int, ...] | None = None
     warnings: tuple[str, ...] = ()
     command: str | None = None
+    top1: tuple[float | None, float | None] = (None, None)
+    latency: tuple[float, float, float] | None = None
 
     @property
     def removed(self) -> int:
@@ -54,8 +58,14 @@ class Candidate:
         kl = self.fidelity.get("kl")
         return self.fidelity.get("feature_relative_error") if kl is None else kl
 
+    def value(self, loss: str) -> float | None:
+        """``top1``, or a figure of ``FIDELITY``."""
+        return self.top1[1] if loss == "top1" else self.fidelity.get(loss)
+
     def share(self, size: str) -> float | None:
-        """The part of the original's ``parameters`` or ``flops`` that remains."""
+        """The part of the original's ``parameters``, ``flops`` or ``latency`` that remains."""
+        if size == "latency":
+            return None if self.latency is None else self.latency[0]
         before, after = self.before.get(size), self.after.get(size)
         return None if after is None or not before else after / before
 
@@ -78,12 +88,13 @@ class Command:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment of ``blockfit reproduce``: what it says, and its rows as texts."""
+    """One experiment of ``blockfit reproduce``: what it says, its rows as texts, and its PNG."""
 
     title: str
     finding: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    picture: bytes | None = None
 
 
 @dataclass(frozen=True)

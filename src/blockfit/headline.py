@@ -27,6 +27,8 @@ def headline(chosen: Candidate | None, evaluation: Evaluated | None) -> list[Vie
     elif after.get("size_bytes") is not None:
         cards.append(_card("Weights file", None, amount(after["size_bytes"], "B")))
     fidelity, on = chosen.fidelity, "held-out images"
+    if evaluation is None:
+        cards += _of_the_run(chosen)
     if evaluation is not None and evaluation.fidelity.get("feature_cosine") is not None:
         fidelity, on = {**evaluation.fidelity, "images": evaluation.images}, "test images"
     images = fidelity.get("images")
@@ -38,6 +40,19 @@ def headline(chosen: Candidate | None, evaluation: Evaluated | None) -> list[Vie
     ):
         if (value := fidelity.get(key)) is not None:
             cards.append(_card(name, None, shown(value), on))
+    return cards
+
+
+def _of_the_run(chosen: Candidate) -> list[View]:
+    """Top-1 and latency as the run found them, where nothing was measured on test images."""
+    cards, images = [], chosen.fidelity.get("images")
+    old, new = chosen.top1
+    if old is not None and new is not None:
+        on = "held-out images" if images is None else f"{images:.0f} held-out images"
+        note = f"{100 * (new - old):+.2f} points, on {on}"
+        cards.append(_card("Top-1", percent(old), percent(new), note))
+    if (part := chosen.share("latency")) is not None:
+        cards.append(_card("Latency", None, share(part, 1.0), "of the original's"))
     return cards
 
 

@@ -23,9 +23,14 @@ from blockfit.similarity import Table
 WIDTH = 4.2
 """Inches; 302 points, of which a telephone's page has 358."""
 
-SIZES = {"parameters": "parameters that remain", "flops": "FLOPs that remain"}
+SIZES = {
+    "parameters": "parameters that remain",
+    "flops": "FLOPs that remain",
+    "latency": "latency that remains",
+}
 LOSSES = {
-    "kl": "KL from the original, nats",
+    "kl": "KL from the original (nats)",
+    "top1": "top-1 accuracy",
     "agreement": "top-1 agreement",
     "feature_relative_error": "relative feature error",
 }
@@ -158,12 +163,14 @@ def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | No
     found = [
         (candidate.removed, x, y)
         for candidate in candidates
-        if (x := candidate.share(size)) is not None
-        and (y := candidate.fidelity.get(loss)) is not None
+        if (x := candidate.share(size)) is not None and (y := candidate.value(loss)) is not None
     ]
     if not found:
         return None
-    log = loss != "agreement" and all(y > 0 for _, _, y in found)
+    part = loss in ("agreement", "top1")
+    log = not part and all(y > 0 for _, _, y in found)
+    whole = candidates[0].top1[0] if loss == "top1" else None
+    spreads = {c.removed: c.latency[1:] for c in candidates if c.latency and size == "latency"}
 
     def draw(palette: Palette) -> Any:
         figure, axis = _figure(palette, 3.1)
@@ -171,7 +178,15 @@ def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | No
             axis.set_yscale("log")
         axis.grid(color=palette.line, linewidth=0.6, which="major")
         axis.plot([x for _, x, _ in found], [y for _, _, y in found], color=palette.soft, lw=1)
+        if whole is not None:
+            axis.axhline(whole, color=palette.other, lw=1.2, ls="--")
+            axis.annotate(
+                "original", (0, whole), (4, 3), xycoords=("axes fraction", "data"),
+                textcoords="offset points", fontsize=7.5, color=palette.other,
+            )  # fmt: skip
         for removed, x, y in found:
+            if removed in spreads:
+                axis.plot(spreads[removed], [y, y], color=palette.soft, lw=2.2, alpha=0.6)
             axis.plot(
                 [x], [y], "o", color=palette.main, ms=8, mec=palette.paper, mew=1,
                 gid=f"plan-{removed}", clip_on=False,
@@ -183,7 +198,7 @@ def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | No
             )  # fmt: skip
         axis.set(xlabel=SIZES[size], ylabel=LOSSES[loss])
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        if loss == "agreement":
+        if part:
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         elif log:
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -197,6 +212,7 @@ def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | No
         f"{first[1]:.0%} with {first[0]} blocks removed to {last[2]:.3g} at {last[1]:.0%} with "
         f"{last[0]}."
     )
+    text += "" if whole is None else f" The original's is {whole:.3g}."
     return Plot(f"frontier-{loss}-{size}".replace("_", "-"), f"{LOSSES[loss]}", text, draw)
 
 

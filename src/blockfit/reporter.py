@@ -110,6 +110,11 @@ class Reporter:
         if self.path is not None:
             self._write(out, analysis_content(Values(found, "the analysis"), folder))
 
+    def reproduced(self, out: Output, folder: Path) -> None:
+        """Write the report of the experiments that ``folder`` holds."""
+        if self.path is not None:
+            self._write(out, read_run(folder))
+
     def _similarity(self, out: Output, original: nn.Module, images: Images) -> Content:
         found = analyze(original, images, say=out.say, progress=out.count)
         return analysis_content(Values(found.to_json(), "the analysis"))

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import io
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ from blockfit.content import (
     Measured,
     joined,
 )
+from blockfit.decode import Unreadable, decode
 from blockfit.errors import BlockfitError
+from blockfit.facts import model_facts, only_known, run_facts, timing_facts, written_with
 from blockfit.heldout import MapError
 from blockfit.manifest import read_manifest
 from blockfit.pages import FRACTIONS, WORDS
@@ -44,6 +48,9 @@ from blockfit.values import Values, read_values
 
 MOST_BOUNDARIES = 512
 """More hidden states than any model has blocks."""
+
+MOST_PIXELS = 8_000_000
+"""Of the picture of an experiment."""
 
 MOST_ROWS = 300
 """Rows of an experiment's table that are shown."""
@@ -94,8 +101,7 @@ def _saved(folder: Path) -> Content:
         folder,
         weights.stat().st_size if weights.is_file() else None,
     )
-    versions = _versions(manifest.versions)
-    return replace(found, facts=(*found.facts, Fact("written with", versions)))
+    return replace(found, facts=(*found.facts, written_with(manifest.versions)))
 
 
 def result_content(
@@ -132,9 +138,12 @@ def result_content(
         repaired=_repaired(report, depth),
         warnings=report.texts("warnings"),
         command=compress_line(report, plan, source, folder or SMALL),
+        top1=(report.number("top1_before"), report.number("top1_after")),
+        latency=_latency(report),
     )
-    facts = [*_model_facts(source), *_run_facts(report, report.inner("calibration"))]
-    return Content(source.name, candidate, facts=_known(facts))
+    facts = [*model_facts(source), *run_facts(report, report.inner("calibration"))]
+    facts += timing_facts([report])
+    return Content(source.name, candidate, facts=only_known(facts))
 
 
 def _sweep(folder: Path) -> Content:
@@ -145,14 +154,21 @@ def _sweep(folder: Path) -> Content:
     depth, run = data.inner("blocks").whole("depth"), data.inner("run")
     if depth is None:
         raise BlockfitError(f"{where}: blocks: key 'depth' is missing; run the sweep again")
-    candidates = [_point(point, found, data, depth, source) for point in data.several("points")]
+    points = data.several("points")
+    candidates = [_point(point, found, data, depth, source) for point in points]
     commands: tuple[Command, ...] = ()
     if (line := sweep_line(run, source, folder)) is not None:
         commands = (Command("The sweep", line),)
     return Content(
         source.name,
         frontier=tuple(sorted(candidates, key=lambda candidate: candidate.removed)),
-        facts=_known([*_model_facts(source), *_run_facts(run, run.inner("calibration"))]),
+        facts=only_known(
+            [
+                *model_facts(source),
+                *run_facts(run, run.inner("calibration")),
+                *timing_facts(points),
+            ]
+        ),
         commands=commands,
     )
 
@@ -183,6 +199,8 @@ def _point(
         repaired=_repaired(point, depth),
         warnings=warnings,
         command=line,
+        top1=(original.number("top1"), point.number("top1")),
+        latency=_latency(point),
     )
 
 
@@ -199,7 +217,7 @@ def analysis_content(data: Values, folder: Path | None = None) -> Content:
     return Content(
         name,
         similarity=_tables(data.inner("similarity")),
-        facts=_known(_run_facts(data, calibration, "images of the similarity")),
+        facts=only_known(run_facts(data, calibration, "images of the similarity")),
         commands=commands,
         warnings=data.texts("warnings"),
     )
@@ -218,6 +236,7 @@ def _reproduction(folder: Path) -> Content:
             Experiment(
                 title=name if known is None else known.title,
                 finding=entry.text("finding") or "",
+                picture=None if known is None else _chart(folder / f"{name}.png"),
                 **_rows_shown(rows),
             )
         )
@@ -225,7 +244,26 @@ def _reproduction(folder: Path) -> Content:
         Fact("experiments judged by", about.text("judge") or ""),
         Fact("test images", f"{test.whole('images') or 0} from {test.text('source') or '–'}"),
     ]
-    return Content(model.text("name") or "", experiments=tuple(experiments), facts=_known(facts))
+    return Content(
+        model.text("name") or "", experiments=tuple(experiments), facts=only_known(facts)
+    )
+
+
+def _chart(path: Path) -> bytes | None:
+    """The picture of an experiment, encoded anew: the file may be anybody's."""
+    if not path.is_file() or os.path.realpath(path.parent) != os.path.dirname(
+        os.path.realpath(path)
+    ):
+        return None
+    try:
+        image = decode(path, MOST_PIXELS)
+    except Unreadable as error:
+        raise BlockfitError(
+            f"{path} is no picture ({error}); delete it, and reproduce draws it again"
+        ) from error
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def _rows_shown(rows: list[Values]) -> dict[str, Any]:
@@ -292,6 +330,12 @@ def _fidelity(data: Values) -> dict[str, float | None]:
     return {"images": data.whole("images"), **{name: data.number(name) for name in FIDELITY}}
 
 
+def _latency(data: Values) -> tuple[float, float, float] | None:
+    """The ratio and its quartiles; ``None`` where nothing was timed."""
+    ratio, low, high = (data.inner("latency").number(key) for key in ("ratio", "low", "high"))
+    return None if ratio is None or low is None or high is None else (ratio, low, high)
+
+
 def _map_errors(data: Values) -> tuple[MapError, ...]:
     numbers = [field.name for field in fields(MapError) if field.name not in ("span", "map")]
     rows = []
@@ -343,41 +387,3 @@ def _table(value: Any, size: int, where: str) -> list[list[float | None]]:
     names = [f"column {column}" for column in range(size)]
     rows = [Values(dict(zip(names, line, strict=True)), where) for line in value]
     return [[row.number(name) for name in names] for row in rows]
-
-
-def _model_facts(source: Source) -> list[Fact]:
-    prepared = source.preprocessing
-    return [
-        Fact("model", source.name),
-        Fact("library", source.library),
-        Fact("licence of the weights", source.licence or ""),
-        Fact("preprocessing", "" if prepared is None else prepared.describe()),
-    ]
-
-
-def _run_facts(run: Values, calibration: Values, what: str = "calibration images") -> list[Fact]:
-    total, drawn = calibration.whole("total"), calibration.whole("drawn")
-    drawn = calibration.whole("used") if drawn is None else drawn
-    images = calibration.text("source") or ""
-    if images and total is not None:
-        images = f"{total if drawn is None else drawn} of {total} from {images}"
-    fit, held_out = calibration.whole("fit"), calibration.whole("held_out")
-    parts = "" if None in (fit, held_out) else f"{fit} fitted on, {held_out} held out"
-    seed, budget, seconds = run.whole("seed"), run.text("budget"), run.number("seconds")
-    return [
-        Fact(what, images),
-        Fact("unreadable images", ", ".join(calibration.texts("skipped")[:5])),
-        Fact("parts of the images", parts),
-        Fact("seed", "" if seed is None else str(seed)),
-        Fact("recipe", run.inner("recipe").text("name") or ""),
-        Fact("budget", budget or ""),
-        Fact("time", "" if seconds is None else f"{seconds:.1f} s"),
-    ]
-
-
-def _known(facts: Iterable[Fact]) -> tuple[Fact, ...]:
-    return tuple(fact for fact in facts if fact.value)
-
-
-def _versions(versions: Mapping[str, str | None]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in versions.items() if value is not None)

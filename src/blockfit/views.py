@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from blockfit import plots
 from blockfit.amounts import number, percent, share
-from blockfit.content import Candidate, Content
+from blockfit.content import Candidate, Content, Experiment
 from blockfit.headline import headline, headline_note
 from blockfit.plots import LOSSES, METRIC_WORDS, Plot
 from blockfit.samples import TOKENS, Prediction, Sample, SideBySide
@@ -49,7 +49,7 @@ def views(content: Content) -> View:
         "state_plots": [_state_plot(side, kind) for kind in side.errors] if side else [],
         "state_rows": _state_rows(side) if side else [],
         "similarity": _similarity(content.similarity) if content.similarity else None,
-        "experiments": content.experiments,
+        "experiments": [_experiment(experiment) for experiment in content.experiments],
         "samples": [_sample(sample) for sample in side.samples] if side else [],
         "samples_words": _samples_words(side) if side else "",
         "pca": _pca(side.samples) if side else [],
@@ -98,13 +98,6 @@ def _candidate(candidate: Candidate) -> View:
         "title": f"{_blocks(candidate.removed)} removed",
         "plan": str(candidate.plan),
         "figures": _figures(candidate),
-        "columns": [
-            share(candidate.after.get("parameters"), candidate.before.get("parameters")),
-            share(candidate.after.get("flops"), candidate.before.get("flops")),
-            number(candidate.fidelity.get("kl")),
-            percent(candidate.fidelity.get("agreement")),
-            number(candidate.fidelity.get("feature_relative_error")),
-        ],
         "chain": _chain(candidate),
         "chain_words": plots.chain_words(candidate),
         "repair_words": _repair_words(candidate),
@@ -129,15 +122,36 @@ def _candidate(candidate: Candidate) -> View:
 
 def _figures(candidate: Candidate) -> str:
     fidelity = candidate.fidelity
+    before, after = candidate.top1
     told = (
-        ("{} of the parameters", candidate.share("parameters"), lambda v: f"{v:.1%}"),
-        ("{} of the FLOPs", candidate.share("flops"), lambda v: f"{v:.1%}"),
+        ("{} of the parameters", candidate.share("parameters"), _part),
+        ("{} of the FLOPs", candidate.share("flops"), _part),
+        ("{} of the latency", candidate.share("latency"), _part),
         ("KL {}", fidelity.get("kl"), number),
+        (f"top-1 {{}} (original {percent(before)})", after, percent),
         ("agreement {}", fidelity.get("agreement"), percent),
         ("feature error {}", fidelity.get("feature_relative_error"), number),
     )
     parts = [text.format(shown(value)) for text, value, shown in told if value is not None]
     return ", ".join(parts) + "." if parts else ""
+
+
+def _part(value: float | None) -> str:
+    return share(value, 1.0)
+
+
+COLUMNS: dict[str, Callable[[Candidate], str]] = {
+    "Parameters": lambda c: _part(c.share("parameters")),
+    "FLOPs": lambda c: _part(c.share("flops")),
+    "Latency": lambda c: _part(c.share("latency")),
+    "KL": lambda c: number(c.value("kl")),
+    "Top-1": lambda c: percent(c.value("top1")),
+    "Agreement": lambda c: percent(c.value("agreement")),
+    "Feature error": lambda c: number(c.value("feature_relative_error")),
+}
+"""Of the table of a sweep's plans; one that no plan has a value for is left out."""
+
+NOTHING = number(None)
 
 
 def _chain(candidate: Candidate) -> list[View]:
@@ -186,13 +200,25 @@ def _frontier(candidates: Sequence[Candidate], chosen: Candidate | None) -> View
             plot = plots.frontier(candidates, size, key)
             if plot is not None:
                 marks = {f"plan-{c.removed}": _mark(c) for c in candidates}
-                found.append({"plot": plot, "svg": plot.svg(marks), "against": words})
+                caption = f"{plot.title} against {words}"
+                if size == "latency":
+                    caption += "; the bars span the middle half of the rounds"
+                found.append({"plot": plot, "svg": plot.svg(marks), "caption": caption})
         if found:
-            losses.append({"key": key, "name": name.partition(",")[0], "plots": found})
+            losses.append({"key": key, "name": name.partition(" (")[0], "plots": found})
     images = candidates[0].fidelity.get("images")
+    columns = {
+        name: [shown(candidate) for candidate in candidates] for name, shown in COLUMNS.items()
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {NOTHING}}
+    rows = zip(*columns.values(), strict=True)
     return {
         "losses": losses,
-        "views": [_candidate(candidate) for candidate in candidates],
+        "header": list(columns),
+        "views": [
+            {**_candidate(candidate), "columns": row}
+            for candidate, row in zip(candidates, rows, strict=True)
+        ],
         "chosen": None if chosen is None else chosen.removed,
         "images": "" if images is None else f"{images:.0f}",
     }
@@ -250,6 +276,17 @@ def _similarity(tables: Tables) -> View:
             }
             for metric, kind, plot in _heat_maps(tables)
         ],
+    }
+
+
+def _experiment(one: Experiment) -> View:
+    picture = None if one.picture is None else _data(one.picture)
+    return {
+        "title": one.title,
+        "finding": one.finding,
+        "picture": picture,
+        "header": one.header,
+        "rows": one.rows,
     }
 
 
