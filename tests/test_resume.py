@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from commandline import blockfit_command
+from commandline import Done, blockfit_command
+from commandline import small as small
 from families import one_thread  # noqa: F401
 from processes import on_ranks, start
 from safetensors import safe_open
@@ -160,6 +162,58 @@ def test_the_state_of_another_run_or_a_damaged_one_is_refused(damage: str, tmp_p
         save_file(tensors, file, {**told, "extra": ""})
     with pytest.raises(BlockfitError, match=r"cannot be read|other spans|no progress of a run"):
         calibrated(str(state))
+
+
+COMMANDS = {
+    "sweep": "sweep demo --images digits --limit 48 --protect 0,1,2,3,4,5,6 --recipe plain "
+    "--resume -o {}/sweep",
+    "evaluate": "evaluate {}/small --against demo --data digits:test --limit 100 --batch-size 2 "
+    "--resume",
+    "reproduce": "reproduce --model demo --data digits --quick --limit 40 --test-limit 40 "
+    "--samples 10,20 --seeds 1 --experiments similarity,samples,seeds -o {}/tables",
+}
+MEASURED = {
+    *("seconds", "cpu_seconds", "latency_ms", "batch_ms", "images_per_second"),
+    *("peak_memory_bytes", "speedup"),
+}
+"""What differs from run to run by its nature."""
+
+
+def settled(value: Any) -> Any:
+    """A JSON value without what was measured and without the name of the folder."""
+    if isinstance(value, dict):
+        return {k: settled(v) for k, v in value.items() if k not in MEASURED | {"output"}}
+    return [settled(one) for one in value] if isinstance(value, list) else value
+
+
+def commanded(name: str, folder: str) -> Any:
+    """What a command printed, and every tensor and table that it wrote."""
+    done = blockfit_command(*COMMANDS[name].format(folder).split(), "--json")
+    files = sorted(p for end in ("safetensors", "csv") for p in Path(folder).glob(f"[st]*/*.{end}"))
+    return [settled(done.json), [[path.name, path.read_bytes().hex()] for path in files]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bits(
+    name: str, tmp_path: Path, small: tuple[Path, Done]
+) -> None:
+    for part in ("whole", "killed"):
+        (tmp_path / part).mkdir()
+        shutil.copytree(small[0], tmp_path / part / "small")
+    began = time.monotonic()
+    (unbroken,) = on_ranks(1, commanded, name, str(tmp_path / "whole"), folder=tmp_path)
+    takes = time.monotonic() - began
+    chance, folder = random.Random(name), str(tmp_path / "killed")
+    kept = 0
+    for _ in range(3):
+        (one,) = start(1, commanded, name, folder, folder=tmp_path)
+        time.sleep(takes * chance.uniform(0.1, 0.8))
+        os.kill(one.process.pid or 0, signal.SIGKILL)
+        one.process.join(30)
+        kept += len([*Path(folder).glob(".*/*.safetensors"), *Path(folder).glob("*/*.json")])
+    assert kept > 3  # beside the small model's own file
+    assert on_ranks(1, commanded, name, folder, folder=tmp_path) == [unbroken]
+    assert not list(Path(folder).glob(".*"))  # the progress is gone
 
 
 def test_the_command_line_saves_beside_the_output_and_tidies_up(tmp_path: Path) -> None:
