@@ -76,7 +76,8 @@ def damaged_value(value: Any, chance: random.Random) -> Any:
         case 3:
             holder[key] = {str(key): old} if chance.random() < 0.5 else [old]
         case 4 if isinstance(old, int | float):
-            holder[key] = chance.choice((-old, old + 1, old - 1, old * 1000, float(old), str(old)))
+            real = float(old) if abs(old) < 1e308 else old  # 10⁴⁰⁰ has no float
+            holder[key] = chance.choice((-old, old + 1, old - 1, old * 1000, real, str(old)))
         case 5 if isinstance(holder, list):
             holder.insert(key, strange if chance.random() < 0.5 else old)
         case _:
