@@ -131,20 +131,27 @@ _BEIT: dict[str, Any] = {
 }  # fmt: skip
 _UPERNET: dict[str, Any] = {"auxiliary_in_channels": WIDTH, "auxiliary_channels": 8}
 
+# Where the blocks are, in transformers from 5.24 on and before.
+LAYERS = "layers|encoder.layer"
+VIT, DEIT = "vit.layers|vit.encoder.layer", "deit.layers|deit.encoder.layer"
+BEIT = "beit.layers|beit.encoder.layer|encoder.layer"
+TOWER = "encoder.layers|vision_model.encoder.layers"
+DINOV3 = "model.layer|layer"
+
 TRANSFORMERS: dict[str, Family] = {
-    "vit": _family("ViTModel", "layers", one, pooler_output_size=WIDTH),
-    "vit-classifier": _family("ViTForImageClassification", "vit.layers", one, 1),
-    "vit-mae": _masked("ViTMAEModel", "layers"),
-    "vit-mae-pretraining": _masked("ViTMAEForPreTraining", "vit.layers"),
-    "deit": _family("DeiTModel", "layers", _class_and_distillation),
+    "vit": _family("ViTModel", LAYERS, one, pooler_output_size=WIDTH),
+    "vit-classifier": _family("ViTForImageClassification", VIT, one, 1),
+    "vit-mae": _masked("ViTMAEModel", LAYERS),
+    "vit-mae-pretraining": _masked("ViTMAEForPreTraining", VIT),
+    "deit": _family("DeiTModel", LAYERS, _class_and_distillation),
     "deit-classifier": _family(
-        "DeiTForImageClassification", "deit.layers", _class_and_distillation, 1
+        "DeiTForImageClassification", DEIT, _class_and_distillation, 1
     ),
     "deit-teacher": _family(
-        "DeiTForImageClassificationWithTeacher", "deit.layers", _class_and_distillation, 2
+        "DeiTForImageClassificationWithTeacher", DEIT, _class_and_distillation, 2
     ),
-    "beit": _family("BeitModel", "layers", one, **_BEIT),
-    "beit-classifier": _family("BeitForImageClassification", "beit.layers", one, 1, **_BEIT),
+    "beit": _family("BeitModel", LAYERS, one, **_BEIT),
+    "beit-classifier": _family("BeitForImageClassification", BEIT, one, 1, **_BEIT),
     "dinov2": _family("Dinov2Model", "encoder.layer", one),
     "dinov2-classifier": _family(
         "Dinov2ForImageClassification", "dinov2.encoder.layer", one, 1
@@ -157,17 +164,17 @@ TRANSFORMERS: dict[str, Family] = {
         "Dinov2WithRegistersForImageClassification", "dinov2_with_registers.encoder.layer",
         _registers, 1,
     ),
-    "dinov3": _family("DINOv3ViTModel", "model.layer", _registers, num_register_tokens=4),
+    "dinov3": _family("DINOv3ViTModel", DINOV3, _registers, num_register_tokens=4),
     "dinov3-backbone": _auto_backbone(
-        "DINOv3ViTConfig", "model.layer", _registers, out_indices=[1, 3, 4]
+        "DINOv3ViTConfig", DINOV3, _registers, out_indices=[1, 3, 4]
     ),
-    "beit-backbone": _auto_backbone("BeitConfig", "beit.layers", one, out_indices=[2, 4], **_BEIT),
-    "clip-vision": _family("CLIPVisionModel", "encoder.layers", one),
+    "beit-backbone": _auto_backbone("BeitConfig", BEIT, one, out_indices=[2, 4], **_BEIT),
+    "clip-vision": _family("CLIPVisionModel", TOWER, one),
     "clip-vision-projection": _family(
         "CLIPVisionModelWithProjection", "vision_model.encoder.layers", one, projection_dim=16
     ),
     "clip-two-towers": _towers("CLIPModel", one, projection_dim=16),
-    "siglip-vision": _family("SiglipVisionModel", "encoder.layers", none),
+    "siglip-vision": _family("SiglipVisionModel", TOWER, none),
     "siglip-two-towers": _towers("SiglipModel", none),
     "dpt-segmentation": _dense(
         "DPTForSemanticSegmentation", "dpt.encoder.layer", None, {},

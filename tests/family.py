@@ -23,7 +23,7 @@ class Family:
     Args:
         make: builds it; the weights are made random afterwards.
         image: side of its images, in pixels.
-        path: where its blocks are.
+        path: where its blocks are; ``new|old`` where versions of the library differ.
         prefix_tokens: their number, as the model itself states it.
         intermediates: the hidden states or feature maps that the model offers, if it does.
         states: the model's own h[0] … h[L − 1], if it offers them.
@@ -57,9 +57,14 @@ class Family:
         generator = torch.Generator().manual_seed(1000 + seed)
         return torch.randn(count, 3, self.image, self.image, generator=generator)
 
+    def place(self, model: nn.Module) -> str:
+        """The path that this version of the library has."""
+        names = {name for name, _ in model.named_modules()}
+        return next(path for path in self.path.split("|") if path in names)
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The modules that stand where the blocks are, taken by hand."""
-        children = list(model.get_submodule(self.path).children())
+        children = list(model.get_submodule(self.place(model)).children())
         kind = "Block", "Layer"
         return [child for child in children if type(child).__name__.endswith(kind)]
 

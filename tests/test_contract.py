@@ -97,7 +97,7 @@ def test_blocks_are_found_as_the_model_states_them(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()
     blocks = find_blocks(model)
-    assert (blocks.path, blocks.depth, blocks.width) == (family.path, DEPTH, WIDTH)
+    assert (blocks.path, blocks.depth, blocks.width) == (family.place(model), DEPTH, WIDTH)
     assert blocks.prefix_tokens == family.prefix_tokens(model)
     assert blocks.output_items == (2 if family.tuple_output else 0)
     assert block_modules(model, blocks) == family.blocks(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -64,8 +65,12 @@ def test_floats_between_0_and_1_are_scaled() -> None:
     ids=lambda image: image.mode,
 )
 def test_other_modes_become_rgb_as_pillow_converts_them(image: Image.Image) -> None:
-    form = "TIFF" if image.mode in ("CMYK", "YCbCr") else "PNG"
-    out = decode(encoded(image, form))
+    content = encoded(image, "TIFF" if image.mode in ("CMYK", "YCbCr") else "PNG")
+    try:
+        Image.open(io.BytesIO(content)).load()
+    except OSError:
+        pytest.skip("this Pillow cannot read what it writes in this mode")
+    out = decode(content)
     assert out.mode == "RGB"
     assert out.getpixel((1, 1)) == image.convert("RGB").getpixel((1, 1))
 

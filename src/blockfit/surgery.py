@@ -15,7 +15,7 @@ from blockfit.maps import Identity, PerTokenType, empty_map
 from blockfit.probe import block_class
 from blockfit.spans import Plan, Replacement
 
-_FRESH = frozenset(nn.Module().__dict__) - {"training"}
+_FRESH = (frozenset(nn.Module().__dict__) | {"gradient_checkpointing"}) - {"training"}
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
