@@ -60,6 +60,7 @@ def test_the_command_of_a_saved_folder_makes_the_same_model(
 @pytest.mark.parametrize(
     "options",
     [
+        ("--remove", "1"),
         ("--remove", "1", "--recipe", "paper", "--hold-out", "0.3", "--protect", "0,3"),
         ("--span", "2:4", "--map", "low-rank", "--rank", "3", "--ridge", "auto", "--seed", "3"),
         ("--span", "9:11", "--map", "scale", "--repair", "mlp", "--repair-ridge", "2"),
@@ -83,6 +84,12 @@ def test_every_plan_of_a_sweep_has_a_command_that_makes_exactly_it(
     found = read_run(runs["sweep"])
     points = written(runs["sweep"] / "sweep.json")["points"]
     assert [c.removed for c in found.frontier] == list(range(1, 11))
+    for candidate, point in zip(found.frontier, points, strict=True):
+        assert candidate.top1[1] == candidate.value("top1") == point["top1"]
+        assert candidate.share("latency") == point["latency"]["ratio"]
+    assert "--select last --repair none --measure-latency 1 -o" in found.commands[0].line
+    assert found.facts[-1].name == "latency measured with"
+    assert found.facts[-1].value.startswith("1 image per forward pass, ")
     by_hand = [c for c in found.frontier if c.command and "--from" not in c.command]
     straight = [c for c in found.frontier if c.command and "--from" in c.command]
     for candidate in (*by_hand[:1], *straight[:1]):

@@ -30,7 +30,8 @@ def compress_line(report: Values, plan: Plan, source: Source, folder: Path) -> s
     if (sweep := report.text("sweep")) is not None:
         return _line("compress", "--from", sweep, *sized, "-o", str(folder))
     how = _recipe(report.inner("recipe"), by_hand=False)
-    return _on_images("compress", report, source.loads_as, how and [*sized, *how], folder)
+    words = None if how is None else [*sized, *how]
+    return _on_images("compress", report, source.loads_as, words, folder)
 
 
 def from_line(sweep: Path, removed: int) -> str:
@@ -51,9 +52,11 @@ def by_hand_line(run: Values, plan: Plan, source: Source, folder: Path = SMALL) 
     return _on_images("compress", run, source.loads_as, [*words, *how], folder)
 
 
-def sweep_line(run: Values, source: Source, folder: Path) -> str | None:
-    """For a whole sweep."""
+def sweep_line(run: Values, source: Source, folder: Path, timed: int | None) -> str | None:
+    """For a whole sweep; ``timed`` is the number of images that its latencies are of."""
     how = _recipe(run.inner("recipe"), by_hand=False)
+    if how is not None and timed is not None:
+        how += ["--measure-latency", str(timed)]
     return _on_images("sweep", run, source.loads_as, how, folder)
 
 

@@ -157,7 +157,9 @@ def _sweep(folder: Path) -> Content:
     points = data.several("points")
     candidates = [_point(point, found, data, depth, source) for point in points]
     commands: tuple[Command, ...] = ()
-    if (line := sweep_line(run, source, folder)) is not None:
+    sizes = {point.inner("latency").whole("batch_size") for point in points}
+    timed = sizes.pop() if len(sizes) == 1 else None
+    if (line := sweep_line(run, source, folder, timed)) is not None:
         commands = (Command("The sweep", line),)
     return Content(
         source.name,

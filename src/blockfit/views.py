@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from blockfit import plots
 from blockfit.amounts import number, percent, share
-from blockfit.content import Candidate, Content, Experiment
+from blockfit.content import Candidate, Content
 from blockfit.headline import headline, headline_note
+from blockfit.image_views import experiment_view, pca_view, pca_words, sample_view, samples_words
 from blockfit.plots import LOSSES, METRIC_WORDS, Plot
-from blockfit.samples import TOKENS, Prediction, Sample, SideBySide
+from blockfit.samples import TOKENS, SideBySide
 from blockfit.similarity import Tables
 
 View = dict[str, Any]
@@ -49,11 +49,11 @@ def views(content: Content) -> View:
         "state_plots": [_state_plot(side, kind) for kind in side.errors] if side else [],
         "state_rows": _state_rows(side) if side else [],
         "similarity": _similarity(content.similarity) if content.similarity else None,
-        "experiments": [_experiment(experiment) for experiment in content.experiments],
-        "samples": [_sample(sample) for sample in side.samples] if side else [],
-        "samples_words": _samples_words(side) if side else "",
-        "pca": _pca(side.samples) if side else [],
-        "pca_words": _pca_words(side) if side else "",
+        "experiments": [experiment_view(experiment) for experiment in content.experiments],
+        "samples": [sample_view(sample) for sample in side.samples] if side else [],
+        "samples_words": samples_words(side) if side else "",
+        "pca": pca_view(side.samples) if side else [],
+        "pca_words": pca_words(side) if side else "",
         "facts": content.facts,
         "commands": content.commands,
         "missing": missing(content),
@@ -79,8 +79,11 @@ def all_plots(content: Content) -> list[Plot]:
 
 
 def _subtitle(content: Content, chosen: Candidate | None) -> str:
+    if chosen is None and content.experiments:
+        return "The paper's experiments on this model"
     if chosen is None:
-        return ""
+        states = len(content.similarity.boundaries) if content.similarity else 0
+        return f"An analysis of {states} hidden states" if states else ""
     if content.compressed is None:
         sizes = [c.removed for c in content.frontier]
         return f"A sweep of plans that remove {min(sizes)} to {max(sizes)} of {chosen.depth} blocks"
@@ -277,85 +280,6 @@ def _similarity(tables: Tables) -> View:
             for metric, kind, plot in _heat_maps(tables)
         ],
     }
-
-
-def _experiment(one: Experiment) -> View:
-    picture = None if one.picture is None else _data(one.picture)
-    return {
-        "title": one.title,
-        "finding": one.finding,
-        "picture": picture,
-        "header": one.header,
-        "rows": one.rows,
-    }
-
-
-def _sample(sample: Sample) -> View:
-    sides = (("original", sample.original), ("compressed", sample.compressed))
-    said = [
-        f"{who} model: {side.classes[0]}" for who, side in sides if side is not None
-    ]  # fmt: skip
-    return {
-        "name": _short(sample.name),
-        "picture": _data(sample.picture),
-        "alt": "; ".join([f"image {_short(sample.name)}", *said]),
-        "label": sample.label,
-        "differs": sample.differs,
-        "cosine": number(sample.cosine, 3),
-        "predictions": [
-            {"who": who, "guesses": _guesses(side)} for who, side in sides if side is not None
-        ],
-    }
-
-
-def _short(name: str) -> str:
-    """A file's name without its folders."""
-    return name.replace("\\", "/").rpartition("/")[2] or name
-
-
-def _guesses(prediction: Prediction) -> list[View]:
-    return [
-        {"name": name, "percent": f"{p:.1%}", "part": f"{100 * p:.1f}"}
-        for name, p in zip(prediction.classes, prediction.probabilities, strict=True)
-    ]
-
-
-def _samples_words(side: SideBySide) -> str:
-    words = f"{len(side.samples)} of {side.images} images from {side.source}. "
-    if side.differing is None:
-        return words + "The model has no head, so that only features are compared."
-    shown = sum(sample.differs for sample in side.samples)
-    return words + (
-        f"The two models name another class first on {side.differing} of the {side.images}; "
-        f"{shown} of these are shown first, ahead of others."
-    )
-
-
-def _pca(samples: Iterable[Sample]) -> list[View]:
-    return [
-        {
-            "name": _short(sample.name),
-            "picture": _data(sample.picture),
-            "original": _data(sample.components[0]),
-            "compressed": _data(sample.components[1]),
-            "words": f"cosine of the features {sample.cosine:.3f}",
-        }
-        for sample in samples
-        if sample.components is not None
-    ]
-
-
-def _pca_words(side: SideBySide) -> str:
-    part = "" if side.explained is None else f" ({side.explained:.0%} of their variance)"
-    return (
-        "The patch tokens behind the last block: the original's first three principal components"
-        f"{part} as red, green and blue. Both models are coloured on the same scale, so that the "
-        "same colour means the same feature."
-    )
-
-
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def missing(content: Content) -> list[Mapping[str, str]]:
