@@ -188,7 +188,7 @@ def test_a_refused_compression_says_one_sentence_and_writes_nothing(
     [
         (("compress", "--remove", "3", "-o", "x"), "give a model and --images"),
         (("compress", "demo", "--images", "digits"), "Missing option '--output' / '-o'"),
-        (("compress", "demo", "--imags", "digits"), "No such option: --imags"),
+        (("compress", "demo", "--imags", "digits"), "--imags"),
         (("compress", "demo", "--remove", "two", "-o", "x"), "'--remove'"),
         (("shrink",), "No such command 'shrink'"),
         (("evaluate", "no/such/model", "--data", "digits:test"), "no/such/model"),

@@ -286,8 +286,13 @@ def test_compiles_into_one_graph(name: str) -> None:
     family, plan = FAMILIES[name], PLANS["affine 1:3"]
     model, images = family.build(), family.images()
     blocks = find_blocks(model)
+    try:
+        run(family, torch.compile(model, backend="eager", fullgraph=True), images)
+    except torch._dynamo.exc.Unsupported:
+        pytest.skip("this torch makes several graphs of the original")
     apply_plan(model, blocks, plan, random_maps(plan, blocks))
     expected = run(family, model, images)
+    torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same(run(family, compiled, images), expected, rtol=1e-5, atol=1e-5)
     torch.compiler.reset()

@@ -70,10 +70,10 @@ class Output:
             for file in (sys.stderr, sys.stdout)
         )  # fmt: skip
         logged = LOG.isEnabledFor(logging.INFO)  # log lines and a bar would run into one another
-        shown = self._console.is_terminal and not self.quiet and not logged
+        self._shown = self._console.is_terminal and not self.quiet and not logged
         self._bars = Bars(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Count(),
-            console=self._console, transient=True, disable=not shown,
+            console=self._console, transient=True, disable=not self._shown,
         )  # fmt: skip
         self._task = self._bars.add_task("starting", total=None)
 
@@ -83,7 +83,7 @@ class Output:
         with (
             contextlib.redirect_stdout(sys.stderr),
             warnings.catch_warnings(),
-            self._bars,
+            self._bars if self._shown else contextlib.nullcontext(),  # rich < 14.3 ends a line
         ):
             warnings.simplefilter("default" if LOG.isEnabledFor(logging.INFO) else "ignore")
             yield self

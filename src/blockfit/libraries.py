@@ -243,29 +243,14 @@ def timm_sources(model: nn.Module) -> Iterator[Source]:
         return
     architecture, tag = config.get("architecture"), config.get("tag")
     kept = {k: v for k, v in config.items() if k not in _NOT_ARCHITECTURE}
-    arguments = _json(
-        {"architecture": architecture, "config": kept, "options": _timm_options(model)}
-    )
+    options = import_library("timm.models", "timm").get_model_args(model)
+    arguments = _json({"architecture": architecture, "config": kept, "options": options})
     if arguments is not None:
         name = f"{architecture}.{tag}" if tag else str(architecture)
         yield Source("timm", name, arguments, config.get("license"))
 
 
 _NOT_ARCHITECTURE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
-
-
-def _timm_options(model: nn.Module) -> dict[str, Any]:
-    get_model_args = getattr(importlib.import_module("timm.models"), "get_model_args", None)
-    if get_model_args is not None:
-        return cast(dict[str, Any], get_model_args(model))
-    embed = getattr(model, "patch_embed", None)  # timm before 1.0.31 keeps no record
-    options = {
-        "num_classes": getattr(model, "num_classes", None),
-        "global_pool": getattr(model, "global_pool", None),
-        "img_size": getattr(embed, "img_size", None),
-        "in_chans": getattr(getattr(embed, "proj", None), "in_channels", None),
-    }
-    return {key: value for key, value in options.items() if value is not None}
 
 
 def build_timm(arguments: Mapping[str, Any]) -> nn.Module:
