@@ -105,7 +105,7 @@ def test_an_archive_of_arrays_gives_its_pictures_and_labels(tmp_path: Path) -> N
     assert (levels(data), labels(data)) == ([0, 1, 2, 3], [3, 1, 2, 0])
     assert data.description()["columns"] == {"image": "images", "label": "labels"}
     np.savez_compressed(file, a=pictures(4), b=pictures(3), c=[1, 1, 1, 2], d=[0, 0, 0, 1])
-    with pytest.raises(BlockfitError, match=r"the arrays of pictures a, b; name one with image_c"):
+    with pytest.raises(BlockfitError, match=r"the arrays of images a, b; name one with image_c"):
         images(file, preprocessing=PIXELS)
     assert labels(images(file, preprocessing=PIXELS, image_column="a")) is None  # c or d
     chosen = images(file, preprocessing=PIXELS, image_column="a", label_column="d")
@@ -174,7 +174,7 @@ def test_arrays_that_are_no_pictures_are_refused(
 
 def test_broken_numpy_files_and_missing_arrays_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.zeros(3))
-    with pytest.raises(BlockfitError, match=r"x\.npz: holds no array of pictures.*it has a$"):
+    with pytest.raises(BlockfitError, match=r"x\.npz: holds no array of images.*it has a$"):
         images(tmp_path / "x.npz", preprocessing=PIXELS)
     with pytest.raises(BlockfitError, match=r"x\.npz: has no array 'b'; it has a"):
         images(tmp_path / "x.npz", preprocessing=PIXELS, image_column="b")

@@ -53,7 +53,7 @@ def test_one_entry_for_every_kind_and_rank() -> None:
     ("options", "message"),
     [
         ({"maps": ("affin",)}, "unknown map 'affin'; choose one of identity, scale"),
-        ({"maps": ()}, "needs at least one kind of map"),
+        ({"maps": ()}, "needs a kind of map"),
         ({"rank": 4}, "only low-rank maps have a rank"),
         ({"select": "best"}, "unknown selection 'best'; choose one of effect, mse"),
     ],

@@ -128,7 +128,7 @@ def test_labels_come_from_cls_or_json_as_numbers_or_texts(tmp_path: Path) -> Non
     tar_of(tmp_path / "x.tar", *[picture(i) for i in range(3)], *json_files)
     assert read() == ([4, 2, 4], None)
     assert read(label_column="kind") == ([1, 0, 1], ["ant", "bee"])
-    with pytest.raises(BlockfitError, match=r"no \.json of a picture has the key 'sort'"):
+    with pytest.raises(BlockfitError, match=r"no \.json of an image has the key 'sort'"):
         read(label_column="sort")
     texts = [("0000.cls", b"fly\n"), ("0001.cls", b"bee"), ("0002.cls", b"fly")]
     tar_of(tmp_path / "x.tar", *[picture(i) for i in range(3)], *json_files, *texts)
@@ -268,5 +268,5 @@ def test_a_folder_with_shards_of_several_splits_asks_for_one(tmp_path: Path) -> 
 def test_shards_among_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(grey(1)))
     mixed = [tmp_path / "a.png", tar_of(tmp_path / "x.tar", picture(1))]
-    with pytest.raises(BlockfitError, match=r"x\.tar is no picture; give \.tar files by them"):
+    with pytest.raises(BlockfitError, match=r"x\.tar is no image; give \.tar files by them"):
         images(mixed, preprocessing=PIXELS)

@@ -53,7 +53,7 @@ def bench(
     settings = settings or Settings()
     tell = say or (lambda line: None)
     if not smalls or ORIGINAL in smalls:
-        raise BlockfitError(f"give compressed models by names other than {ORIGINAL!r}")
+        raise BlockfitError(f"a compressed model cannot be named {ORIGINAL!r}; choose another name")
     models = {ORIGINAL: original, **smalls}
     inputs = noise_for(original, max(settings.batch_sizes))
     costs = {name: _cost(model, inputs) for name, model in models.items()}

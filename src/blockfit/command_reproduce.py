@@ -146,7 +146,7 @@ def reproduce(
         where = find_blocks(loaded, example, blocks)
         if done := removed_plan(loaded, where):
             raise BlockfitError(
-                f"the model is compressed already ({done}); the experiments need the original"
+                f"the model is compressed already ({done}); give the original instead"
             )
         kind = judge or fitting_judge(loaded, where, example, pictures.class_names)
         labelled = None
@@ -213,10 +213,12 @@ def _example(images: Images) -> Batch:
     """
     first = next(images.batches(), None)
     if first is None:
-        raise BlockfitError(f"{images.records.source} holds no images that can be read")
+        raise BlockfitError(
+            f"{images.records.source} holds no images that can be read; give others"
+        )
     if first.labels is None:
         raise BlockfitError(
-            f"{images.records.source} has images without a label; accuracy needs one for each"
+            f"{images.records.source} has images without a label; give labelled ones"
         )
     return first.inputs
 
@@ -228,7 +230,7 @@ def _transfers(names: Iterable[str], model: nn.Module, how: dict[str, Any]) -> d
         short = Path(name).name if Path(name).exists() else name
         draw = _draw(_train_part(name), model, how)
         if next(iter(draw(1, 0)), None) is None:
-            raise BlockfitError(f"{name} holds no images that can be read")
+            raise BlockfitError(f"{name} holds no images that can be read; give others")
         found[name if short in found else short] = draw
     return found
 

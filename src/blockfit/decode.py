@@ -58,8 +58,8 @@ def decode(
         with _own_limit(max_pixels) as most, Image.open(file, formats=_formats()) as image:
             if image.width * image.height > most:
                 raise Unreadable(
-                    f"{image.width} × {image.height} pixels are more than {most}, too many for a "
-                    "picture; allow more with max_pixels= (--max-pixels)"
+                    f"{image.width} × {image.height} pixels are more than {most}, too many for an "
+                    "image; allow more with max_pixels= (--max-pixels)"
                 )
             _checked(image).load()
             return rgb(_upright(image))

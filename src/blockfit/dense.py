@@ -48,7 +48,7 @@ def open_masks(where: str, data: str | None = None, split: str | None = None) ->
     if folder.is_dir():
         return _from_folder(folder)
     if data is None:
-        raise BlockfitError(f"there is no folder {where} with masks")
+        raise BlockfitError(f"there is no folder {where} with masks; check the path")
     try:
         records = from_path(data, where, None, split)
     except BlockfitError as error:
@@ -66,14 +66,14 @@ def _from_folder(folder: Path) -> Masks:
             files.setdefault(relative.as_posix(), file)
             files.setdefault(relative.name, file)
     if not files:
-        raise BlockfitError(f"{folder} holds no masks; they are files {', '.join(MASK_SUFFIXES)}")
+        raise BlockfitError(f"{folder} holds no masks; give files {', '.join(MASK_SUFFIXES)}")
 
     def read(name: str, position: int) -> np.ndarray:
         parts = Path(name).with_suffix("").parts
         endings = ("/".join(parts[start:]) for start in range(len(parts)))
         file = next((files[ending] for ending in endings if ending in files), None)
         if file is None:
-            raise BlockfitError(f"{folder} has no mask for the image {name}")
+            raise BlockfitError(f"{folder} has no mask for the image {name}; give one of that name")
         return _mask(file, name)
 
     return read
@@ -87,7 +87,7 @@ def _mask(picture: Any, name: str) -> np.ndarray:
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
         mask = np.asarray(image)
     except Exception as error:  # Pillow's plugins raise nearly anything on broken files
-        raise BlockfitError(f"the mask of {name} cannot be read: {error}") from error
+        raise BlockfitError(f"the mask of {name} cannot be read ({error}); repair it") from error
     if mask.ndim != 2 or mask.dtype == bool or not np.issubdtype(mask.dtype, np.integer):
         raise BlockfitError(
             f"the mask of {name} has mode {image.mode} and shape {mask.shape}; a mask is one "
@@ -166,8 +166,8 @@ def _check_whole(preprocessing: object) -> None:
     """Masks lie on whole pictures: the model must see them whole."""
     if isinstance(preprocessing, Preprocessing) and preprocessing.settings.get("do_center_crop"):
         raise BlockfitError(
-            "the model's preprocessing cuts out the centre of each picture, and the masks are of "
-            "whole pictures; --protocol dense needs one that only resizes"
+            "the model's preprocessing cuts out the centre of each image, and the masks are of "
+            "whole images; --protocol dense needs one that only resizes"
         )
 
 
@@ -183,7 +183,9 @@ def scores(counts: Tensor) -> dict[str, float]:
     right = counts.diagonal().double()
     union = counts.sum(0) + counts.sum(1) - counts.diagonal()
     if not counts.any():
-        raise BlockfitError(f"all pixels of the masks are ignored ({IGNORED})")
+        raise BlockfitError(
+            f"all pixels of the masks are ignored ({IGNORED}); give masks with classes"
+        )
     occurs = union > 0
     return {
         "miou": float((right[occurs] / union[occurs]).mean()),

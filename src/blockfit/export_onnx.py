@@ -157,7 +157,7 @@ def _converted(setting: Setting, name: str, opset: int) -> Any:
     except Exception as error:  # the exporter's errors have no common class
         raise BlockfitError(
             f"torch's ONNX exporter cannot convert {setting.saved.source.name} to opset {opset}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}; try another --opset, or --pt2"
         ) from error
     model = program.model
     found = model.opset_imports.get("")

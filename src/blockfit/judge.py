@@ -71,8 +71,7 @@ class _Walk:
         for batch in self.images.batches():
             if batch.labels is None or int(batch.labels.min()) < 0:
                 raise BlockfitError(
-                    f"{self.images.records.source} has images without a label; accuracy needs one "
-                    "for each"
+                    f"{self.images.records.source} has images without a label; give labelled ones"
                 )
             keep = range(self.blocks.depth + 1)
             seen = trace(self.model, self.blocks, batch.inputs, keep, batch.names)

@@ -71,7 +71,8 @@ def load_folder(
         return load_timm(f"local-dir:{folder}", options)
     if not isinstance(values, dict) or not {"model_type", "auto_map"} & values.keys():
         raise BlockfitError(
-            f"{config} names neither a model_type (transformers) nor an architecture (timm)"
+            f"{config} names neither a model_type (transformers) nor an "
+            "architecture (timm); give a folder that one of them saved"
         )
     if not trust_remote_code:
         check_original(values)
@@ -165,7 +166,7 @@ def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
     if not (
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     ):
-        raise BlockfitError(f"{name!r} is no model class of the installed transformers")
+        raise BlockfitError(f"{name!r} is no model class of the installed transformers; update it")
     check_config(values)
     attention, options = arguments.get("attention"), arguments.get("options", {})
     check_attention(attention)
@@ -257,7 +258,9 @@ def build_timm(arguments: Mapping[str, Any]) -> nn.Module:
     timm = import_library("timm", "timm")
     check_timm(arguments["architecture"], {**arguments["config"], **arguments["options"]})
     if not timm.is_model(arguments["architecture"]):
-        raise BlockfitError(f"the installed timm has no model {arguments['architecture']!r}")
+        raise BlockfitError(
+            f"the installed timm has no model {arguments['architecture']!r}; update it"
+        )
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments["options"].items()}
     return cast(
         nn.Module,

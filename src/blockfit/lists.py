@@ -76,7 +76,9 @@ def from_numpy(
         if zipfile.is_zipfile(file):
             return _from_npz(file, image_column, label_column, split)
         if image_column is not None or label_column is not None or split is not None:
-            raise BlockfitError(f"{file}: one array has neither columns nor splits")
+            raise BlockfitError(
+                f"{file}: one array has neither columns nor splits; leave both away"
+            )
         images = np.load(file, mmap_mode="r", allow_pickle=False)
         checked = from_arrays(images)
         return replace(checked, source=str(file), read=_Mapped(file))
@@ -162,11 +164,11 @@ def _the_one(pictures: list[str], split: str | None, arrays: Mapping[str, Any]) 
         return fitting[0]
     if not pictures:
         raise BlockfitError(
-            "holds no array of pictures, uint8 (images, height, width[, channels]); "
+            "holds no array of images, uint8 (images, height, width[, channels]); "
             f"it has {', '.join(arrays) or 'no arrays'}"
         )
     raise BlockfitError(
-        f"holds the arrays of pictures {', '.join(pictures)}; "
+        f"holds the arrays of images {', '.join(pictures)}; "
         "name one with image_column= (--image-column) or by its split"
     )
 

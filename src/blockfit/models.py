@@ -147,7 +147,8 @@ def skeleton(source: Source) -> nn.Module:
     except Exception as error:  # unfit arguments make the libraries raise nearly anything
         raise BlockfitError(
             f"cannot rebuild {source.name} with the installed {source.library}: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}; "
+            "install the version that it was saved with"
         ) from error
 
 

@@ -83,7 +83,7 @@ def _one_kind(files: Sequence[Path], source: str) -> None:
     for file in files:
         if is_shard(file) or file.suffix.lower() in _ALONE:
             raise BlockfitError(
-                f"{source}: {file} is no picture; give {file.suffix} files by themselves"
+                f"{source}: {file} is no image; give {file.suffix} files by themselves"
             )
 
 

@@ -54,7 +54,7 @@ def quantize_onnx(
     if kind not in ONNX_KINDS:
         raise BlockfitError(f"unknown int8 kind {kind!r}; choose {' or '.join(ONNX_KINDS)}")
     if kind == "onnx-static" and images is None:
-        raise BlockfitError("onnx-static calibrates activations: give images")
+        raise BlockfitError("onnx-static needs calibration images; give some")
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / f"whole{SUFFIX}"
         export_onnx(saved, whole)

@@ -47,9 +47,9 @@ class Recipe:
             if kind not in MAP_KINDS:
                 raise BlockfitError(f"unknown map {kind!r}; choose one of {', '.join(MAP_KINDS)}")
         if not self.maps:
-            raise BlockfitError("a recipe needs at least one kind of map")
+            raise BlockfitError("a recipe needs a kind of map; name one of its maps")
         if self.rank is not None and "low-rank" not in self.maps:
-            raise BlockfitError("only low-rank maps have a rank; leave --rank out or add the map")
+            raise BlockfitError("only low-rank maps have a rank; leave --rank away or add the map")
         if self.select not in SELECTIONS:
             raise BlockfitError(
                 f"unknown selection {self.select!r}; choose one of {', '.join(SELECTIONS)}"

@@ -97,18 +97,21 @@ def from_arrays(images: np.ndarray | Tensor, labels: Any = None) -> Records:
     """uint8 arrays (N, H, W) or (N, H, W, C), or tensors (N, C, H, W) that are already prepared."""
     numbers = None if labels is None else torch.as_tensor(labels).to(torch.int64)
     if numbers is not None and numbers.shape != (len(images),):
-        raise BlockfitError(f"{len(images)} images, but labels of shape {tuple(numbers.shape)}")
+        raise BlockfitError(
+            f"{len(images)} images, but labels of shape {tuple(numbers.shape)}; "
+            "give one label per image"
+        )
     kind = f"{type(images).__name__} {tuple(images.shape)}"
     if isinstance(images, Tensor):
         if images.ndim != 4 or not images.is_floating_point():
             raise BlockfitError(
                 "tensors are taken as already prepared: floats (images, channels, height, width); "
-                f"got {images.dtype} {tuple(images.shape)}; give raw pictures as a NumPy array "
+                f"got {images.dtype} {tuple(images.shape)}; give raw images as a NumPy array "
                 "(images, height, width, channels) of uint8"
             )
     elif images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise BlockfitError(
-            "an array of pictures must be uint8 (images, height, width[, channels]); got "
+            "an array of images must be uint8 (images, height, width[, channels]); got "
             f"{images.dtype} {images.shape}; give already prepared images as a torch tensor"
         )
 
@@ -151,7 +154,10 @@ def _split_item(item: Any, image_key: str | None, label_key: str | None) -> tupl
     if isinstance(item, Mapping):
         image = image_key or next((k for k in ("image", "img", "pixel_values") if k in item), None)
         if image not in item:
-            raise BlockfitError(f"no image among the keys {', '.join(map(str, item))}")
+            raise BlockfitError(
+                f"no image among the keys {', '.join(map(str, item))}; "
+                "name it with image_column= (--image-column)"
+            )
         label = label_key or next((k for k in LABEL_NAMES if k in item), None)
         return item[image], None if label is None else item[label]
     if isinstance(item, list | tuple):

@@ -70,7 +70,9 @@ def check_report(path: str | Path) -> None:
         with target.open("rb") as file:
             start = file.read(2048)
     except OSError as error:
-        raise BlockfitError(f"cannot read {target}: {error.strerror or error}") from error
+        raise BlockfitError(
+            f"cannot read {target}: {error.strerror or error}; choose a new name"
+        ) from error
     if MARK.encode() not in start:
         raise BlockfitError(f"{target} is no report of blockfit's; choose a new name")
 

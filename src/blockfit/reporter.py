@@ -148,7 +148,9 @@ def small_model(
     for run in runs:
         if store.is_saved(run):
             if remove is not None:
-                raise BlockfitError(f"--remove has no use here: {run} holds one small model")
+                raise BlockfitError(
+                    f"--remove has no use here: {run} holds one small model; leave it away"
+                )
             saved = store.load_saved(run, device=device)
             return saved.model, saved.blocks
     for run in runs:
@@ -158,7 +160,7 @@ def small_model(
             result = from_sweep(run, Budget.of(remove=size) or Budget("remove", 1), original)
             return result.model, result.blocks
     raise BlockfitError(
-        "there is no small model to show: give a folder that compress or sweep wrote as well"
+        "there is no small model to show; give a folder that compress or sweep wrote as well"
     )
 
 

@@ -175,7 +175,7 @@ class Session:
         if self._search is None or self._search.recipe.longest < longest:
             spans = spans_up_to(setting.blocks.depth, longest, self.protected)
             if not spans:
-                raise BlockfitError("every block is protected; nothing can be removed")
+                raise BlockfitError("every block is protected; protect fewer")
             if not self._moments or not set(spans) <= set(self._moments[0].spans):
                 self._say(f"moments of {len(spans)} spans")
                 self._moments[:] = [self._calibrate(spans)]

@@ -84,7 +84,7 @@ def from_shards(
                 names.append(f"{path}/{_printable(name)}")
                 labels.append(sample.label)
     if label_column is not None and not any(label is not None for label in labels):
-        raise BlockfitError(f"{source}: no .json of a picture has the key {label_column!r}")
+        raise BlockfitError(f"{source}: no .json of an image has the key {label_column!r}")
     numbers, class_names = numbered(labels)
     read.where = np.array(where, dtype=np.int64).reshape(-1, 3)
     read.labels = numbers if any(n is not None for n in numbers) else None
@@ -104,7 +104,7 @@ class _Shards:
     def __call__(self, position: int) -> tuple[Picture, int | None]:
         number, offset, size = self.where[position].tolist()
         if size > _LARGEST:
-            raise Unreadable(f"{size} bytes are too many for a picture")
+            raise Unreadable(f"{size} bytes are too many for an image")
         try:
             with open(self.files[number], "rb") as file:
                 file.seek(offset)
@@ -147,7 +147,9 @@ def _plain_tar(path: Path, owner: _Shards) -> Path:
         with open(path, "rb") as file:
             start = file.read(6)
     except OSError as error:
-        raise BlockfitError(f"cannot read the shard {path}: {first_line(error)}") from error
+        raise BlockfitError(
+            f"cannot read the shard {path}: {first_line(error)}; download or write it again"
+        ) from error
     unpack = next((unpack for magic, unpack in _UNPACK.items() if start.startswith(magic)), None)
     if unpack is None:
         return path

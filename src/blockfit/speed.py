@@ -61,7 +61,7 @@ class Settings:
         ):
             if unknown := [value for value in given if value not in known]:
                 raise BlockfitError(
-                    f"unknown {name} {unknown[0]!r}; choose among {', '.join(known)}"
+                    f"unknown {name} {unknown[0]!r}; choose one of {', '.join(known)}"
                 )
         for name, value, least in (
             ("batch size", min(self.batch_sizes, default=0), 1),

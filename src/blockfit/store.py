@@ -116,7 +116,8 @@ def save(
     check_folder(target, overwrite)
     if removed_plan(model, blocks) != plan:
         raise BlockfitError(
-            f"the model was compressed by the plan {removed_plan(model, blocks)}, not by {plan}"
+            f"the model was compressed by the plan {removed_plan(model, blocks)}, not by {plan}; "
+            "give the plan that it was compressed by"
         )
     tensors = storable(model)
     if source.library != "module":
@@ -278,7 +279,7 @@ def _own_memory(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _file(folder: str | Path, name: str) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise BlockfitError(f"there is no folder {folder}")
+        raise BlockfitError(f"there is no folder {folder}; check the path")
     real = Path(os.path.realpath(path))
     if real.name.endswith(PARTIAL) or not (path / MARK).is_file():
         raise BlockfitError(
@@ -316,7 +317,9 @@ def _read(
                 for name in file.keys()  # noqa: SIM118
             }
     except RuntimeError as error:
-        raise BlockfitError(f"cannot put {path} on {device}: {first_line(error)}") from error
+        raise BlockfitError(
+            f"cannot put {path} on {device}: {first_line(error)}; choose another"
+        ) from error
     values.update({alias: values[name] for alias, name in manifest.tied.items()})
     return values
 
@@ -375,12 +378,14 @@ def _check_tensor(path: Path, name: str, entry: Any, expected: Tensor, manifest:
     shape = tuple(entry.get_shape())
     if shape != tuple(expected.shape):
         raise BlockfitError(
-            f"{path}: tensor {name!r} has shape {shape}, expected {tuple(expected.shape)}"
+            f"{path}: tensor {name!r} has shape {shape}, expected {tuple(expected.shape)}; "
+            "save the model again"
         )
     dtype, stored = _dtype(name, expected, manifest), DTYPES.get(entry.get_dtype())
     if stored != dtype and stored not in NARROWER.get(dtype, ()):
         raise BlockfitError(
-            f"{path}: tensor {name!r} is stored as {entry.get_dtype()}, expected {dtype}"
+            f"{path}: tensor {name!r} is stored as {entry.get_dtype()}, expected {dtype}; "
+            "save the model again"
         )
     order = manifest.layout.get(name)
     if order is not None and len(order) != len(shape):

@@ -190,7 +190,9 @@ def _parsed(item: Any) -> tuple[Batch, Tensor | None, bool]:
     if labels is not None:
         labels = torch.as_tensor(labels).to(torch.int64).reshape(-1)
         if len(labels) != _length(item):
-            raise BlockfitError(f"{_length(item)} images came with {len(labels)} labels")
+            raise BlockfitError(
+                f"{_length(item)} images came with {len(labels)} labels; give one per image"
+            )
     return item, labels, single
 
 

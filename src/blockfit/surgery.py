@@ -151,7 +151,9 @@ def _check(
 ) -> None:
     plan.check(blocks.depth)
     if len(maps) != len(plan):
-        raise BlockfitError(f"the plan has {len(plan)} spans, but {len(maps)} maps were given")
+        raise BlockfitError(
+            f"the plan has {len(plan)} spans, but {len(maps)} maps were given; give one per span"
+        )
     for entry, map_module in zip(plan, maps, strict=True):
         for index in entry.span.blocks:
             if is_replaced(modules[index]):
@@ -161,7 +163,8 @@ def _check(
                 )
         if entry.map == "folded" and is_replaced(modules[entry.span.start - 1]):
             raise BlockfitError(
-                f"span {entry.span} cannot be folded: block {entry.span.start - 1} is replaced"
+                f"span {entry.span} cannot be folded: block {entry.span.start - 1} is "
+                "replaced; choose another map"
             )
         _check_map(entry, blocks, map_module)
 

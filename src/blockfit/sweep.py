@@ -320,7 +320,7 @@ def _write_point(folder: Path, session: Session, point: Point, started: float) -
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
         os.replace(partial, folder / name)
     except (OSError, SafetensorError) as error:
-        raise BlockfitError(f"cannot write to {folder}: {error}; free some space") from error
+        raise BlockfitError(f"cannot write to {folder}: {error}; make room") from error
     parameters, flops = session.sizes.of(solution.plan)
     return {
         "removed": point.removed,
@@ -353,7 +353,9 @@ def _filled(entry: Replacement, values: dict[str, Tensor], blocks: Blocks, path:
     module = empty_map(entry, blocks.width, blocks.prefix_tokens)
     wanted = {k: v.shape for k, v in module.state_dict().items()}
     if wanted != {k: v.shape for k, v in values.items()}:
-        raise BlockfitError(f"{path}: the tensors of the map of span {entry.span} do not fit it")
+        raise BlockfitError(
+            f"{path}: the map of span {entry.span} has other tensors; run the sweep again"
+        )
     module.load_state_dict(values)
     return module
 
@@ -388,4 +390,4 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise BlockfitError(f"cannot write {path}: {error}; free some space") from error
+        raise BlockfitError(f"cannot write {path}: {error}; make room") from error

@@ -69,7 +69,9 @@ def from_tables(
             dataset = library.concatenate_datasets(parts)
     except Exception as error:  # datasets and pyarrow share no base class of errors
         cause = error.__cause__ or error
-        raise BlockfitError(f"cannot read {source}: {first_line(cause)}") from error
+        raise BlockfitError(
+            f"cannot read {source}: {first_line(cause)}; download or write it again"
+        ) from error
     return from_dataset(dataset, source, image_column, label_column)
 
 

@@ -132,7 +132,8 @@ def _timm_at(model: nn.Module, size: tuple[int, int]) -> nn.Module:
         resized.set_input_size(img_size=size)
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise BlockfitError(
-            f"timm cannot bring the model to {size[0]} × {size[1]}: {first_line(error)}"
+            f"timm cannot bring the model to {size[0]} × {size[1]}: {first_line(error)}; "
+            "give another --resolution"
         ) from error
     return resized
 

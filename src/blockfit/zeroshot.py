@@ -84,7 +84,9 @@ def read_names(file: Path) -> list[str]:
     try:
         names = [line.strip() for line in file.read_text("utf-8").rstrip().splitlines()]
     except (OSError, ValueError) as error:
-        raise BlockfitError(f"{file} cannot be read as a text of class names: {error}") from error
+        raise BlockfitError(
+            f"{file} cannot be read ({error}); give a text, one class name per line"
+        ) from error
     if "" in names:
         raise BlockfitError(
             f"{file}: line {names.index('') + 1} is empty; write one class name per line"
