@@ -102,7 +102,13 @@ def _prepared(model: Any) -> None:
 
 def _make_sweep(folder: Path) -> None:
     model = blockfit.load("demo")
-    sweep(model, blockfit.images("digits", model, limit=20), folder, protect=range(3, 12))
+    sweep(
+        model,
+        blockfit.images("digits", model, limit=20),
+        folder,
+        protect=range(3, 12),
+        latency_images=1,
+    )
 
 
 def _read_sweep(folder: Path, empty: Path) -> None:

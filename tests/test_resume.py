@@ -205,13 +205,16 @@ def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bits(
     takes = time.monotonic() - began
     chance, folder = random.Random(name), str(tmp_path / "killed")
     kept = 0
-    for _ in range(3):
+    for kills in range(9):
+        if kills >= 3 and kept:
+            break
         (one,) = start(1, commanded, name, folder, folder=tmp_path)
         time.sleep(takes * chance.uniform(0.1, 0.8))
         os.kill(one.process.pid or 0, signal.SIGKILL)
         one.process.join(30)
-        kept += len([*Path(folder).glob(".*/*.safetensors"), *Path(folder).glob("*/*.json")])
-    assert kept > 3  # beside the small model's own file
+        found = [*Path(folder).glob(".*/*.safetensors"), *Path(folder).glob("*/*.json")]
+        kept += len(found) - 1  # beside the small model's own file
+    assert kept
     assert on_ranks(1, commanded, name, folder, folder=tmp_path) == [unbroken]
     assert not list(Path(folder).glob(".*"))  # the progress is gone
 

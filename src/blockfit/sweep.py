@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from blockfit.search import Point, most_removed
 from blockfit.session import HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.source import Source
 from blockfit.spans import Plan, Replacement
-from blockfit.sweepfile import FORMAT, MARK, read_point_file, read_sweep_file
+from blockfit.sweepfile import FORMAT, MARK, read_point_file, read_sweep_file, write_sweep_file
 from blockfit.tensors import fingerprint
 
 UNKNOWN = {
@@ -180,7 +180,7 @@ def sweep(
     if latency_images is not None:
         few = replace(images, batch_size=latency_images)
         inputs = first_images(next(iter(few)), latency_images)
-        ranks.agreed(lambda: _measure(frontier, setting, inputs, say))
+        _measure(frontier, setting, inputs, say)
     return frontier
 
 
@@ -217,21 +217,29 @@ def _go_through(frontier: Frontier, session: Session) -> None:
         data["search"] = search.state()
         if ranks.is_first():
             data["points"].append(_write_point(target, session, point, started))
-            _write_json(target / MARK, data)
+            write_sweep_file(target / MARK, data)
 
 
 def _measure(frontier: Frontier, setting: Setting, inputs: Batch, say: Say | None) -> None:
-    """Time every plan that was not timed in the same way, from what lies in the folder."""
-    now = way_of(setting.model, inputs)
-    for point in frontier.points:
-        if now.items() <= point.get("latency", {}).items():
-            continue
-        if say is not None:
-            say(f"{point['removed']} blocks: latency")
+    """Time every plan that was not timed in the same way, from what lies in the folder.
+
+    The first of several processes does it, one plan after the other, so that none waits long.
+    """
+
+    def missing() -> list[int]:
+        now = way_of(setting.model, inputs).items()
+        return [p["removed"] for p in frontier.points if not now <= p.get("latency", {}).items()]
+
+    def timed(removed: int) -> None:
+        point = next(p for p in frontier.points if p["removed"] == removed)
         solution = _read_point(frontier.folder, point, setting.blocks)
-        found = latency_of(setting.model, setting.blocks, solution, inputs)
-        point["latency"] = asdict(found)
-        _write_json(frontier.folder / MARK, frontier.data)
+        point["latency"] = asdict(latency_of(setting.model, setting.blocks, solution, inputs))
+        write_sweep_file(frontier.folder / MARK, frontier.data)
+
+    for removed in ranks.agreed(missing):
+        if say is not None:
+            say(f"{removed} blocks: latency")
+        ranks.agreed(partial(timed, removed))
 
 
 def read_sweep(folder: str | Path) -> Frontier:
@@ -379,15 +387,3 @@ def _resume(target: Path, run: dict[str, Any]) -> dict[str, Any] | None:
             f"{target} holds a sweep with another {' and '.join(different)}; choose a new folder"
         )
     return data
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise BlockfitError(f"cannot write {path}: {error}; make room") from error

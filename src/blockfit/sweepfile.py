@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -85,6 +86,23 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
     if len(set(sizes)) < len(sizes):
         raise BlockfitError(f"{path}: points: a size appears twice; run the sweep again")
     return data
+
+
+def write_sweep_file(path: Path, data: dict[str, Any]) -> None:
+    """Write ``sweep.json`` whole or not at all.
+
+    Raises:
+        BlockfitError: where it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise BlockfitError(f"cannot write {path}: {error}; make room") from error
 
 
 def read_point_file(folder: Path, name: str) -> dict[str, Tensor]:
