@@ -171,6 +171,23 @@ def test_a_run_that_is_stopped_keeps_what_is_done(
     assert ran == ["similarity", "spans", "spans"]
 
 
+def test_a_run_that_is_stopped_at_its_first_table_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, given = tmp_path / "stopped", ("--data", "digits", *TINY, "--experiments", "similarity")
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "draw", stops)
+        assert run(folder, *given).code == 130
+    assert (folder / "similarity.csv").is_file()
+    assert json.loads((folder / MARK).read_text())["experiments"] == {}
+    done = run(folder, *given)
+    assert done.code == 0, done.err
+
+
 def test_without_another_source_transfer_is_skipped_and_said_so(tmp_path: Path) -> None:
     done = run(tmp_path / "out", "--data", "digits", *TINY, "--experiments", "transfer")
     assert done.code == 0

@@ -118,6 +118,8 @@ def reproduce(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
+    if not (folder / MARK).exists():  # a run that is killed leaves a folder that it knows again
+        _write_text(folder / MARK, json.dumps(data, indent=1, allow_nan=False) + "\n")
     for experiment in experiments:
         if (lacking := _lacking(lab, experiment)) is not None:
             warn(f"{experiment.name} was skipped: {lacking}")

@@ -29,6 +29,7 @@ from blockfit.models import source_of
 from blockfit.probe import first_images
 from blockfit.recipes import Recipe
 from blockfit.repair import Solution
+from blockfit.resume import forget
 from blockfit.search import Point, most_removed
 from blockfit.session import HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.source import Source
@@ -175,8 +176,8 @@ def sweep(
         session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
         frontier = Frontier(target, before or _begun(session, run))
         _go_through(frontier, session)
-        if checkpoint is not None:
-            checkpoint.forget()
+    if resume is not None:
+        forget(Path(resume).expanduser())  # also what a run left that was stopped right here
     if latency_images is not None:
         few = replace(images, batch_size=latency_images)
         inputs = first_images(next(iter(few)), latency_images)
