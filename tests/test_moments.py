@@ -180,3 +180,17 @@ def test_moments_of_other_spans_are_not_merged() -> None:
     ):
         with pytest.raises(BlockfitError, match="cannot be added"):
             moments.merge(other)
+
+
+@pytest.mark.parametrize("width", [256, 512, 700])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_square_of_a_wide_layer_is_the_whole_product(width: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(40, width, generator=generator, dtype=torch.float64)
+    y = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    weights = torch.rand(40, generator=generator, dtype=torch.float64) if weighted else None
+    found = Regression.of(x, y, weights=weights).xx
+    scaled = x if weights is None else x * weights[:, None]
+    torch.testing.assert_close(found, scaled.T @ x)
+    if width >= 512:
+        assert torch.equal(found.triu(256), found.tril(-256).T)

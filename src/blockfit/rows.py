@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,11 +49,11 @@ class Draw:
         drawn = max(min(1, patches), round(share * patches)) if share < 1 else patches
         return cls(prefix_tokens, patches, drawn)
 
-    def take(self, states: Tensor, places: Sequence[int]) -> Tensor:
+    def take(self, states: Tensor, places: range) -> Tensor:
         """The drawn tokens of states (images, tokens, width), images at ``places`` of all."""
         if self.drawn == self.patches:
             return states
-        picked = drawn_tokens(self.prefix_tokens, self.patches, self.drawn, 0, places)
+        picked = _positions(self, places)
         images = torch.arange(len(states), device=states.device)[:, None]
         return states[images, picked.to(states.device)]
 
@@ -67,6 +67,12 @@ class Draw:
             return None
         parts = torch.full((self.prefix_tokens,), prefix), torch.ones(self.drawn)
         return torch.cat(parts).double()
+
+
+@lru_cache(maxsize=1024)
+def _positions(draw: Draw, places: range) -> Tensor:
+    """Positions of the drawn tokens, the same for every block: (images, prefix + drawn)."""
+    return drawn_tokens(draw.prefix_tokens, draw.patches, draw.drawn, 0, places)
 
 
 class RowSums:
