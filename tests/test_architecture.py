@@ -52,7 +52,7 @@ ROWS = (
     ("decode", "records", "tables", "shards", "lists", "layouts", "ready", "paths"),
     ("classes", "stream", "data", "splits"),
     ("shelf", "calibrate"),
-    ("rows", "originals", "repair"),
+    ("rows", "beginnings", "originals", "repair"),
     ("fidelity", "recipes", "budget", "latency", "heldout", "candidates", "search", "session"),
     ("evaluate", "protocols", "zeroshot", "dense", "samples"),
     ("atomic", "manifest", "store", "sweepfile"),

@@ -14,13 +14,15 @@ from small import PostNormBlock, SmallViT, small_blocks, small_images, small_pic
 from torch import Tensor, nn
 
 from blockfit import rows
+from blockfit.beginnings import Beginnings
 from blockfit.blocks import Blocks, find_blocks, record
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.head import observe
 from blockfit.originals import Originals
-from blockfit.repair import Options, Solution, solve, swapped
+from blockfit.repair import Options, Solution, solve
 from blockfit.spans import Plan, Replacement, Span
+from blockfit.surgery import swapped
 
 FIT, NEW = small_pictures(24), small_pictures(64, seed=1)
 BARE = Options(ridge=0.0, repair="none")
@@ -324,6 +326,42 @@ def test_every_block_runs_its_attention_once_and_the_weights_are_those_of_whole_
     slow = solve(known, TWO)
     for name, value in quick.weights.items():
         torch.testing.assert_close(value, slow.weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_plans_that_begin_alike_are_refitted_from_where_they_part() -> None:
+    model = small_vit()
+    known, ran = originals(model), []
+    options = Options(repair="none")
+    plans = [
+        Plan.of(["0:1", "2:3"], "affine"),
+        Plan.of(["0:1", "2:3", "4:5"], "affine"),
+        Plan.of(["0:1", "3:5"], "affine"),
+        Plan.of(["0:1", "2:3"], "scale"),
+    ]
+    alone = [solve(known, plan, options) for plan in plans]
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda module, args, out, i=i: ran.append(i))
+    beginnings = Beginnings(plans)
+    together = [solve(known, plan, options, beginnings=beginnings) for plan in plans]
+    batches = len(known.traces)
+    # Block 1 runs once for the first two plans, again for 0:1 and 3:5 with block 2, and for scales.
+    assert {i: ran.count(i) for i in ran} == {1: 3 * batches, 2: batches, 3: batches}
+    for one, other in zip(alone, together, strict=True):
+        for left, right in zip(one.maps, other.maps, strict=True):
+            for name, value in left.state_dict().items():
+                assert torch.equal(value, right.state_dict()[name])
+
+
+def test_folded_maps_and_repairs_share_no_beginnings() -> None:
+    model = small_vit()
+    known = originals(model)
+    folded = [Plan.of(["1:2", last], "folded") for last in ("3:4", "4:5")]
+    beginnings = Beginnings([*folded, *folded, TWO, TWO])
+    for plan in folded:
+        solve(known, plan, Options(repair="none"), beginnings=beginnings)
+        assert beginnings.longest(plan) is None
+    solve(known, TWO, Options(), beginnings=beginnings)
+    assert beginnings.longest(TWO) is None
 
 
 def test_a_part_of_the_originals_is_that_of_fewer_images() -> None:

@@ -19,9 +19,10 @@ from blockfit.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.head import Observation, observe
 from blockfit.numerics import exact
 from blockfit.probe import evaluating
-from blockfit.repair import Solution, swapped
+from blockfit.repair import Solution
 from blockfit.shelf import Shelf
 from blockfit.spans import Plan, Replacement
+from blockfit.surgery import swapped
 from blockfit.trace import Trace, trace
 
 

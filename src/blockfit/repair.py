@@ -6,14 +6,14 @@ Everything is closed-form: no gradients, no labels, no added parameters beyond t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from blockfit import ranks
+from blockfit.beginnings import Beginnings
 from blockfit.blocks import Blocks, named_blocks
 from blockfit.errors import BlockfitError
 from blockfit.fit import RIDGE, choose_ridge, fit_affine, fit_map
@@ -24,13 +24,12 @@ from blockfit.probe import evaluating
 from blockfit.residual import Writer, input_of, inputs_of, left_out, need_writer, written
 from blockfit.rows import Draw, RowSums
 from blockfit.spans import Plan, Replacement
-from blockfit.surgery import apply_plan
+from blockfit.surgery import apply_plan, swapped
 
 REPAIRS = ("none", "mlp", "mlp+attention")
 
 REPAIR_RIDGE = 3.0
 """Default λ of the repairs, towards the original weights; measured in docs/measurements.md."""
-
 
 CHECK_EVERY = 5
 """One batch in this many judges the ridge of a map where that is chosen."""
@@ -117,25 +116,12 @@ class Solution:
             known[name].data = value.to(known[name]).clone()
 
 
-@contextmanager
-def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the named parameters of ``model`` hold other values until the ``with`` ends."""
-    known = dict(model.named_parameters(remove_duplicate=False))
-    before = {name: known[name].data for name in weights}
-    try:
-        for name, value in weights.items():
-            known[name].data = value.to(known[name])
-        yield
-    finally:
-        for name, value in before.items():
-            known[name].data = value
-
-
 def solve(
     originals: Originals,
     plan: Plan,
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
+    beginnings: Beginnings | None = None,
 ) -> Solution:
     """Fit a plan's maps one after the other and repair the kept blocks behind the first span.
 
@@ -149,10 +135,11 @@ def solve(
         plan: what goes.
         options: how to solve; defaults to ``Options()``.
         progress: called with (blocks done, blocks in all).
+        beginnings: of plans refitted with the same originals and options; unused in repairs.
     """
     plan.check(originals.blocks.depth)
     with evaluating(originals.model), torch.no_grad():
-        solution = _Walk(originals, plan, options or Options()).solution(progress)
+        solution = _Walk(originals, plan, options or Options(), beginnings).solution(progress)
         # Equal sums give equal solutions, but machines of a run may round differently.
         ranks.share(p for module in solution.maps for p in module.parameters())
         ranks.share(solution.weights.values())
@@ -162,8 +149,15 @@ def solve(
 class _Walk:
     """One walk through the blocks; ``hidden[b]`` is batch b's compressed state at ``at``."""
 
-    def __init__(self, originals: Originals, plan: Plan, options: Options) -> None:
+    def __init__(
+        self,
+        originals: Originals,
+        plan: Plan,
+        options: Options,
+        beginnings: Beginnings | None = None,
+    ) -> None:
         self.originals, self.plan, self.options = originals, plan, options
+        self.beginnings = beginnings if options.repair == "none" else None
         self.blocks, self.hold = originals.blocks, originals.hold
         self.by_start = {entry.span.start: entry for entry in plan}
         self.names = list(named_blocks(originals.model, originals.blocks))
@@ -177,8 +171,7 @@ class _Walk:
         first = min(e.span.start - (e.map == "folded") for e in self.plan)
         last = max(e.span.stop for e in self.plan)
         end = self.blocks.depth if self.options.repair != "none" else last
-        index = first
-        self.hidden = [self.originals.state(b, first) for b in range(len(self.originals.traces))]
+        index = self._begin(first)
         while index < end:
             entry = self.by_start.get(index)
             if entry is None:
@@ -190,6 +183,20 @@ class _Walk:
             if progress is not None:
                 progress(index - first, end - first)
         return Solution(self.plan, tuple(self.maps[e] for e in self.plan), self.weights)
+
+    def _begin(self, first: int) -> int:
+        """Go on behind what another plan has in common with this one, or at block ``first``."""
+        found = self.beginnings and self.beginnings.longest(self.plan)
+        if not found:
+            self.hidden = self._targets(first)
+            return first
+        entries, known = found
+        self.maps, self.hidden = dict(known.maps), known.hidden
+        return entries[-1].span.stop
+
+    def _targets(self, boundary: int) -> list[Tensor]:
+        """The original's states, batch by batch."""
+        return [self.originals.state(b, boundary) for b in range(len(self.originals.traces))]
 
     def _replace(self, entry: Replacement) -> None:
         assert self.hidden is not None
@@ -215,6 +222,8 @@ class _Walk:
         self.maps[entry] = fitted
         on_device = copy.deepcopy(fitted).to(self.originals.like)
         self.hidden = [self.hold(on_device(hidden)) for hidden in self.hidden]
+        if self.beginnings is not None:
+            self.beginnings.keep(tuple(self.maps), self.maps, self.hidden)
 
     def _keep(self, index: int, repair: bool) -> None:
         """Pass a kept block, folding the span behind it into it and repairing it where asked."""
@@ -235,7 +244,7 @@ class _Walk:
         if solve_mlp:
             # Before the weights are swapped: the targets may have to be computed again.
             boundary = folded.span.stop if folded else index + 1
-            targets = [self.originals.state(b, boundary) for b in range(len(self.originals.traces))]
+            targets = self._targets(boundary)
         with swapped(block, solved):
             if solve_mlp:
                 solved |= self._solve_mlp(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from blockfit.beginnings import Beginnings
 from blockfit.candidates import cheapest, race
 from blockfit.errors import BlockfitError
 from blockfit.fidelity import Fidelity
@@ -264,10 +265,10 @@ class Search:
         """
         pool = self._pool(size)
         options = replace(self.recipe.options, repair="none", refit=True)
-        solved = {}
+        solved, beginnings = {}, Beginnings(pool)
         for number, plan in enumerate(pool):
             self._say(f"{size} blocks: trying plan {number + 1} of {len(pool)}")
-            solved[plan] = solve(self.quick, plan, options)
+            solved[plan] = solve(self.quick, plan, options, beginnings=beginnings)
         first: list[int] = []
         others: list[int] = []
         count = 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blockfit.blocks import Blocks, block_modules, named_blocks
 from blockfit.errors import BlockfitError
@@ -185,3 +186,17 @@ def _check_map(entry: Replacement, blocks: Blocks, map_module: nn.Module) -> Non
             f"the map of span {entry.span} splits after {split} prefix tokens, "
             f"but the model has {blocks.prefix_tokens}"
         )
+
+
+@contextmanager
+def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the named parameters of ``model`` hold other values until the ``with`` ends."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: known[name].data for name in weights}
+    try:
+        for name, value in weights.items():
+            known[name].data = value.to(known[name])
+        yield
+    finally:
+        for name, value in before.items():
+            known[name].data = value
