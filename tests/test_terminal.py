@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ from blockfit.console import Output, guarded
 from blockfit.search import Search
 
 CHEAP = ("--select", "last", "--map", "identity", "--repair", "none")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heeded() -> Iterator[None]:
+    """Also where the tests themselves run behind a shell's ``&``, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_stopped_sweep_says_what_it_has_kept_and_how_to_go_on(
