@@ -15,7 +15,7 @@ safetensors==0.4.3 pillow==10.* typer==0.20.* rich==13.* scikit-learn==1.4.*"
 NEWEST="torch torchvision timm transformers numpy safetensors pillow typer rich scikit-learn"
 QUICK="tests/test_spans.py tests/test_maps.py tests/test_moments.py tests/test_fit.py \
 tests/test_blocks.py tests/test_surgery.py tests/test_contract.py tests/test_store.py \
-tests/test_store_refused.py tests/test_store_writing.py tests/test_models.py \
+tests/test_store_refused.py tests/test_store_writing.py tests/test_models.py tests/test_models_loading.py \
 tests/test_decode.py tests/test_security.py tests/test_cli.py tests/test_api.py \
 tests/test_calibrate.py"
 

@@ -175,7 +175,7 @@ def test_a_folded_maps_error_stands_beside_that_of_dropping_the_span() -> None:
     blocks = small_blocks(model)
     plan = Plan.of(["3:5"], "folded")
     solution = solve(Originals(model, blocks, open_images(FIT)), plan, Options(repair="none"))
-    (error,) = HeldOut(model, blocks, open_images(NEW, batch_size=len(NEW))).map_errors(solution)
+    (error,) = HeldOut(model, blocks, open_images(NEW, batch_size=len(NEW))).judge(solution)[1]
     with record(model, blocks) as seen:
         model(NEW)
     small = applied(model, blocks, solution)
@@ -196,7 +196,7 @@ def test_map_errors_are_those_of_the_applied_models_states_beside_identity() -> 
     plan = Plan.of(["1:2", "3:5"], "affine")
     solution = solve(Originals(model, blocks, open_images(FIT)), plan, Options(repair="mlp"))
     held_out = HeldOut(model, blocks, open_images(NEW, batch_size=len(NEW)))
-    errors = held_out.map_errors(solution)
+    errors = held_out.judge(solution)[1]
     with record(model, blocks) as seen:
         model(NEW)
     small = applied(model, blocks, solution)
@@ -223,7 +223,7 @@ def test_a_model_without_prefix_tokens_has_no_error_of_them() -> None:
     model, images = family.build(), family.images(4)
     blocks = find_blocks(model)
     held_out = HeldOut(model, blocks, open_images(images))
-    (error,) = held_out.map_errors(random_solution(Plan.of(["1:2"], "affine"), blocks))
+    (error,) = held_out.judge(random_solution(Plan.of(["1:2"], "affine"), blocks))[1]
     assert (error.prefix, error.identity_prefix) == (None, None)
     assert error.patch == pytest.approx(error.error)
 
@@ -239,7 +239,7 @@ def test_judging_changes_neither_model_nor_solution(dtype: torch.dtype) -> None:
     maps = copy.deepcopy([module.state_dict() for module in solution.maps])
     cached = [{b: state.clone() for b, state in seen.states.items()} for seen in held_out.traces]
     first = held_out.score(solution)
-    held_out.map_errors(solution)
+    held_out.judge(solution)
     assert held_out.score(solution) == first
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for module, kept in zip(solution.maps, maps, strict=True):

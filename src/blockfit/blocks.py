@@ -22,6 +22,7 @@ from blockfit.probe import (
     call,
     container_at,
     example_input,
+    forward_as,
     place,
     runs_in,
     two_different,
@@ -150,12 +151,7 @@ def overridden(
 
     with ExitStack() as undo:
         for index, function in functions.items():
-            attributes = modules[index].__dict__
-            if "forward" in attributes:
-                undo.callback(attributes.__setitem__, "forward", attributes["forward"])
-            else:
-                undo.callback(attributes.pop, "forward", None)
-            attributes["forward"] = stand_in(function)
+            undo.enter_context(forward_as(modules[index], stand_in(function)))
         yield
 
 

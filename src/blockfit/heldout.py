@@ -190,10 +190,6 @@ class HeldOut:
         right = seen.logits.argmax(1).to(labels.device) == labels
         return [int(right.sum()), int((labels >= 0).sum())]
 
-    def map_errors(self, solution: Solution) -> list[MapError]:
-        """The local held-out error of every map of ``solution``, beside identity's."""
-        return self.judge(solution)[1]
-
     def judge(self, solution: Solution) -> tuple[Fidelity, list[MapError], float | None]:
         """``score``, the local error of every map beside identity's, and top-1, in one go.
 

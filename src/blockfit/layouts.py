@@ -166,12 +166,13 @@ def _pictures(file: Path, values: Sequence[object], count: int) -> np.ndarray:
     """uint8 (N, 32, 32, 3) of the longest byte string among the values of ``data``."""
     sizes = [len(value) if isinstance(value, bytes) else -1 for value in values]
     at = int(np.argmax(sizes)) if sizes else 0
-    if count == 0 or not sizes or sizes[at] != count * 3072:
+    longest = values[at] if sizes else None
+    if count == 0 or not isinstance(longest, bytes) or len(longest) != count * 3072:
         raise _no_cifar(file, f"{count} labels, {max(sizes, default=-1)} bytes of pixels")
     flags = [value for value in values[:at] if isinstance(value, bool)]
     if flags[-1:] == [True] or b"F" in values:
         raise _no_cifar(file, "its array is stored column by column")
-    pixels = np.frombuffer(values[at], np.uint8)  # type: ignore[call-overload]
+    pixels = np.frombuffer(longest, np.uint8)
     return np.ascontiguousarray(pixels.reshape(count, 3, 32, 32).transpose(0, 2, 3, 1))
 
 

@@ -287,8 +287,12 @@ def _map_rows(entry: MapError) -> list[tuple[str, float, float]]:
         ("prefix", entry.prefix, entry.identity_prefix),
         ("patch", entry.patch, entry.identity_patch),
     )
-    known = [(f"{entry.span} {kind}", a, b) for kind, a, b in pairs if None not in (a, b)]
-    return known or [(f"{entry.span} all", entry.error, entry.identity_error)]  # type: ignore[return-value]
+    known = [
+        (f"{entry.span} {kind}", error, identity)
+        for kind, error, identity in pairs
+        if error is not None and identity is not None
+    ]
+    return known or [(f"{entry.span} all", entry.error, entry.identity_error)]
 
 
 def state_errors(side: SideBySide, kind: str) -> Plot:

@@ -41,6 +41,22 @@ def call(model: nn.Module, inputs: Batch) -> Any:
         return model(**inputs)
 
 
+@contextmanager
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``module`` compute ``forward`` instead of its own until the ``with`` ends.
+
+    Parameters, hooks, and a ``forward`` that somebody else put on the instance stay as they are.
+    """
+    attributes = module.__dict__
+    before = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        attributes.pop("forward", None)
+        attributes.update(before)
+
+
 def _fills_a_cache(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether the model is a decoder that keeps keys and values, and is not told otherwise."""
     wanted = getattr(getattr(model, "config", None), "use_cache", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from blockfit.errors import BlockfitError
 from blockfit.repair import Options
@@ -91,14 +92,14 @@ chosen by similarity, a linear map by plain least squares; ``plain`` adds no mod
 can be written as stock checkpoints."""
 
 
-def recipe(name: str | Recipe, **changes: object) -> Recipe:
+def recipe(name: str | Recipe, **changes: Any) -> Recipe:
     """A recipe by name, with some of its fields changed.
 
     Raises:
         BlockfitError: for an unknown name.
     """
     if isinstance(name, Recipe):
-        return replace(name, **changes) if changes else name  # type: ignore[arg-type]
+        return replace(name, **changes) if changes else name
     if name not in RECIPES:
         raise BlockfitError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
-    return replace(RECIPES[name], **changes)  # type: ignore[arg-type]
+    return replace(RECIPES[name], **changes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.numerics import exact
+from blockfit.probe import forward_as
 
 RunBlock = Callable[[Tensor], Tensor]
 """Runs one block on a hidden state with the arguments that its model gives it."""
@@ -44,7 +45,15 @@ class Writer:
         return weight, bias
 
     def contribution(self, block: nn.Module, x: Tensor) -> Tensor:
-        """What the layer adds to the residual stream when it is given ``x``."""
+        """What the layer adds to the hidden state when it is given ``x``.
+
+        Args:
+            block: the block, with the weights that count.
+            x: shape (images, tokens, inputs).
+
+        Returns:
+            shape (images, tokens, width), the dtype of ``x``.
+        """
         linear = self.linear(block)
         return self.gain.to(x) * nn.functional.linear(x, linear.weight, linear.bias)
 
@@ -133,13 +142,7 @@ def left_out(block: nn.Module, skip: Skip | None) -> Iterator[None]:
         zeros = torch.zeros_like(hidden)
         return zeros if behind is None else (zeros, *[None] * behind)
 
-    with ExitStack() as undo:
-        attributes = block.get_submodule(skip.name).__dict__
-        if "forward" in attributes:
-            undo.callback(attributes.__setitem__, "forward", attributes["forward"])
-        else:
-            undo.callback(attributes.pop, "forward", None)
-        attributes["forward"] = forward
+    with forward_as(block.get_submodule(skip.name), forward):
         yield
 
 
