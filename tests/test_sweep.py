@@ -92,6 +92,16 @@ def test_a_drop_budget_takes_the_smallest_model_that_keeps_it(folder):
         assert best["removed"] == max(p["removed"] for p in fitting)
 
 
+def test_a_drop_finer_than_one_held_out_image_comes_with_a_warning(folder, model):
+    point = read_sweep(folder).points[0]
+    images = point["held_out"]["images"]
+    told = from_sweep(folder, Budget("max_drop", 0), model).report["warnings"]
+    assert f"top-1 on {images} held-out images moves by {100 / images:.1f} points" in told[-1]
+    assert not any(
+        "moves by" in w for w in from_sweep(folder, Budget("remove", 1), model).report["warnings"]
+    )
+
+
 def test_a_finished_sweep_is_timed_from_what_it_wrote(folder, timed, model, images):
     points = read_sweep(timed).points
     for point, untimed in zip(points, read_sweep(folder).points, strict=True):

@@ -16,7 +16,7 @@ from torch import nn
 from blockfit import store
 from blockfit.amounts import bytes_of
 from blockfit.blocks import Blocks
-from blockfit.budget import Budget
+from blockfit.budget import Budget, unresolved
 from blockfit.data import Images, images
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
@@ -268,7 +268,7 @@ def describe(
         "top1_after": point.top1,
         "maps": [dataclasses.asdict(error) for error in point.map_errors],
         "repaired_blocks": session.repaired_blocks(point),
-        "warnings": session.warnings(point),
+        "warnings": session.warnings(point) + unresolved(budget, len(session.setting.held_out)),
     }
 
 

@@ -19,7 +19,7 @@ from blockfit import ranks
 from blockfit.amounts import bytes_of
 from blockfit.api import Result, checkpoint_of, load, recipe_for, run_json
 from blockfit.blocks import Batch, Blocks
-from blockfit.budget import Budget
+from blockfit.budget import Budget, unresolved
 from blockfit.data import Images
 from blockfit.data import images as open_images
 from blockfit.errors import BlockfitError
@@ -305,7 +305,7 @@ def from_sweep(
         "top1_before": data["original"].get("top1"),
         "top1_after": point.get("top1"),
         **{key: point[key] for key in ("repaired_blocks", "latency") if key in point},
-        "warnings": point["warnings"],
+        "warnings": point["warnings"] + unresolved(budget, point["held_out"]["images"]),
         "seconds": round(time.perf_counter() - started, 3),
     }
     return Result(small, solution.plan, report, blocks, source)
