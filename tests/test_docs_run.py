@@ -74,7 +74,12 @@ def blockfit_fault(words: list[str]) -> str | None:
     if words[1] not in OPTIONS:
         return f"there is no command blockfit {words[1]}"
     wrong = [w for w in words[2:] if re.match(r"--?[a-z]", w) and w not in OPTIONS[words[1]]]
-    return f"blockfit {words[1]} has no option {wrong[0]}" if wrong else None
+    if wrong:
+        return f"blockfit {words[1]} has no option {wrong[0]}"
+    needed = [p.opts for p in COMMANDS[words[1]].params if p.required and p.opts[0][0] == "-"]
+    whole = "-o" in words and "…" not in words  # what names its output is to be typed as it stands
+    lacking = [opts[0] for opts in needed if whole and not set(opts) & set(words)]
+    return f"{' '.join(words)} lacks {lacking[0]}" if lacking else None
 
 
 def make_fault(words: list[str]) -> str | None:

@@ -205,6 +205,13 @@ def test_two_models_that_do_not_belong_together_are_refused() -> None:
         evaluate(compressed, some("plain"), against=other, measure=False)
 
 
+def test_an_original_with_other_blocks_is_said_to_be_another() -> None:
+    _, compressed, blocks, _ = pair("plain")
+    for other in (FAMILIES["timm-vit"].build(), nn.Linear(2, 2)):
+        with pytest.raises(BlockfitError, match="give the model that it was made from"):
+            evaluate(compressed, some("plain"), against=other, blocks=blocks, measure=False)
+
+
 def known(fidelity: Fidelity | None) -> dict[str, float]:
     """What is not ``None``."""
     assert fidelity is not None

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from blockfit import hub
+from blockfit import hub, tables
 
 constants = pytest.importorskip("huggingface_hub.constants")
 NOBODY = "http://127.0.0.1:9"
@@ -111,4 +111,46 @@ def test_loading_by_name_fails_in_one_sentence_and_without_retries(tmp_path: obj
     assert len(lines) == 2
     assert "hf download nobody/nothing --local-dir FOLDER" in lines[0]
     assert "hf download timm/vit_tiny_patch16_224" in lines[1]
+    assert "Retrying" not in done.stderr
+
+
+def test_a_data_set_by_name_is_looked_for_in_the_cache_alone(
+    online: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    asked: list[bool] = []
+
+    def cached(name: str) -> str:
+        asked.append(datasets.config.HF_HUB_OFFLINE)
+        return f"{name} from the cache"
+
+    monkeypatch.setattr(datasets, "load_dataset", cached)
+    assert tables.load_dataset("nobody/nothing") == "nobody/nothing from the cache"
+    assert asked == [True]
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+LOAD_DATA = """
+from blockfit.data import images
+from blockfit.errors import BlockfitError
+try:
+    images("nobody/nothing")
+except BlockfitError as error:
+    print(error)
+"""
+
+
+def test_a_data_set_that_cannot_be_had_is_one_sentence_without_retries() -> None:
+    pytest.importorskip("datasets")
+    online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "no_proxy": "*"}
+    environment = {**os.environ, **online, "HF_ENDPOINT": NOBODY}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_DATA],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "the Hub does not answer" in done.stdout
+    assert "hf download nobody/nothing --repo-type dataset" in done.stdout
     assert "Retrying" not in done.stderr

@@ -20,7 +20,6 @@ from blockfit.console import Output, show_images
 from blockfit.data import Images
 from blockfit.errors import BlockfitError
 from blockfit.export_onnx import SUFFIX, Session
-from blockfit.int8 import check_kind
 from blockfit.measure import parameters, size_bytes
 from blockfit.quantize import Stage, stages
 from blockfit.quantize import quantize as quantize_model
@@ -55,8 +54,8 @@ Data = Annotated[
 def quantize(
     context: typer.Context,
     small: Saved,
-    int8: Int8,
     output: Target,
+    int8: Int8 = "weight-only",
     images: Calibration = None,
     images_limit: CalibrationLimit = None,
     against: opt.Against = None,
@@ -78,10 +77,11 @@ def quantize(
     """Bring the weights of a compressed model to int8; compare original, compressed and int8."""
     started = time.perf_counter()
     out = Output(as_json, quiet)
+    if int8 not in (known := (*INT8_KINDS, *ONNX_KINDS)):
+        raise BlockfitError(f"unknown --int8 {int8!r}; choose one of {', '.join(known)}")
     if int8 in ONNX_KINDS:
         check_file(output, SUFFIX, overwrite)
     else:
-        check_kind(int8)
         store.check_folder(output, overwrite)
     if images is not None and int8 != "onnx-static":
         raise BlockfitError(f"--images has no use with {int8}, which needs no calibration")

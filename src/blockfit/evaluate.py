@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blockfit import ranks
-from blockfit.blocks import Batch, Blocks, find_blocks
+from blockfit.blocks import Batch, Blocks, block_modules, find_blocks
 from blockfit.data import Images, LabelledBatch
 from blockfit.errors import BlockfitError
 from blockfit.fidelity import Fidelity, FidelityMeter, Sums, compared
@@ -25,7 +25,7 @@ from blockfit.measure import (
     size_bytes,
     speedup,
 )
-from blockfit.probe import evaluating, first_images, placed
+from blockfit.probe import evaluating, first_images, place, placed
 from blockfit.repair import Solution
 from blockfit.resume import Checkpoint
 from blockfit.spans import Plan
@@ -179,8 +179,10 @@ def evaluate(
 
     Raises:
         BlockfitError: no image, outputs that are not finite or differ in shape, labels that the
-            head does not have.
+            head does not have, an original with other blocks than ``blocks``.
     """
+    if against is not None and blocks is not None:
+        _check_original(against, blocks)
     first = next(iter(data), None)
     if first is None:
         raise BlockfitError(
@@ -221,6 +223,16 @@ def evaluate(
         compressed=figures["compressed"],
         fidelity=None if against is None else meter.result(),
     )
+
+
+def _check_original(original: nn.Module, blocks: Blocks) -> None:
+    try:
+        block_modules(original, blocks)
+    except BlockfitError as error:
+        raise BlockfitError(
+            f"the original has no {blocks.depth} blocks at {place(blocks.path)}, where the "
+            "compressed model has its own; give the model that it was made from (--against)"
+        ) from error
 
 
 def _row(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from blockfit.decode import Unreadable
 from blockfit.errors import BlockfitError, first_line
+from blockfit.hub import silent
 from blockfit.records import LABEL_NAMES, Picture, Records
 
 
@@ -84,8 +85,21 @@ def from_saved(
 
 
 def load_dataset(name: str, **options: Any) -> Any:
-    """``datasets.load_dataset``, with its cache, its offline switches and its errors."""
-    return _datasets().load_dataset(name, **options)
+    """``datasets.load_dataset``, with its cache, its offline switches and its errors.
+
+    Raises:
+        ConnectionError: where a Hub that does not answer would have to be asked.
+    """
+    library = _datasets()
+    if Path(name).is_dir() or library.config.HF_HUB_OFFLINE or not silent():
+        return library.load_dataset(name, **options)
+    library.config.HF_HUB_OFFLINE = True  # its cache alone
+    try:
+        return library.load_dataset(name, **options)
+    except ConnectionError as error:
+        raise ConnectionError("the Hub does not answer, nor does the cache hold it") from error
+    finally:
+        library.config.HF_HUB_OFFLINE = False
 
 
 def from_hub(
