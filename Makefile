@@ -67,7 +67,7 @@ bench-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py
 
 fuzz: $(STAMP)
-	$(BIN)/python tests/fuzz.py --folders 10000 --plans 10000 --seed 0
+	$(BIN)/python tests/tools/fuzz.py --folders 10000 --plans 10000 --seed 0
 
 audit: $(STAMP)
 	$(BIN)/python benchmarks/audit.py

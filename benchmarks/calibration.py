@@ -20,8 +20,8 @@ import torch
 from common import MODEL, TRAIN, say
 
 import blockfit
-from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate
-from blockfit.spans import spans_up_to
+from blockfit.fit.plan import spans_up_to
+from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate
 
 
 def timed(work: Callable[[], object]) -> float:

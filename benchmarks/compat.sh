@@ -13,11 +13,11 @@ PYTHON=${PYTHON:-python3}
 OLDEST="torch==2.4.* torchvision==0.19.* timm==1.0.31 transformers==5.11.* numpy==1.26.* \
 safetensors==0.4.3 pillow==10.* typer==0.20.* rich==13.* scikit-learn==1.4.*"
 NEWEST="torch torchvision timm transformers numpy safetensors pillow typer rich scikit-learn"
-QUICK="tests/test_spans.py tests/test_maps.py tests/test_moments.py tests/test_fit.py \
-tests/test_blocks.py tests/test_surgery.py tests/test_contract.py tests/test_store.py \
-tests/test_store_refused.py tests/test_store_writing.py tests/test_models.py tests/test_models_loading.py \
-tests/test_decode.py tests/test_security.py tests/test_cli.py tests/test_api.py \
-tests/test_calibrate.py"
+QUICK="tests/fit/test_plan.py tests/fit/test_maps.py tests/fit/test_moments.py tests/fit/test_closed_form.py \
+tests/models/test_blocks.py tests/models/test_surgery.py tests/contract/test_contract.py tests/formats/test_folder.py \
+tests/formats/test_store_refused.py tests/formats/test_store_writing.py tests/models/test_load.py tests/contract/test_models_loading.py \
+tests/data/test_decode.py tests/whole/test_security.py tests/whole/test_cli.py tests/whole/test_api.py \
+tests/search/test_calibrate.py"
 
 run() {
     name=$1

@@ -17,18 +17,18 @@ import torch
 from common import MODEL, TEST, TRAIN, say
 
 import blockfit
-from blockfit import rows as drawing
-from blockfit.blocks import Blocks
-from blockfit.budget import Budget
-from blockfit.calibrate import calibrate
-from blockfit.data import Images
-from blockfit.evaluate import evaluate_many
-from blockfit.fit import RIDGE, fit_map
-from blockfit.originals import Originals
-from blockfit.recipes import RECIPES
-from blockfit.repair import Options, Solution, solve
-from blockfit.session import Session, Setting
-from blockfit.spans import Plan, Replacement
+from blockfit.data.images import Images
+from blockfit.evaluation.evaluate import evaluate_many
+from blockfit.fit.closed_form import RIDGE, fit_map
+from blockfit.fit.plan import Plan, Replacement
+from blockfit.models.blocks import Blocks
+from blockfit.search import tokens as drawing
+from blockfit.search.budget import Budget
+from blockfit.search.calibrate import calibrate
+from blockfit.search.recipes import RECIPES
+from blockfit.search.session import Session, Setting
+from blockfit.search.solve import Options, Solution, solve
+from blockfit.search.states import Originals
 
 SPANS = ["0:1", "2:3", "5:6"]
 """The plan that blockfit finds for three blocks with 512 images drawn with seed 0."""

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from blockfit.amounts import bytes_of
-from blockfit.blocks import Blocks, find_blocks
-from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate
-from blockfit.data import images as open_images
-from blockfit.shelf import MOMENTS_SHARE, groups_of, moments_bytes
-from blockfit.spans import spans_up_to
+from blockfit.data.images import images as open_images
+from blockfit.fit.plan import spans_up_to
+from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate
+from blockfit.search.spill import MOMENTS_SHARE, groups_of, moments_bytes
+from blockfit.units import bytes_of
 
 LONGEST = 6
 WIDTHS = {384: (12, 6), 768: (12, 12), 1024: (24, 16), 1280: (32, 16)}

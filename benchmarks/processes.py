@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import blockfit
-from blockfit import ranks
-from blockfit.blocks import find_blocks
-from blockfit.calibrate import calibrate
-from blockfit.spans import spans_up_to
+from blockfit import processes as ranks
+from blockfit.fit.plan import spans_up_to
+from blockfit.models.blocks import find_blocks
+from blockfit.search.calibrate import calibrate
 
 WAYS = {
     "1 process, 1 thread": (1, 1),

@@ -18,13 +18,13 @@ import torch
 from common import MODEL, ROOT, TEST, TRAIN, say
 
 import blockfit
-from blockfit.budget import Budget
-from blockfit.evaluate import evaluate_many
-from blockfit.models import load_model
-from blockfit.recipes import RECIPES, Recipe
-from blockfit.repair import Options, Solution
-from blockfit.session import Session, Setting
-from blockfit.spans import Plan
+from blockfit.evaluation.evaluate import evaluate_many
+from blockfit.fit.plan import Plan
+from blockfit.models.load import load_model
+from blockfit.search.budget import Budget
+from blockfit.search.recipes import RECIPES, Recipe
+from blockfit.search.session import Session, Setting
+from blockfit.search.solve import Options, Solution
 
 RESULTS = ROOT / "benchmarks" / "results"
 BARE = Options(refit=False, repair="none")

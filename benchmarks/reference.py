@@ -21,13 +21,13 @@ import torch
 from common import MODEL, SHARED, TEST, TRAIN, say
 
 import blockfit
-from blockfit.calibrate import calibrate
-from blockfit.evaluate import evaluate_many
-from blockfit.fit import RIDGE, fit_map, identity_error
-from blockfit.recipes import RECIPES
-from blockfit.repair import Options, Solution
-from blockfit.session import Session, Setting
-from blockfit.spans import Plan, Span
+from blockfit.evaluation.evaluate import evaluate_many
+from blockfit.fit.closed_form import RIDGE, fit_map, identity_error
+from blockfit.fit.plan import Plan, Span
+from blockfit.search.calibrate import calibrate
+from blockfit.search.recipes import RECIPES
+from blockfit.search.session import Session, Setting
+from blockfit.search.solve import Options, Solution
 
 FIT, HELD_OUT = 512, 256
 

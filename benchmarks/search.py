@@ -17,15 +17,15 @@ import torch
 from common import MODEL, TRAIN, say
 
 import blockfit
-from blockfit.calibrate import TOKENS_PER_IMAGE, calibrate
-from blockfit.candidates import race
-from blockfit.data import Images
-from blockfit.fit import fit_map
-from blockfit.heldout import HeldOut
-from blockfit.repair import Solution
-from blockfit.session import JUDGE_BATCH
-from blockfit.spans import Plan, Replacement, spans_up_to
-from blockfit.sweep import loss_of, sweep
+from blockfit.data.images import Images
+from blockfit.fit.closed_form import fit_map
+from blockfit.fit.plan import Plan, Replacement, spans_up_to
+from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate
+from blockfit.search.candidates import race
+from blockfit.search.held_out import HeldOut
+from blockfit.search.session import JUDGE_BATCH
+from blockfit.search.solve import Solution
+from blockfit.search.sweep import loss_of, sweep
 
 KINDS = ("identity", "linear", "affine")
 

@@ -13,12 +13,12 @@ import torch
 from common import MODEL, say
 
 import blockfit
-from blockfit.bench import bench
-from blockfit.maps import empty_map
-from blockfit.spans import Plan
-from blockfit.speed import BATCH_SIZES, Settings
-from blockfit.speed_report import markdown
-from blockfit.surgery import apply_plan
+from blockfit.evaluation.bench import bench
+from blockfit.evaluation.speed import BATCH_SIZES, Settings
+from blockfit.fit.maps import empty_map
+from blockfit.fit.plan import Plan
+from blockfit.models.surgery import apply_plan
+from blockfit.reports.bench_page import markdown
 
 PLANS = {
     1: ["1:2"],

@@ -32,8 +32,8 @@ from PIL import Image
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blockfit.decode import Unreadable, decode
-from blockfit.preprocess import Preprocessing
+from blockfit.data.decode import Unreadable, decode
+from blockfit.models.preprocessing import Preprocessing
 
 log = logging.getLogger("serve")
 

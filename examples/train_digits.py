@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from blockfit.demo import WEIGHTS, DigitsViT, demo_arguments, digits, load_demo
+from blockfit.models.demo import WEIGHTS, DigitsViT, demo_arguments, digits, load_demo
 
 PEAK_LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05

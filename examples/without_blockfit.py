@@ -19,9 +19,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from blockfit import api, store
-from blockfit.parity import Pictures
-from blockfit.traced import Bare, primary, run
+from blockfit import api
+from blockfit.formats import folder as store
+from blockfit.formats.parity import Pictures
+from blockfit.formats.traced import Bare, primary, run
 
 ALLOWED = {".onnx": 1e-3}
 ALLOWED_ELSEWHERE = 1e-5

@@ -16,7 +16,7 @@ import typer
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-from blockfit import cli
+from blockfit.commands import app as cli
 
 
 def on_files(files: Files, config: Any) -> Files:

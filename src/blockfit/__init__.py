@@ -5,11 +5,11 @@ are replaced by maps that are fitted in closed form on a few hundred unlabelled 
 """
 
 from blockfit.api import Result, compress, images, load, save
-from blockfit.blocks import Blocks, find_blocks
 from blockfit.errors import BlockfitError
-from blockfit.recipes import RECIPES, Recipe
-from blockfit.repair import Options
-from blockfit.spans import Plan, Replacement, Span
+from blockfit.fit.plan import Plan, Replacement, Span
+from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.search.recipes import RECIPES, Recipe
+from blockfit.search.solve import Options
 
 __version__ = "0.1.0"
 

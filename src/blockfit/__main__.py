@@ -1,6 +1,6 @@
 """``python -m blockfit`` is the ``blockfit`` command."""
 
-from blockfit.cli import main
+from blockfit.commands.app import main
 
 if __name__ == "__main__":
     main()

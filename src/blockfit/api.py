@@ -3,54 +3,27 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from blockfit import store
-from blockfit.amounts import bytes_of
-from blockfit.blocks import Blocks
-from blockfit.budget import Budget, unresolved
-from blockfit.data import Images, images
-from blockfit.data import images as open_images
+from blockfit.data.images import Images, images
+from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
-from blockfit.int8 import check_no_int8
-from blockfit.models import load_model, source_of
-from blockfit.precision import overflow_warnings
-from blockfit.recipes import Recipe
-from blockfit.recipes import recipe as named_recipe
-from blockfit.repair import Options
-from blockfit.resume import Checkpoint, settled
-from blockfit.search import Point
-from blockfit.session import HOLD_OUT, Progress, Say, Session, Setting
-from blockfit.source import Source
-from blockfit.spans import Plan, Span
-from blockfit.tensors import fingerprint
-
-
-@dataclass(frozen=True)
-class Result:
-    """A compressed model and how it came about.
-
-    Args:
-        model: ready to use; same class, signature and output as the original.
-        plan: what was removed and what stands there now.
-        report: JSON values: sizes, held-out fidelity, errors of the maps, calibration, warnings.
-        blocks: where the blocks are.
-        source: the original model, for saving.
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: dict[str, Any]
-    blocks: Blocks
-    source: Source
+from blockfit.evaluation.precision import overflow_warnings
+from blockfit.fit.plan import Plan, Span
+from blockfit.formats import folder as store
+from blockfit.formats.int8 import check_no_int8
+from blockfit.models.load import load_model, source_of
+from blockfit.search.budget import Budget
+from blockfit.search.recipes import Recipe, recipe_for
+from blockfit.search.run import Result, checkpoint_of, describe, run_json
+from blockfit.search.session import HOLD_OUT, Progress, Say, Session, Setting
+from blockfit.search.solve import Options
+from blockfit.units import bytes_of
 
 
 def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -74,49 +47,6 @@ def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) ->
     if model is not None:
         raise BlockfitError(f"{name} is no folder saved by blockfit; leave model= away")
     return load_model(str(name), **options)
-
-
-def recipe_for(
-    recipe: str | Recipe,
-    spans_given: bool = False,
-    *,
-    map: str | None = None,
-    rank: int | None = None,
-    per_token_type: bool | None = None,
-    **solving: Any,
-) -> Recipe:
-    """The recipe that a call means.
-
-    Spans written by hand get the map that was asked for and nothing else: no repair, unless the
-    call names one or a recipe other than the default. ``None`` values change nothing.
-
-    Args:
-        recipe: a name, or a recipe to start from.
-        spans_given: spans were written by hand.
-        map: the only kind of map.
-        rank: of low-rank maps.
-        per_token_type: one map for prefix and one for patch tokens.
-        solving: fields of ``Options``; ``ridge`` may be ``"auto"``.
-    """
-    maps = None if map is None else (map,)
-    changes = {"maps": maps, "rank": rank, "per_token_type": per_token_type}
-    chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
-    given = {k: v for k, v in solving.items() if v is not None}
-    if "ridge" in given:
-        given["ridge"] = _ridge(given["ridge"])
-    if spans_given and "repair" not in given and chosen.name == "default" and recipe == "default":
-        given["repair"] = "none"
-    return dataclasses.replace(chosen, options=dataclasses.replace(chosen.options, **given))
-
-
-def _ridge(value: float | str) -> float | None:
-    """λ as a number; ``None`` for ``auto``."""
-    try:
-        return None if value == "auto" else float(value)
-    except ValueError:
-        raise BlockfitError(
-            f"cannot read {value!r} as ridge; give a number, such as 1e-4, or auto"
-        ) from None
 
 
 def compress(
@@ -240,73 +170,6 @@ def compress(
     report["warnings"] += overflow_warnings(small, setting.blocks, next(iter(images)))
     report["seconds"] = round(time.perf_counter() - started, 3)
     return Result(small, point.solution.plan, report, setting.blocks, source)
-
-
-def describe(
-    session: Session, point: Point, images: Images, budget: Budget | None
-) -> dict[str, Any]:
-    """The report of a run, as JSON values."""
-    plan = point.solution.plan
-    parameters, flops = session.sizes.of(plan)
-    return {
-        "budget": None if budget is None else str(budget),
-        "recipe": recipe_json(session.recipe),
-        "seed": session.seed,
-        "protect": list(session.protected),
-        "removed_blocks": len(plan.removed_blocks),
-        "parameters_before": session.sizes.parameters,
-        "parameters_after": parameters,
-        "flops_before": session.sizes.flops,
-        "flops_after": flops,
-        "calibration": {
-            **images.description(),
-            "fit": len(session.setting.fit),
-            "held_out": len(session.setting.held_out),
-        },
-        "held_out": dataclasses.asdict(point.fidelity),
-        "top1_before": session.held_out.top1,
-        "top1_after": point.top1,
-        "maps": [dataclasses.asdict(error) for error in point.map_errors],
-        "repaired_blocks": session.repaired_blocks(point),
-        "warnings": session.warnings(point) + unresolved(budget, len(session.setting.held_out)),
-    }
-
-
-def run_json(
-    model: nn.Module,
-    images: Images,
-    recipe: Recipe,
-    protect: Iterable[int],
-    hold_out: float,
-    seed: int,
-) -> dict[str, Any]:
-    """What a run's search depends on, as JSON values."""
-    run = {
-        "recipe": recipe_json(recipe),
-        "protect": sorted(set(protect)),
-        "hold_out": hold_out,
-        "seed": seed,
-        "model": fingerprint(model),
-        "calibration": settled(images.description()),
-    }
-    return dict(json.loads(json.dumps(run)))
-
-
-def checkpoint_of(
-    folder: str | Path | None, run: Mapping[str, Any], images: Images, blocks: Blocks
-) -> Checkpoint | None:
-    """Where a run saves its progress; ``None`` without a folder."""
-    if folder is None:
-        return None
-    how = {"batch_size": images.batch_size, "blocks": dataclasses.asdict(blocks)}
-    return Checkpoint(folder, {**run, **how})
-
-
-def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON values."""
-    values = dataclasses.asdict(recipe)
-    values["maps"] = list(recipe.maps)
-    return values
 
 
 def save(result: Result, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -1,0 +1,146 @@
+"""What a run writes down while it goes, so that it can go on after a stop.
+
+A ``Checkpoint``'s folder holds one safetensors file per part of the run and process: tensors, and
+JSON in the file's metadata. A file appears whole or not at all, so a run may be killed at any
+moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blockfit import processes as ranks
+from blockfit.errors import BlockfitError, first_line
+from blockfit.untrusted import open_tensors
+
+SAVE_EVERY_S = 20.0
+"""Seconds between two saves of a pass over images."""
+
+EVERY_NAME = "BLOCKFIT_SAVE_EVERY"
+"""The environment variable that changes ``SAVE_EVERY_S``."""
+
+ENDING = ".blockfit-resume"
+FORMAT = "1"
+KEYS = {"blockfit", "run", "value"}
+
+
+def place_beside(target: Path) -> Path:
+    """Where the progress of a run that writes ``target`` lies: hidden, in the same folder."""
+    whole = target.expanduser().resolve()
+    return whole.parent / f".{whole.name[:100]}{ENDING}"
+
+
+def settled(description: Mapping[str, Any]) -> dict[str, Any]:
+    """``Images.description`` without what only a walk over the images finds out."""
+    return {k: v for k, v in description.items() if k not in ("skipped", "used")}
+
+
+class Checkpoint:
+    """The state of one run.
+
+    Args:
+        folder: for its files; made at the first save.
+        run: JSON values that say which run it is; the state of another one is refused.
+
+    Raises:
+        BlockfitError: where ``folder`` is a file.
+    """
+
+    def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
+        self.folder = Path(folder).expanduser()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise BlockfitError(f"{self.folder} is a file; the progress of a run needs a folder")
+        self._run = json.loads(json.dumps({**run, "processes": ranks.count()}))
+        self._every = _every()
+        self._saved = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to save a pass that goes on."""
+        return time.monotonic() - self._saved >= self._every
+
+    def save(self, name: str, value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Replace what this process has saved under ``name``.
+
+        Raises:
+            BlockfitError: where the file system refuses.
+        """
+        path = self._path(name)
+        partial = path.with_name(path.name + ".partial")
+        told = {"blockfit": FORMAT, "run": json.dumps(self._run), "value": json.dumps(value)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(dict(tensors or {}), partial, told)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            raise BlockfitError(
+                f"cannot write the progress of the run to {self.folder}: {first_line(error)}; "
+                "make room, or leave --resume away"
+            ) from error
+        self._saved = time.monotonic()
+
+    def load(self, name: str) -> tuple[Any, dict[str, Tensor]] | None:
+        """What this process had saved under ``name``; ``None`` where there is nothing.
+
+        Raises:
+            BlockfitError: where the file is damaged or of another run.
+        """
+        path = self._path(name)
+        if not path.exists():
+            return None
+        hint = f"delete {self.folder} to start anew"
+        try:
+            with open_tensors(path) as stored:
+                told = stored.metadata() or {}
+                if set(told) != KEYS or told["blockfit"] != FORMAT:
+                    raise BlockfitError(f"{path} is no progress of a run of this version; {hint}")
+                run, value = json.loads(told["run"]), json.loads(told["value"])
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        except (ValueError, RecursionError) as error:
+            raise BlockfitError(f"{path} is damaged ({first_line(error)}); {hint}") from error
+        if run != self._run:
+            known = run if isinstance(run, dict) else {}
+            other = [key for key in self._run if known.get(key) != self._run[key]]
+            raise BlockfitError(
+                f"{self.folder} holds the progress of a run with another "
+                f"{' and '.join(other) or 'setting'}; repeat that run to go on, or {hint}"
+            )
+        return value, tensors
+
+    def forget(self) -> None:
+        """Delete what was saved; the run has come to its end."""
+        forget(self.folder)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}-{ranks.rank()}.safetensors"
+
+
+def forget(folder: Path) -> None:
+    """Delete the progress in ``folder`` once the first process gets here."""
+    ranks.agreed(lambda: None)
+    for path in folder.glob(f"*-{ranks.rank()}.safetensors*"):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # others may still have files there
+        folder.rmdir()
+
+
+def _every() -> float:
+    text = os.environ.get(EVERY_NAME, str(SAVE_EVERY_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise BlockfitError(f"{EVERY_NAME} must be a number of seconds, got {text!r}")
+    return seconds

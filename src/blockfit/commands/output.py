@@ -1,0 +1,389 @@
+"""What people see: progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from blockfit import processes as ranks
+from blockfit.commands.interrupts import heed, listening
+from blockfit.errors import BlockfitError
+from blockfit.fit.similarity import Tables
+from blockfit.units import amount, number, percent, share
+
+WIDTH = 110
+"""Columns of tables where standard output is no terminal."""
+
+BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
+"""Exit codes."""
+
+TURN_S = 4.0
+"""How long other processes than the first wait before they say what went wrong."""
+
+INTERRUPTED_TEXT = "interrupted; nothing unfinished was saved"
+
+BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
+
+
+LOG = logging.getLogger("blockfit")
+
+
+class Stopped(Exception):
+    """Ctrl-C in a command that keeps what it had finished; the text says what, and how to go on."""
+
+
+class Output:
+    """Where a command's words go.
+
+    Standard output gets the result: tables, or one JSON object and nothing else with ``--json``.
+    Progress, notes and warnings go to standard error; progress shows on a terminal only.
+
+    Of several processes only the first one says anything but errors.
+
+    Args:
+        as_json: ``--json`` was given; tables are left out.
+        quiet: ``--quiet`` was given; errors alone are shown.
+    """
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        first = ranks.is_first()
+        self.as_json, self.quiet = as_json and first, quiet or not first
+        self._console, self._page = (
+            Console(
+                file=file, markup=False, emoji=False, highlight=False,
+                width=None if file.isatty() else WIDTH,
+            )
+            for file in (sys.stderr, sys.stdout)
+        )  # fmt: skip
+        logged = LOG.isEnabledFor(logging.INFO)  # log lines and a bar would run into one another
+        self._shown = self._console.is_terminal and not self.quiet and not logged
+        self._bars = Bars(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Count(),
+            console=self._console, transient=True, disable=not self._shown,
+        )  # fmt: skip
+        self._task = self._bars.add_task("starting", total=None)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[Output]:
+        """Progress is shown and other libraries are kept off standard output for the duration."""
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            warnings.catch_warnings(),
+            self._bars if self._shown else contextlib.nullcontext(),  # rich < 14.3 ends a line
+        ):
+            warnings.simplefilter("default" if LOG.isEnabledFor(logging.INFO) else "ignore")
+            yield self
+
+    def say(self, line: str) -> None:
+        """What is being done now; Ctrl-C is heeded here at the latest."""
+        heed()
+        LOG.info(line)
+        self._bars.reset(self._task, total=None, description=line)
+
+    def count(self, done: int, total: int) -> None:
+        """How many images of all are done; a smaller number than before starts anew."""
+        task = self._bars.tasks[0]
+        if done < task.completed or task.total != total:
+            self._bars.reset(self._task, total=total)
+        self._bars.update(self._task, completed=done)
+
+    def note(self, text: str) -> None:
+        """What a run works with, told before there is a result."""
+        if not (self.as_json or self.quiet):
+            self._console.print(text, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """A line of the result."""
+        if not (self.as_json or self.quiet):
+            self._page.print(text, soft_wrap=True)
+
+    def warn(self, lines: Iterable[str]) -> None:
+        """Warnings, also beside ``--json``."""
+        if not self.quiet:
+            for text in lines:
+                self._console.print(f"warning: {text}", style="yellow", soft_wrap=True)
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+        """A table whose first column is text and whose other columns are numbers."""
+        if self.as_json or self.quiet:
+            return
+        table = Table(title=title or None, title_justify="left", title_style="bold")
+        for column, name in enumerate(header):
+            table.add_column(name, justify="left" if column == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self._page.print(table)
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The one JSON object on standard output, where it was asked for."""
+        if self.as_json:
+            typer.echo(json.dumps(value, allow_nan=False))
+
+
+class _Count(ProgressColumn):
+    """Done, all, rate and time left, where there is a count; the time so far otherwise."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text(f"{task.elapsed or 0:.0f} s")
+        text = f"{task.completed:.0f}/{task.total:.0f}"
+        if task.speed:
+            text += f", {task.speed:.0f}/s"
+        if task.time_remaining is not None:
+            text += f", {task.time_remaining:.0f} s left"
+        return Text(text)
+
+
+@contextlib.contextmanager
+def keeping(told: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C inside the ``with`` ends the command with what ``told`` returns."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted; {told()}") from None
+
+
+def start_logging() -> None:
+    """Log what the package does, and the warnings of other libraries, to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    for name, level in (("blockfit", logging.DEBUG), ("py.warnings", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(level)
+    logging.captureWarnings(True)
+
+
+def stop_logging() -> None:
+    """Undo ``start_logging``."""
+    for name in ("blockfit", "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
+    logging.captureWarnings(False)
+
+
+def guarded(command: Callable[[], int | None], debug: bool) -> int:
+    """Run a typer command; whatever goes wrong becomes one line on standard error.
+
+    Args:
+        command: calls typer without its standalone mode.
+        debug: show tracebacks as well.
+
+    Returns:
+        The exit code: 0; ``BAD_INPUT`` where the message says what to do; ``UNEXPECTED`` for
+        faults that nobody thought of; ``INTERRUPTED`` for Ctrl-C.
+    """
+    try:
+        with listening():
+            code = int(command() or 0)
+        text = INTERRUPTED_TEXT if code == INTERRUPTED else None
+    except Stopped as stop:
+        code, text = INTERRUPTED, str(stop)
+    except (KeyboardInterrupt, typer.Abort):
+        code, text = INTERRUPTED, INTERRUPTED_TEXT
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, text = _fault(error)
+    if text is not None:
+        typer.echo(f"blockfit: {_turn()}{text}", err=True)
+    return code
+
+
+def _turn() -> str:
+    """What stands before a process's error; all but the first wait, for most errors are of all.
+
+    A launcher ends the other processes when one has failed, so that such an error is told once.
+    """
+    try:
+        rank, count = ranks.launched()
+    except BlockfitError:
+        return ""
+    if rank == 0:
+        return ""
+    time.sleep(TURN_S)
+    return f"process {rank} of 0–{count - 1}: "
+
+
+def _fault(error: Exception) -> tuple[int, str]:
+    if isinstance(error, BlockfitError):
+        return BAD_INPUT, f"error: {error}"
+    if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
+        context = getattr(error, "ctx", None)
+        path = "blockfit" if context is None else context.command_path
+        return BAD_INPUT, f"error: {error.format_message()} ({path} --help shows what there is)"
+    first = (str(error).splitlines() or ["no message"])[0]
+    text = f"error: unexpected {type(error).__name__}: {first}; add --debug to see where"
+    return UNEXPECTED, text
+
+
+def show_images(out: Output, told: Mapping[str, Any]) -> None:
+    """Which images are used and how they are prepared, from ``Images.description``."""
+    drawn = "" if told["used"] == told["total"] else f", drawn with seed {told['seed']}"
+    out.note(f"images: {told['used']} of {told['total']} from {told['source']}{drawn}")
+    out.note(f"preprocessing: {told['preprocessing']}")
+
+
+def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None:
+    """Sizes before and after, every map's held-out error beside identity's, fidelity, warnings."""
+    kept = depth - report["removed_blocks"]
+    sizes = [("blocks", str(depth), str(kept), share(kept, depth))]
+    for name, key in (("parameters", "parameters"), ("FLOPs per image", "flops")):
+        before, after = report[f"{key}_before"], report[f"{key}_after"]
+        sizes.append((name, amount(before), amount(after), share(after, before)))
+    out.table(BEFORE_AFTER, sizes)
+    header = ["span", "map"]
+    for name in ("error", "prefix", "patch"):
+        header += [name, "identity"]
+    keys = ("error", "identity_error", "prefix", "identity_prefix", "patch", "identity_patch")
+    out.table(
+        header,
+        [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in report["maps"]],
+        "Held-out error of each map, beside identity's: all tokens, prefix, patch",
+    )
+    held_out = report["held_out"]
+    words = []
+    if held_out["kl"] is not None:
+        words = [f"KL {held_out['kl']:.4f}", f"agreement {held_out['agreement']:.2%}"]
+    if report["top1_after"] is not None:
+        before, after = percent(report["top1_before"]), percent(report["top1_after"])
+        words.append(f"top-1 {after} (original {before})")
+    words += [
+        f"feature cosine {held_out['feature_cosine']:.4f}",
+        f"relative error {held_out['feature_relative_error']:.4f}",
+    ]
+    out.line(f"on {held_out['images']} held-out images: {', '.join(words)}")
+    out.warn(report["warnings"])
+
+
+def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
+    """What ``Evaluation.to_json`` holds, one row per figure."""
+    before, after = worth["original"] or {}, worth["compressed"]
+
+    def row(name: str, key: str, show: Callable[[Any], str], *inner: str) -> tuple[str, ...]:
+        old, new = before.get(key), after.get(key)
+        shown = (name, show(old), show(new))
+        for step in inner:
+            old, new = (old or {}).get(step), (new or {}).get(step)
+        return (*shown, share(new, old))
+
+    top1 = [before.get("top1"), after["top1"]]
+    change = "–" if None in top1 else f"{100 * (top1[1] - top1[0]):+.2f} points"
+    rows = [
+        ("top-1", *map(percent, top1), change),
+        row("parameters", "parameters", amount),
+        row("FLOPs per image", "flops", amount),
+        row("file", "size_bytes", _bytes),
+        (*row("images per second", "images_per_second", _rate)[:3], percent(after.get("speedup"))),
+        row("latency, ms", "latency_ms", _timing, "median"),
+        row("peak memory", "peak_memory_bytes", _bytes),
+    ]
+    if (fidelity := worth["fidelity"]) is not None:
+        rows += [
+            ("KL from the original", "", number(fidelity["kl"]), ""),
+            ("top-1 agreement", "", percent(fidelity["agreement"]), ""),
+            ("feature cosine", "", number(fidelity["feature_cosine"]), ""),
+            ("feature relative error", "", number(fidelity["feature_relative_error"]), ""),
+        ]
+    for protocol, models in worth.get("protocols", {}).items():
+        rows += _protocol_rows(protocol, models)
+    header = BEFORE_AFTER
+    if worth["original"] is None:
+        header, rows = ("", "model"), [(name, value) for name, _, value, _ in rows]
+    out.table(header, rows, f"On {worth['images']} images")
+
+
+def _protocol_rows(protocol: str, models: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One figure per model (accuracy), or several (recall by how many are looked at, mIoU)."""
+    if isinstance(models["compressed"], Mapping):
+        before, after = models.get("original", {}), models["compressed"]
+        return [
+            (f"{protocol} {key}", percent(before.get(key)), percent(value), "")
+            for key, value in after.items()
+        ]
+    rows: list[tuple[str, ...]] = [
+        (protocol, percent(models.get("original")), percent(models["compressed"]), "")
+    ]
+    if (fixed := models.get("compressed_with_original_head")) is not None:
+        rows.append((f"{protocol}, learnt from the original", "", percent(fixed), ""))
+    return rows
+
+
+def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:
+    """The input of every block beside its output."""
+    out.table(
+        ("block", *tables.values),
+        [
+            (str(start), *(_digits(tables.at(metric, start, stop)) for metric in tables.values))
+            for start, stop in zip(tables.boundaries, tables.boundaries[1:], strict=False)
+        ],
+        "Input and output of each block, all tokens",
+    )
+    out.warn(warnings)
+
+
+def show_frontier(
+    out: Output, points: Iterable[Mapping[str, Any]], original: Mapping[str, Any]
+) -> None:
+    """The points of a sweep: size, what remains, held-out fidelity, plan.
+
+    Latency and top-1 have a column where the sweep knows them.
+    """
+    known = list(points)
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "removed": lambda point: str(point["removed"]),
+        "parameters": lambda point: share(point["parameters"], original["parameters"]),
+        "FLOPs": lambda point: share(point["flops"], original["flops"]),
+    }
+    if any("latency" in point for point in known):
+        columns["latency"] = lambda point: share(point.get("latency", {}).get("ratio"), 1)
+    columns |= {
+        "KL": lambda point: number(point["held_out"]["kl"]),
+        "agreement": lambda point: percent(point["held_out"]["agreement"]),
+    }
+    if any(point.get("top1") is not None for point in known):
+        columns["top-1"] = lambda point: percent(point.get("top1"))
+    columns |= {
+        "feature error": lambda point: number(point["held_out"]["feature_relative_error"]),
+        "plan": lambda point: ", ".join(
+            f"{entry['start']}:{entry['stop']} {entry['map']}" for entry in point["plan"]
+        ),
+    }
+    title = "The best plan for every size, on held-out images"
+    if original.get("top1") is not None:
+        title += f"; the original's top-1 is {percent(original['top1'])}"
+    rows = [tuple(shown(point) for shown in columns.values()) for point in known]
+    out.table(tuple(columns), rows, title)
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _bytes(value: float | None) -> str:
+    return amount(value, "B")
+
+
+def _rate(value: float | None) -> str:
+    return number(value, 1)
+
+
+def _timing(value: Mapping[str, float] | None) -> str:
+    return "–" if value is None else f"{value['median']:.2f} ± {value['spread'] / 2:.2f}"

@@ -1,0 +1,118 @@
+"""What ``blockfit evaluate --protocol`` asks for, checked first and judged last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from blockfit.commands.output import Output
+from blockfit.data.images import Images
+from blockfit.errors import BlockfitError
+from blockfit.evaluation.dense import confusion, open_masks, scores
+from blockfit.evaluation.protocols import LEARNING, Features, check_protocols, extract, judge
+from blockfit.evaluation.zeroshot import PROMPT, class_embeddings, read_names, zero_shot
+from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.load import source_of
+from blockfit.models.text_tower import tokenizer
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The protocols, and the options that belong to some of them."""
+
+    protocols: tuple[str, ...]
+    train: str | None
+    classes: Path | None
+    prompts: list[str] | None
+    masks: str | None
+
+    def check(self) -> None:
+        """Refuse what does not go together, before anything is loaded.
+
+        Raises:
+            BlockfitError: for the first that is wrong.
+        """
+        check_protocols(self.protocols)
+        if (self.train is None) == bool(self._learning):
+            raise BlockfitError(
+                "--protocol and --train go together: k-NN, probes and retrieval learn from "
+                "labelled images, such as --protocol knn --train TRAIN_IMAGES"
+            )
+        if (self.classes or self.prompts) and "zero-shot" not in self.protocols:
+            raise BlockfitError("--classes and --prompt belong to --protocol zero-shot; add it")
+        if (self.masks is None) == ("dense" in self.protocols):
+            raise BlockfitError(
+                "--protocol dense and --masks go together: give the folder with one mask per "
+                "image, or the column of --data that holds them"
+            )
+
+    @property
+    def _learning(self) -> list[str]:
+        return [name for name in self.protocols if name in LEARNING]
+
+    def judge(
+        self,
+        out: Output,
+        models: Mapping[str, nn.Module | None],
+        where: Blocks | None,
+        train: Images | None,
+        test: Images,
+        data: str,
+    ) -> dict[str, Any]:
+        """Judge the models that are there; protocol → model → figure or figures."""
+        there = {name: model for name, model in models.items() if model is not None}
+        found: dict[str, Any] = {}
+        if set(self.protocols) - {"dense"}:
+            tested = _features(out, there, where, test, "test")
+        if train is not None:
+            learnt = _features(out, there, where, train, "train")
+            out.say("learning from the features")
+            found |= judge(self._learning, learnt, tested)
+        if "zero-shot" in self.protocols:
+            found["zero-shot"] = self._zero_shot(out, there, test, tested)
+        if self.masks is not None:
+            masks = open_masks(self.masks, data)
+            out.say("comparing maps with masks")
+            found["dense"] = {
+                name: scores(confusion(model, test, masks, out.count))
+                for name, model in there.items()
+            }
+        return {name: found[name] for name in self.protocols}
+
+    def _zero_shot(
+        self,
+        out: Output,
+        models: Mapping[str, nn.Module],
+        test: Images,
+        tested: Mapping[str, Features],
+    ) -> dict[str, float]:
+        names = read_names(self.classes) if self.classes is not None else test.class_names
+        if not names:
+            raise BlockfitError(
+                "the images come without class names; give --classes FILE, one name per line in "
+                "the order of the labels"
+            )
+        model = models.get("original", models["compressed"])
+        out.say(f"embedding the names of {len(names)} classes")
+        tokenize = tokenizer(model, source_of(model))
+        classes = class_embeddings(model, tokenize, names, self.prompts or [PROMPT])
+        return {name: zero_shot(classes, features) for name, features in tested.items()}
+
+
+def _features(
+    out: Output,
+    models: Mapping[str, nn.Module],
+    where: Blocks | None,
+    images: Images,
+    which: str,
+) -> dict[str, Features]:
+    found = {}
+    for name, model in models.items():
+        out.say(f"features of the {name} model on the {which} images")
+        blocks = where or find_blocks(model, next(iter(images)))
+        found[name] = extract(model, blocks, images, out.count)
+    return found

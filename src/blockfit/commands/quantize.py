@@ -1,0 +1,184 @@
+"""``blockfit quantize``: int8 weights on top of a compressed model."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from blockfit import api
+from blockfit.commands import options as opt
+from blockfit.commands.output import Output, show_images
+from blockfit.data.images import Images
+from blockfit.errors import BlockfitError
+from blockfit.evaluation.stages import Stage, stages
+from blockfit.evaluation.stages import quantize as quantize_model
+from blockfit.files import check_file
+from blockfit.formats import folder as store
+from blockfit.formats.onnx_file import SUFFIX, Session
+from blockfit.formats.quantize_onnx import ONNX_KINDS, quantize_onnx
+from blockfit.models.cost import parameters, size_bytes
+from blockfit.models.tensors import INT8_KINDS
+from blockfit.units import amount, number, percent, share
+
+ORIGINAL, COMPRESSED = "original", "compressed"
+COLUMNS = (
+    "", "top-1", "change", "agreement", "output error", "file", "of fp32", "ms", "images/s",
+)  # fmt: skip
+
+Saved = Annotated[str, typer.Argument(metavar="SMALL", help="A folder that compress wrote.")]
+Int8 = Annotated[
+    str, opt.option("--int8", help=f"{', '.join((*INT8_KINDS, *ONNX_KINDS))}.", panel=opt.HOW)
+]
+Target = Annotated[
+    Path, opt.option("--output", "-o", help="Folder, or ONNX file, to write.", panel=opt.OUT)
+]
+Calibration = Annotated[
+    str | None,
+    opt.option("--images", help="For onnx-static; by default those of compress.", panel=opt.DATA),
+]
+CalibrationLimit = Annotated[
+    int | None,
+    opt.option("--images-limit", help="Draw this many of --images.", panel=opt.DATA),
+]
+Data = Annotated[
+    str | None, opt.option("--data", help="Images to compare all stages on.", panel=opt.DATA)
+]
+
+
+def quantize(
+    context: typer.Context,
+    small: Saved,
+    output: Target,
+    int8: Int8 = "weight-only",
+    images: Calibration = None,
+    images_limit: CalibrationLimit = None,
+    against: opt.Against = None,
+    data: Data = None,
+    limit: opt.Limit = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
+    workers: opt.Workers = 0,
+    max_pixels: opt.MaxPixels = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Bring the weights of a compressed model to int8; compare original, compressed and int8."""
+    started = time.perf_counter()
+    out = Output(as_json, quiet)
+    if int8 not in (known := (*INT8_KINDS, *ONNX_KINDS)):
+        raise BlockfitError(f"unknown --int8 {int8!r}; choose one of {', '.join(known)}")
+    if int8 in ONNX_KINDS:
+        check_file(output, SUFFIX, overwrite)
+    else:
+        store.check_folder(output, overwrite)
+    if images is not None and int8 != "onnx-static":
+        raise BlockfitError(f"--images has no use with {int8}, which needs no calibration")
+    if (against is None) != (data is None):
+        raise BlockfitError(
+            "--against and --data go together: give the original and images to compare on"
+        )
+    how = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
+    with out.working():
+        out.say(f"loading {small}")
+        saved = store.load_saved(small)
+        out.say(f"writing {output}")
+        if int8 in ONNX_KINDS:
+            used = _calibration(saved, images, images_limit, how) if "static" in int8 else None
+            quantize_onnx(saved, output, int8, used, overwrite=overwrite)
+            tiny: nn.Module = Session(output)
+            after = output.stat().st_size
+        else:
+            _save(quantize_model(saved, int8), output, overwrite)
+            tiny = store.load(output)
+            after = size_bytes(tiny)
+        before = size_bytes(saved.model)
+        found: list[Stage] = []
+        if against is not None and data is not None:
+            original = api.load(against, **opt.loading(context))
+            whole = 4 * parameters(original)
+            models = {ORIGINAL: original, COMPRESSED: saved.model, f"+ int8 {int8}": tiny}
+            sizes = dict(zip(models, (size_bytes(original), before, after), strict=True))
+            pictures = api.images(data, saved.model, limit=limit, **how)
+            show_images(out, pictures.description())
+            out.say("comparing")
+            found = stages(models, sizes, pictures, saved, progress=out.count)
+    out.line(f"weights: {amount(before, 'B')} → {amount(after, 'B')}, in {output}")
+    if found:
+        _show(out, found, whole)
+    out.result(
+        {
+            "int8": int8,
+            "size_bytes_before": before,
+            "size_bytes": after,
+            "original_float32_bytes": whole if found else None,
+            "stages": [stage.to_json() for stage in found],
+            "threads": torch.get_num_threads(),
+            "seconds": round(time.perf_counter() - started, 3),
+            "output": str(output),
+        }
+    )
+
+
+def _save(tiny: store.Saved, output: Path, overwrite: bool) -> None:
+    store.save(
+        output, tiny.model, tiny.blocks, tiny.plan,
+        source=tiny.source, report=tiny.report, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def _calibration(
+    saved: store.Saved, images: str | None, limit: int | None, how: dict[str, Any]
+) -> Images:
+    """The images that were named, or else those that the model was compressed on."""
+    if images is not None:
+        return api.images(images, saved.model, limit=limit, **how)
+    told = saved.report.get("calibration", {})
+    if not {"source", "used", "seed"} <= told.keys():
+        raise BlockfitError("the folder does not say what it was calibrated on; give --images")
+    return api.images(
+        told["source"], saved.model, limit=limit or told["used"], **{**how, "seed": told["seed"]}
+    )
+
+
+def _show(out: Output, found: Sequence[Stage], whole: int) -> None:
+    """One row per stage; the change of top-1 is from the stage before."""
+    changes = ["–"]
+    for earlier, later in itertools.pairwise(found):
+        if earlier.top1 is None or later.top1 is None:
+            changes.append("–")
+        else:
+            changes.append(f"{100 * (later.top1 - earlier.top1):+.2f}")
+    rows = [
+        (
+            stage.name,
+            percent(stage.top1),
+            change,
+            percent(stage.agreement),
+            number(stage.error),
+            amount(stage.size_bytes, "B"),
+            share(stage.size_bytes, whole),
+            f"{stage.latency.median_ms:.1f} ± {stage.latency.spread_ms / 2:.1f}",
+            number(stage.throughput.images_per_second, 1),
+        )
+        for stage, change in zip(found, changes, strict=True)
+    ]
+    out.table(COLUMNS, rows)
+    last = found[-1]
+    out.line(
+        "change: points of top-1 from the stage before; of fp32: of the original's "
+        f"{amount(whole, 'B')} in float32; ms: one image, images/s: batches of "
+        f"{last.throughput.images}, in turn, with {last.throughput.threads} threads"
+    )

@@ -1,0 +1,1 @@
+"""Images from anywhere, as batches."""

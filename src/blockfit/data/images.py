@@ -1,0 +1,400 @@
+"""Images for calibration and evaluation: from anywhere, drawn with a seed, decoded when needed.
+
+``images`` turns a folder, files, a table, a data set, arrays, tensors or any re-iterable into
+``Images``: batches that can be walked again and again, in the same order, with flat memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from blockfit import processes as ranks
+from blockfit.data.decode import Unreadable, decode
+from blockfit.data.labels import model_labels
+from blockfit.data.loaders import Stream, stream_of
+from blockfit.data.paths import from_files, from_path
+from blockfit.data.records import Records, from_arrays, from_digits, from_items
+from blockfit.data.tables import from_dataset, one_split
+from blockfit.errors import BlockfitError
+from blockfit.models.forward import Batch
+from blockfit.models.preprocessing import Preprocessing, preprocessing_of
+
+MOST_UNREADABLE = 0.1
+"""The share of unreadable images beyond which a run stops."""
+
+Prepare = Callable[[Image.Image], Tensor]
+
+
+@dataclass
+class LabelledBatch:
+    """Some images, ready for the model.
+
+    Args:
+        inputs: a tensor (B, C, H, W), or a mapping of tensors that the model takes by name.
+        labels: int64 (B,), in the order of the model's classes; ``None`` where there are none.
+        names: B names, of files or positions.
+        number: of the batch among all of the walk, shards of other processes included.
+        places: B numbers, of the images in the walk's order; an unreadable image has one, too.
+    """
+
+    inputs: Batch
+    labels: Tensor | None
+    names: list[str]
+    number: int = 0
+    places: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images that can be walked any number of times, in the same order; made by ``images``.
+
+    Nothing is decoded before a walk and nothing is kept after it. An unreadable image is skipped,
+    counted and named in ``skipped`` as soon as a walk has met it, and its batch is one shorter;
+    which others are drawn does not depend on it.
+    """
+
+    records: Records | Stream
+    positions: np.ndarray
+    preprocessing: Preprocessing | Prepare | None
+    batch_size: int
+    seed: int
+    workers: int
+    drawn: int
+    class_names: list[str] | None
+    new_label: dict[int, int] | None = None
+    unreadable: dict[int, str] = field(default_factory=dict)
+    max_pixels: int | None = None
+    shard: tuple[int, int] = (0, 1)
+
+    def __len__(self) -> int:
+        """The number of images, without those that a walk has found to be unreadable."""
+        return len(self._own()) - len(self.skipped)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch.inputs for batch in self.batches())
+
+    @property
+    def skipped(self) -> list[str]:
+        """The names of the unreadable images met so far."""
+        if not self.unreadable:
+            return []
+        return [self.unreadable[i] for i in self._own().tolist() if i in self.unreadable]
+
+    def batches(self, start: int = 0) -> Iterator[LabelledBatch]:
+        """The images in batches, with labels and names.
+
+        Args:
+            start: begin with the batch of this number.
+
+        Raises:
+            BlockfitError: where more than ``MOST_UNREADABLE`` of the images cannot be read.
+        """
+        if isinstance(self.records, Stream):
+            yield from self._streamed(self.records, start)
+            return
+        numbers = [n for n in self._numbers() if n >= start]
+        for number, samples in zip(numbers, self._samples(numbers), strict=True):
+            for sample in samples:
+                if sample.fault is not None:
+                    raise BlockfitError(sample.fault)
+                if sample.inputs is None:
+                    self.unreadable[sample.position] = sample.name
+                    self._stop_if_too_many(sample.reason)
+            good = [i for i, sample in enumerate(samples) if sample.inputs is not None]
+            if good:
+                batch = self._batch([samples[i] for i in good])
+                places = [number * self.batch_size + i for i in good]
+                yield replace(batch, number=number, places=places)
+
+    def own(self) -> Images:
+        """The share of this process: every n-th batch of a run on n processes."""
+        return replace(self, shard=(ranks.rank(), ranks.count()))
+
+    def learn(self, unreadable: Iterable[Sequence[Any]]) -> None:
+        """Take over what another walk knew."""
+        self.unreadable.update((int(position), str(name)) for position, name in unreadable)
+
+    def exchange(self) -> None:
+        """Tell the other processes which images this one could not read, and learn of theirs.
+
+        Raises:
+            BlockfitError: where too many cannot be read.
+        """
+        for found in ranks.gathered([*self.unreadable.items()]):
+            self.learn(found)
+        self._stop_if_too_many("on several processes")
+
+    def take(self, count: int) -> Images:
+        """The first ``count`` images of this order."""
+        return self._part(self.positions[:count])
+
+    def split(self, fraction: float, seed: int | None = None) -> tuple[Images, Images]:
+        """Two disjoint parts, drawn with the seed; the second holds ``fraction`` of the images.
+
+        Raises:
+            BlockfitError: where ``fraction`` is not between 0 and 1 or a part would be empty.
+        """
+        count = len(self.positions)
+        held_out = round(fraction * count)
+        if not 0 < held_out < count:
+            raise BlockfitError(
+                f"cannot hold out a share of {fraction:g} of {count} images; "
+                "give more images or a share between 0 and 1"
+            )
+        drawn = np.random.default_rng(self.seed if seed is None else seed).permutation(count)
+        second = np.zeros(count, dtype=bool)
+        second[drawn[:held_out]] = True
+        return self._part(self.positions[~second]), self._part(self.positions[second])
+
+    def description(self) -> dict[str, Any]:
+        """What was used, as JSON values: source, numbers, seed, skipped images, preprocessing."""
+        own = self.preprocessing
+        if isinstance(own, Preprocessing):
+            preprocessing = own.describe()
+        else:
+            preprocessing = "none, tensors as given" if own is None else "custom"
+        return {
+            "source": self.records.source,
+            "total": self.records.size,
+            "drawn": len(self.positions),
+            "used": len(self),
+            "seed": self.seed,
+            "skipped": self.skipped,
+            "columns": dict(self.records.columns),
+            "preprocessing": preprocessing,
+        }
+
+    def _part(self, positions: np.ndarray) -> Images:
+        return replace(self, positions=positions)  # shares what is known to be unreadable
+
+    def _streamed(self, stream: Stream, start: int) -> Iterator[LabelledBatch]:
+        rank, of = self.shard
+        numbers: Iterable[int] = itertools.count()
+        positions, first = self.positions, 0
+        if stream.by_position:  # only the batches of this shard are made
+            numbers = own = [n for n in self._numbers() if n >= start]
+            positions = np.concatenate([positions[:0], *map(self._chunk, own)])
+        pieces = stream.batches(positions, self.batch_size)
+        for number, (inputs, labels, names) in zip(numbers, pieces, strict=False):
+            if stream.by_position:
+                first = number * self.batch_size
+            places = list(range(first, first + len(names)))
+            first += len(names)
+            if number >= start and number % of == rank:
+                yield LabelledBatch(inputs, self._relabelled(labels), names, number, places)
+
+    def _chunk(self, number: int) -> np.ndarray:
+        """The positions of one batch."""
+        return self.positions[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def _numbers(self) -> list[int]:
+        """The numbers of the batches of this shard."""
+        rank, of = self.shard
+        return list(range(rank, -(-len(self.positions) // self.batch_size), of))
+
+    def _own(self) -> np.ndarray:
+        """The positions of this shard; of a stream that makes its own batches, about as many."""
+        rank, of = self.shard
+        if of == 1:
+            return self.positions
+        if isinstance(self.records, Stream) and not self.records.by_position:
+            return self.positions[rank::of]
+        batch = np.arange(len(self.positions)) // self.batch_size
+        return self.positions[batch % of == rank]
+
+    def _samples(self, numbers: Sequence[int]) -> Iterator[list[_Sample]]:
+        reader = _Reader(cast(Records, self.records), self.preprocessing, self.max_pixels)
+        chunks = [self._chunk(number).tolist() for number in numbers]
+        if self.workers == 0:
+            return ([reader[i] for i in chunk] for chunk in chunks)
+        loader = DataLoader(
+            reader,
+            batch_sampler=chunks,
+            num_workers=self.workers,
+            collate_fn=list,
+            generator=torch.Generator().manual_seed(self.seed),  # the global one stays as it is
+        )
+        return iter(loader)
+
+    def _stop_if_too_many(self, reason: str) -> None:
+        if len(self.unreadable) <= MOST_UNREADABLE * self.drawn:
+            return
+        names = list(self.unreadable.values())
+        more = ", …" if len(names) > 3 else ""
+        raise BlockfitError(
+            f"{len(names)} or more of {self.drawn} images of {self.records.source} cannot be "
+            f"read: {', '.join(names[:3])}{more} ({reason}); remove or repair them"
+        )
+
+    def _batch(self, samples: Sequence[_Sample]) -> LabelledBatch:
+        tensors = [cast(Tensor, s.inputs) for s in samples]
+        shapes = {tuple(t.shape) for t in tensors}
+        if len(shapes) > 1:
+            raise BlockfitError(
+                f"the prepared images differ in shape, {' and '.join(map(str, sorted(shapes)[:2]))}"
+                "; use a preprocessing that cuts them to one size, or batch_size=1"
+            )
+        numbers = [s.label for s in samples]
+        labels = None
+        if all(number is not None for number in numbers):
+            labels = torch.tensor(numbers, dtype=torch.int64)
+        return LabelledBatch(
+            torch.stack(tensors), self._relabelled(labels), [s.name for s in samples]
+        )
+
+    def _relabelled(self, labels: Tensor | None) -> Tensor | None:
+        if labels is None or self.new_label is None:
+            return labels
+        numbers = [self.new_label.get(int(label)) for label in labels]
+        if any(number is None for number in numbers):
+            return None
+        return torch.tensor(numbers, dtype=torch.int64)
+
+
+def images(
+    source: Any,
+    model: nn.Module | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    preprocessing: Preprocessing | Prepare | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+    workers: int = 0,
+    max_pixels: int | None = None,
+) -> Images:
+    """Images from anywhere, prepared for a model.
+
+    Args:
+        source: where the images are; ``:SPLIT`` behind a name or folder chooses one of its splits.
+
+            - a folder: flat, one folder per class (WordNet ids in ImageNet's order), or of splits
+            - an image file, or a list or pattern of them
+            - a text file with a path per line, and perhaps a label behind a tab or space
+            - parquet or arrow files, a ``datasets`` folder or a Hub id
+            - tar shards: files, a pattern such as ``shard-{000000..000003}.tar``, or their folder
+            - a ``.npy`` file, or a ``.npz`` file with labels
+            - a folder of torchvision's: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100
+            - ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100-fine``, ``cifar100-coarse``,
+              ``imagenet-1k`` (from the Hub or its cache), ``digits`` (the demo's)
+            - a uint8 array (N, H, W[, C]), a tensor (N, C, H, W) that is already prepared, or a
+              pair of one of them and labels
+            - a data set with positions, such as torchvision's; a ``DataLoader`` or any re-iterable
+              of tensors, (tensor, label) pairs or dictionaries
+        model: the model whose preprocessing and class names are used.
+        limit: how many images to draw with the seed over the whole set; all, in their order,
+            by default.
+        seed: of the draw.
+        batch_size: images per batch; a stream's own batches stay as they are.
+        preprocessing: a ``Preprocessing`` or any function from a Pillow image to a tensor
+            (C, H, W), instead of the model's own.
+        image_column: of a table or ``.npz`` file, or the ending in shards; found by default.
+        label_column: likewise, or the key in the shards' ``.json``.
+        split: of a data set with several.
+        workers: processes that decode; 0 decodes in this one. The batches are the same.
+        max_pixels: a picture of more is unreadable; Pillow's limit by default, 178,956,970.
+
+    Raises:
+        BlockfitError: where there are no images, or it is not clear how to prepare them.
+    """
+    if batch_size < 1 or min(limit or 1, max_pixels or 1) < 1 or 0 in (limit, max_pixels):
+        raise BlockfitError("batch_size, limit and max_pixels must be at least 1")
+    if workers < 0:
+        raise BlockfitError("workers must be at least 0")
+    records = _records(source, image_column, label_column, split)
+    if records.size == 0:
+        raise BlockfitError(f"{records.source} holds no images; give one that holds some")
+    prepare = _prepare(records, model, preprocessing)
+    positions = np.arange(records.size)
+    if limit is not None:
+        positions = np.random.default_rng(seed).permutation(records.size)[:limit]
+    names, new_label = model_labels(records.class_names, model)
+    drawn = len(positions)
+    return Images(
+        records, positions, prepare, batch_size, seed, workers, drawn, names, new_label,
+        max_pixels=max_pixels,
+    )  # fmt: skip
+
+
+def _records(
+    source: Any, image_column: str | None, label_column: str | None, split: str | None
+) -> Records | Stream:
+    kind = type(source).__name__
+    if isinstance(source, str) and source in ("digits", "digits:test"):
+        return from_digits(source)
+    if isinstance(source, str | Path):
+        return from_path(str(source), image_column, label_column, split)
+    if isinstance(source, np.ndarray | Tensor):
+        return from_arrays(source)
+    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "shape"):
+        return from_arrays(*source)
+    if type(source).__module__.partition(".")[0] == "datasets":
+        table, kind = one_split(source, kind, split)
+        return from_dataset(table, kind, image_column, label_column)
+    if isinstance(source, Sequence) and source and isinstance(source[0], str | Path):
+        return from_files(source, image_column, label_column, split)
+    return stream_of(source) or from_items(source, kind, image_column, label_column)
+
+
+def _prepare(
+    records: Records | Stream, model: nn.Module | None, given: Preprocessing | Prepare | None
+) -> Prepare | None:
+    if isinstance(records, Stream) or records.prepared:
+        if given is not None:
+            raise BlockfitError(f"{records.source} is prepared already; leave preprocessing= away")
+        return None
+    if given is not None:
+        return given
+    if model is None:
+        raise BlockfitError(
+            f"how are the images of {records.source} prepared? give the model, or preprocessing="
+        )
+    return preprocessing_of(model)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    position: int
+    name: str
+    inputs: Tensor | None
+    label: int | None = None
+    reason: str = ""
+    fault: str | None = None  # a BlockfitError's message, carried out of a worker process
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader(Dataset[_Sample]):
+    """Reads, decodes and prepares one image; what runs in the worker processes."""
+
+    records: Records
+    prepare: Prepare | None
+    max_pixels: int | None = None
+
+    def __getitem__(self, position: int) -> _Sample:
+        name = self.records.name(position)
+        try:
+            picture, label = self.records.read(position)
+            if isinstance(picture, Tensor) or self.prepare is None:
+                return _Sample(position, name, cast(Tensor, picture), label)
+            tensor = self.prepare(decode(picture, self.max_pixels))
+        except Unreadable as error:
+            return _Sample(position, name, None, reason=str(error))
+        except BlockfitError as error:
+            return _Sample(position, name, None, fault=str(error))
+        if not isinstance(tensor, Tensor) or tensor.ndim != 3:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            fault = f"the preprocessing must return tensors (channels, height, width), got {got}"
+            return _Sample(position, name, None, fault=fault)
+        return _Sample(position, name, tensor, label)

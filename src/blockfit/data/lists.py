@@ -1,0 +1,179 @@
+"""Text files that list pictures, and NumPy files that hold them."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blockfit.data.decode import IMAGE_SUFFIXES
+from blockfit.data.records import (
+    LABEL_NAMES,
+    SPLIT_NAMES,
+    Picture,
+    Records,
+    from_arrays,
+    from_pictures,
+)
+from blockfit.errors import BlockfitError, first_line
+
+_ENDINGS = "|".join(re.escape(suffix) for suffix in sorted(IMAGE_SUFFIXES))
+_PATH_AND_LABEL = re.compile(rf"(.*(?:{_ENDINGS}))\s+(\S.*)", re.IGNORECASE)
+
+
+def from_list(file: Path) -> Records:
+    """A text file with one path per line, from the file's own folder, and perhaps a label.
+
+    A tab or a space stands before the label: a number, or a text that is the same for all images
+    of a class. Empty lines do not count.
+
+    Raises:
+        BlockfitError: where it is no text, some lines have a label and some have none, or its
+            first picture is not there.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BlockfitError(f"cannot read the list {file}: {first_line(error)}") from error
+    parsed = [
+        (i, *_path_and_label(line.strip())) for i, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not parsed:
+        raise BlockfitError(f"the list {file} names no images; write one path per line")
+    first, path, label = parsed[0]
+    for number, _, other in parsed:
+        if (other is None) != (label is None):
+            one, none = (first, number) if other is None else (number, first)
+            raise BlockfitError(
+                f"{file}: line {none} has no label and line {one} has; give all of them, or none"
+            )
+    if not (file.parent / path).exists():
+        raise BlockfitError(
+            f"{file}: line {first} names {path}, which is not there; "
+            f"paths count from the folder of the list, {file.parent}"
+        )
+    paths = [file.parent / path for _, path, _ in parsed]
+    labels = None if label is None else [_number(text) for _, _, text in parsed]
+    return from_pictures(paths, str(file), labels)
+
+
+def from_numpy(
+    file: Path, image_column: str | None, label_column: str | None, split: str | None
+) -> Records:
+    """Pictures of uint8 in a ``.npy`` file, or in a ``.npz`` file with their labels.
+
+    A ``.npy`` file is not read into memory as a whole.
+
+    Raises:
+        BlockfitError: where there are no such pictures or several; pickled objects are not read.
+    """
+    try:
+        if zipfile.is_zipfile(file):
+            return _from_npz(file, image_column, label_column, split)
+        if image_column is not None or label_column is not None or split is not None:
+            raise BlockfitError(
+                f"{file}: one array has neither columns nor splits; leave both away"
+            )
+        images = np.load(file, mmap_mode="r", allow_pickle=False)
+        checked = from_arrays(images)
+        return replace(checked, source=str(file), read=_Mapped(file))
+    except BlockfitError as error:
+        raise BlockfitError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
+    except Exception as error:  # zipfile, zlib and NumPy share no base class of errors
+        raise BlockfitError(f"cannot read {file}: {first_line(error)}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Mapped:
+    """One picture of a ``.npy`` file; opened anew, so that processes are sent a path only."""
+
+    file: Path
+
+    def __call__(self, position: int) -> tuple[Picture, int | None]:
+        images = np.load(self.file, mmap_mode="r", allow_pickle=False)
+        return np.array(images[position]), None
+
+
+def _path_and_label(line: str) -> tuple[str, str | None]:
+    if "\t" in line:
+        path, _, label = line.rpartition("\t")
+        return path.strip(), label.strip()
+    if line.lower().endswith(tuple(IMAGE_SUFFIXES)):
+        return line, None
+    found = _PATH_AND_LABEL.fullmatch(line)
+    return (found[1], found[2]) if found else (line, None)
+
+
+def _number(text: str | None) -> int | str | None:
+    return int(text) if text and re.fullmatch(r"-?\d{1,9}", text, re.ASCII) else text
+
+
+def _from_npz(
+    file: Path, image_column: str | None, label_column: str | None, split: str | None
+) -> Records:
+    with np.load(file, allow_pickle=False) as archive:
+        shapes = _shapes(file)
+        for given in (image_column, label_column):
+            if given is not None and given not in shapes:
+                raise BlockfitError(f"has no array {given!r}; it has {', '.join(shapes)}")
+        pictures = [
+            n for n, (shape, kind) in shapes.items() if len(shape) in (3, 4) and kind == "u1"
+        ]
+        image = image_column or _the_one(pictures, split, shapes)
+        count = shapes[image][0][:1]
+        whole = [
+            name
+            for name, (shape, kind) in shapes.items()
+            if kind[0] in "iu"
+            and shape in (count, (*count, 1))
+            and _split_of(name) == _split_of(image)
+        ]
+        usual = [name for name in whole if name in LABEL_NAMES]
+        label = label_column or next(iter(whole if len(whole) == 1 else usual), None)
+        labels = None if label is None else archive[label].reshape(-1).astype(np.int64)
+        records = from_arrays(archive[image], labels)
+    columns = {"image": image, **({"label": label} if label else {})}
+    return replace(records, source=str(file), columns=columns)
+
+
+def _shapes(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and kind (``u1``, ``i8``, …) of every array, from the headers."""
+    found = {}
+    with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                version = np.lib.format.read_magic(member)
+                header: Any = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = header(member)
+                found[name.removesuffix(".npy")] = (shape, dtype.str[1:])
+    return found
+
+
+def _the_one(pictures: list[str], split: str | None, arrays: Mapping[str, Any]) -> str:
+    fitting = [n for n in pictures if split is None or _split_of(n) == split]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not pictures:
+        raise BlockfitError(
+            "holds no array of images, uint8 (images, height, width[, channels]); "
+            f"it has {', '.join(arrays) or 'no arrays'}"
+        )
+    raise BlockfitError(
+        f"holds the arrays of images {', '.join(pictures)}; "
+        "name one with image_column= (--image-column) or by its split"
+    )
+
+
+def _split_of(name: str) -> str | None:
+    """``train`` of ``x_train`` or ``train_images``."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((word for word in words if word in SPLIT_NAMES), None)

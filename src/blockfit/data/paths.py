@@ -1,0 +1,200 @@
+"""A text that names pictures: a file, a folder, a pattern, a list, shards, a data set's name."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+
+from blockfit.data.decode import IMAGE_SUFFIXES
+from blockfit.data.layouts import from_layout
+from blockfit.data.lists import from_list, from_numpy
+from blockfit.data.ready import READY, from_ready
+from blockfit.data.records import SPLIT_NAMES, Records, from_pictures
+from blockfit.data.tables import from_hub, from_saved, from_tables
+from blockfit.data.tar_shards import from_shards, is_shard
+from blockfit.errors import BlockfitError
+
+_ALONE = frozenset((".parquet", ".arrow", ".npy", ".npz", ".txt", ".tsv", ".lst"))
+_MOST_FILES = 100_000  # that braces may stand for
+
+Columns = tuple[str | None, str | None, str | None]  # image column, label column, split
+
+
+def from_path(
+    source: str, image_column: str | None, label_column: str | None, split: str | None
+) -> Records:
+    """A file, a folder, a pattern, a data set on disk, a ready name or a Hub data set id."""
+    path = Path(source).expanduser()
+    if not path.exists() and split is None and re.search(r"[^:/\\]:[\w.-]+$", source):
+        source, _, split = source.rpartition(":")
+        path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(path, image_column, label_column, split)
+    if path.is_file():
+        return from_files([path], image_column, label_column, split)
+    if any(sign in source for sign in "*?[{"):
+        return from_files(_matching(str(path)), image_column, label_column, split)
+    if source in READY:
+        return from_ready(source, image_column, label_column, split)
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        return from_hub(source, image_column, label_column, split)
+    raise BlockfitError(f"there is no file or folder {source}; check the path")
+
+
+def from_files(
+    paths: Sequence[str | Path],
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+) -> Records:
+    """Image files, parquet or arrow files or tar shards in their order, one list or NumPy file."""
+    files = [Path(p).expanduser() for p in paths]
+    source = str(files[0]) if len(files) == 1 else f"{files[0]} … ({len(files)} files)"
+    suffixes = {file.suffix.lower() for file in files}
+    if suffixes & _ALONE or any(is_shard(file) for file in files):
+        for file in files:  # a pipe or a device would be waited for, or read for ever
+            if file.exists() and not file.is_file():
+                raise BlockfitError(f"{file} is no regular file; give files that lie on a disk")
+    if len(files) == 1 and suffixes <= {".npy", ".npz"}:
+        return from_numpy(files[0], image_column, label_column, split)
+    if split is not None:
+        raise BlockfitError(f"{source}: files have no splits; leave {split!r} away")
+    if suffixes <= {".parquet", ".arrow"} and len(suffixes) == 1:
+        return from_tables(files, source, image_column, label_column)
+    if all(is_shard(file) for file in files):
+        return from_shards(files, source, image_column, label_column)
+    if image_column is not None or label_column is not None:
+        raise BlockfitError(
+            f"{source}: image files have neither columns nor splits; leave both away"
+        )
+    if len(files) == 1 and suffixes <= {".txt", ".tsv", ".lst"}:
+        return from_list(files[0])
+    _one_kind(files, source)
+    return from_pictures(files, source)
+
+
+def _one_kind(files: Sequence[Path], source: str) -> None:
+    """Refuse tables, shards, arrays and lists among other files; what else ends oddly is tried."""
+    for file in files:
+        if is_shard(file) or file.suffix.lower() in _ALONE:
+            raise BlockfitError(
+                f"{source}: {file} is no image; give {file.suffix} files by themselves"
+            )
+
+
+def _from_folder(
+    folder: Path, image_column: str | None, label_column: str | None, split: str | None
+) -> Records:
+    columns = (image_column, label_column, split)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return from_saved(folder, *columns)
+    known = from_layout(folder, *columns)
+    if known is not None:
+        return known
+    if split is not None and (folder / split).is_dir():
+        return _from_folder(folder / split, image_column, label_column, None)
+    found = _files_in(folder)
+    pictures = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not pictures:
+        return _other_files(folder, found, columns)
+    if split is not None or image_column is not None or label_column is not None:
+        raise BlockfitError(
+            f"{folder}: a folder of images has neither columns nor splits; leave both away"
+        )
+    parents = [path.relative_to(folder).parts[0] for path in pictures]
+    classes = sorted(set(parents))
+    if any(path.parent == folder for path in pictures) or len(classes) < 2:
+        return from_pictures(pictures, str(folder))
+    if SPLIT_NAMES.issuperset(name.lower() for name in classes):
+        raise BlockfitError(
+            f"{folder} holds the splits {', '.join(classes)}; give one of them, as in "
+            f"{folder}:{classes[0]}"
+        )
+    return from_pictures(pictures, str(folder), parents)
+
+
+def _other_files(folder: Path, found: Sequence[Path], columns: Columns) -> Records:
+    """A folder without pictures: of tables, or of shards."""
+    image_column, label_column, split = columns
+    if any(path.suffix.lower() in (".parquet", ".arrow") for path in found):
+        return from_hub(str(folder), *columns)
+    shards = [path for path in found if is_shard(path)]
+    if not shards:
+        raise BlockfitError(
+            f"{folder} holds no images and no parquet or arrow files or shards; give a folder that "
+            "holds some"
+        )
+    splits = {path: _split_in(path.relative_to(folder)) for path in shards}
+    names = sorted({name for name in splits.values() if name})
+    if split is None and len(set(splits.values())) > 1 and names:
+        raise BlockfitError(
+            f"{folder} holds shards of the splits {', '.join(names)}; give one, as in "
+            f"{folder}:{names[0]}"
+        )
+    chosen = [path for path in shards if split is None or splits[path] == split]
+    if not chosen:
+        raise BlockfitError(
+            f"{folder} holds no shards of the split {split!r}; choose one of {', '.join(names)}"
+        )
+    source = str(folder) if split is None else f"{folder}:{split}"
+    return from_shards(chosen, source, image_column, label_column)
+
+
+def _split_in(path: Path) -> str | None:
+    """``val`` of ``val/000.tar`` or ``imagenet-val-000.tar``."""
+    words = re.split(r"[^a-z]+", str(path).lower())
+    return next((word for word in words if word in SPLIT_NAMES), None)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """All files below, sorted; hidden ones left out, links followed, circles cut."""
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
+        if real not in seen:
+            found += [Path(root, file) for file in files if not file.startswith(".")]
+        seen.add(real)
+    return sorted(found)
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The files of a pattern, with shell braces: ``{000..003}``, ``{a,b}``, ``*``, ``?``, ``[ab]``.
+
+    Each part that braces make must be there.
+    """
+    found: list[Path] = []
+    for part in _braces(pattern):
+        here = sorted(Path(p) for p in glob.glob(part, recursive=True))
+        if not here:
+            more = f" (of {pattern})" if part != pattern else ""
+            raise BlockfitError(f"no file matches {part}{more}; check the pattern")
+        found += here
+    return found
+
+
+def _braces(pattern: str) -> Iterable[str]:
+    pieces = re.split(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)
+    choices = [[piece] if i % 2 == 0 else _choices(piece) for i, piece in enumerate(pieces)]
+    if math.prod(len(choice) for choice in choices) > _MOST_FILES:
+        raise BlockfitError(f"{pattern} means more than {_MOST_FILES:,} files; use a * instead")
+    return ("".join(parts) for parts in product(*choices))
+
+
+def _choices(inside: str) -> list[str]:
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if not bounds:
+        return inside.split(",")
+    start, stop = int(bounds[1]), int(bounds[2])
+    if not 0 <= stop - start < _MOST_FILES:
+        raise BlockfitError(
+            f"the range {{{inside}}} must go upwards, over {_MOST_FILES:,} files at most; "
+            "write the smaller number first, or use a *"
+        )
+    width = len(bounds[1]) if bounds[1].startswith("0") else 0
+    return [str(number).zfill(width) for number in range(start, stop + 1)]

@@ -1,0 +1,165 @@
+"""Pictures that are read by position, wherever they lie, and those that are in memory already.
+
+A ``Records`` value knows how many pictures there are, their names and labels, and reads one at a
+time; ``data.Images`` draws, decodes, prepares and batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blockfit.errors import BlockfitError
+
+Picture = bytes | str | Path | Image.Image | np.ndarray | Tensor
+"""What ``Records.read`` returns: something to decode, or a tensor that is already prepared."""
+
+SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "cls")
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Pictures that can be read by position; a plain value that worker processes receive.
+
+    Args:
+        source: where they come from, for people.
+        size: how many there are.
+        read: picture and label (or ``None``) at a position; raises ``Unreadable``.
+        names: of the pictures; the source and the position by default.
+        class_names: in the order of the labels, where known.
+        columns: the columns of a table that are used.
+        prepared: whether ``read`` returns tensors that the model takes as they are.
+    """
+
+    source: str
+    size: int
+    read: Callable[[int], tuple[Picture, int | None]]
+    names: Sequence[str] | None = None
+    class_names: list[str] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    prepared: bool = False
+
+    def name(self, position: int) -> str:
+        """What to call the picture at a position."""
+        return f"{self.source}[{position}]" if self.names is None else self.names[position]
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    paths: list[str]
+    labels: list[int | None] | None = None
+
+    def __call__(self, position: int) -> tuple[Picture, int | None]:
+        return Path(self.paths[position]), self.labels[position] if self.labels else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrays:
+    images: np.ndarray | Tensor
+    labels: Tensor | None
+
+    def __call__(self, position: int) -> tuple[Picture, int | None]:
+        return self.images[position], None if self.labels is None else int(self.labels[position])
+
+
+@dataclass(frozen=True, eq=False)
+class _Items:
+    items: Any
+    image: str | None
+    label: str | None
+
+    def __call__(self, position: int) -> tuple[Picture, int | None]:
+        picture, label = _split_item(self.items[position], self.image, self.label)
+        whole = isinstance(label, int | np.integer) or (
+            isinstance(label, Tensor) and label.ndim == 0
+        )
+        return picture, int(label) if whole else None
+
+
+def from_pictures(
+    paths: Sequence[Path], source: str, labels: Sequence[int | str | None] | None = None
+) -> Records:
+    """Image files in the order given, with the label of each where known."""
+    names = [str(path) for path in paths]
+    numbers, class_names = numbered(labels) if labels else (None, None)
+    return Records(source, len(names), _Files(names, numbers), names, class_names)
+
+
+def from_arrays(images: np.ndarray | Tensor, labels: Any = None) -> Records:
+    """uint8 arrays (N, H, W) or (N, H, W, C), or tensors (N, C, H, W) that are already prepared."""
+    numbers = None if labels is None else torch.as_tensor(labels).to(torch.int64)
+    if numbers is not None and numbers.shape != (len(images),):
+        raise BlockfitError(
+            f"{len(images)} images, but labels of shape {tuple(numbers.shape)}; "
+            "give one label per image"
+        )
+    kind = f"{type(images).__name__} {tuple(images.shape)}"
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or not images.is_floating_point():
+            raise BlockfitError(
+                "tensors are taken as already prepared: floats (images, channels, height, width); "
+                f"got {images.dtype} {tuple(images.shape)}; give raw images as a NumPy array "
+                "(images, height, width, channels) of uint8"
+            )
+    elif images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise BlockfitError(
+            "an array of images must be uint8 (images, height, width[, channels]); got "
+            f"{images.dtype} {images.shape}; give already prepared images as a torch tensor"
+        )
+
+    read = _Arrays(images, numbers)
+    return Records(kind, len(images), read, prepared=isinstance(images, Tensor))
+
+
+def from_items(
+    items: Any, source: str, image_key: str | None = None, label_key: str | None = None
+) -> Records:
+    """A sequence of pictures, (picture, label) pairs or dictionaries: lists, torchvision's sets."""
+    names = getattr(items, "classes", None)
+    names = [str(name) for name in names] if isinstance(names, list | tuple) else None
+    return Records(source, len(items), _Items(items, image_key, label_key), None, names)
+
+
+def from_digits(source: str) -> Records:
+    """The demo's pictures: ``digits``, or ``digits:test``."""
+    from blockfit.models.demo import digits
+
+    pictures = digits("test" if source.endswith(":test") else "calibration")
+    names = [str(digit) for digit in range(10)]
+    return replace(from_arrays(*pictures), source=source, class_names=names)
+
+
+def numbered(labels: Sequence[int | str | None]) -> tuple[list[int | None], list[str] | None]:
+    """Labels as numbers; texts are numbered in their alphabetical order and returned, too.
+
+    −1 is how data sets write "unknown": it becomes ``None``.
+    """
+    if not any(isinstance(label, str) for label in labels):
+        return [None if label in (None, -1) else int(label) for label in labels], None
+    names = sorted({str(label) for label in labels if label is not None})
+    number = {name: i for i, name in enumerate(names)}
+    return [None if label is None else number[str(label)] for label in labels], names
+
+
+def _split_item(item: Any, image_key: str | None, label_key: str | None) -> tuple[Any, Any]:
+    """One item of a data set as picture and label (or ``None``)."""
+    if isinstance(item, Mapping):
+        image = image_key or next((k for k in ("image", "img", "pixel_values") if k in item), None)
+        if image not in item:
+            raise BlockfitError(
+                f"no image among the keys {', '.join(map(str, item))}; "
+                "name it with image_column= (--image-column)"
+            )
+        label = label_key or next((k for k in LABEL_NAMES if k in item), None)
+        return item[image], None if label is None else item[label]
+    if isinstance(item, list | tuple):
+        return item[0], item[1] if len(item) > 1 else None
+    return item, None

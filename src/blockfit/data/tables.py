@@ -1,0 +1,190 @@
+"""Pictures in tables: parquet and arrow files, saved folders and Hub ids, through ``datasets``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from blockfit.data.decode import Unreadable
+from blockfit.data.records import LABEL_NAMES, Picture, Records
+from blockfit.errors import BlockfitError, first_line
+from blockfit.models.hub import silent
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    dataset: Any
+    image: str
+    label: str | None
+    numbers: dict[str, int]  # of the class names, where labels are texts
+
+    def __call__(self, position: int) -> tuple[Picture, int | None]:
+        row = self.dataset[position]
+        label: Any = row[self.label] if self.label else None
+        label = self.numbers.get(label, label)
+        return _cell(row[self.image]), None if label in (None, -1) else int(label)
+
+
+def from_dataset(
+    dataset: Any, source: str, image_column: str | None, label_column: str | None
+) -> Records:
+    """A ``datasets.Dataset``; its image and label columns are found by their types."""
+    library = _datasets()
+    image, label = _columns(dataset.features, source, image_column, label_column)
+    dataset = dataset.with_format(None).select_columns([image, label] if label else [image])
+    if isinstance(dataset.features[image], library.Image):
+        dataset = dataset.cast_column(image, library.Image(decode=False))
+    names = getattr(dataset.features[label], "names", None) if label else None
+    numbers = {}
+    kind = getattr(dataset.features[label], "dtype", "a list") if label else ""
+    if not re.fullmatch(r"|u?int\d+|bool|(large_)?string", kind):
+        raise BlockfitError(
+            f"{source}: the column {label!r} holds {kind}, and a label is a whole number or a "
+            "text; name another with label_column= (--label-column)"
+        )
+    if "string" in kind:
+        names = sorted(name for name in dataset.unique(label) if name is not None)
+        numbers = {name: number for number, name in enumerate(names)}
+    columns = {"image": image, **({"label": label} if label else {})}
+    read = _Table(dataset, image, label, numbers)
+    return Records(source, len(dataset), read, None, names, columns)
+
+
+def from_tables(
+    files: Sequence[Path], source: str, image_column: str | None, label_column: str | None
+) -> Records:
+    """Parquet files, or arrow files, one after the other."""
+    library = _datasets()
+    try:
+        if files[0].suffix.lower() == ".parquet":
+            dataset = library.Dataset.from_parquet([str(file) for file in files])
+        else:
+            parts = [library.Dataset.from_file(str(file)) for file in files]
+            dataset = library.concatenate_datasets(parts)
+    except Exception as error:  # datasets and pyarrow share no base class of errors
+        cause = error.__cause__ or error
+        raise BlockfitError(
+            f"cannot read {source}: {first_line(cause)}; download or write it again"
+        ) from error
+    return from_dataset(dataset, source, image_column, label_column)
+
+
+def from_saved(
+    folder: Path, image_column: str | None, label_column: str | None, split: str | None
+) -> Records:
+    """What ``save_to_disk`` of ``datasets`` wrote."""
+    loaded = _datasets().load_from_disk(str(folder))
+    return from_dataset(*one_split(loaded, str(folder), split), image_column, label_column)
+
+
+def load_dataset(name: str, **options: Any) -> Any:
+    """``datasets.load_dataset``, with its cache, its offline switches and its errors.
+
+    Raises:
+        ConnectionError: where a Hub that does not answer would have to be asked.
+    """
+    library = _datasets()
+    if Path(name).is_dir() or library.config.HF_HUB_OFFLINE or not silent():
+        return library.load_dataset(name, **options)
+    library.config.HF_HUB_OFFLINE = True  # its cache alone
+    try:
+        return library.load_dataset(name, **options)
+    except ConnectionError as error:
+        raise ConnectionError("the Hub does not answer, nor does the cache hold it") from error
+    finally:
+        library.config.HF_HUB_OFFLINE = False
+
+
+def from_hub(
+    name: str, image_column: str | None, label_column: str | None, split: str | None
+) -> Records:
+    """A folder that ``load_dataset`` reads, or a Hub id."""
+    try:
+        loaded = load_dataset(name)
+    except BlockfitError:
+        raise
+    except Exception as error:  # datasets and the Hub's client share no base class of errors
+        if Path(name).is_dir():
+            raise BlockfitError(f"cannot read the data set {name}: {first_line(error)}") from error
+        raise BlockfitError(
+            f"there is no file or folder {name}, and the Hub gives no data set of that name "
+            f"({first_line(error)}); where there is no network, download it elsewhere "
+            f"(hf download {name} --repo-type dataset --local-dir FOLDER) and give FOLDER"
+        ) from error
+    return from_dataset(*one_split(loaded, name, split), image_column, label_column)
+
+
+def one_split(loaded: Any, source: str, split: str | None) -> tuple[Any, str]:
+    """One split of what ``datasets`` loaded, and what to call it."""
+    if not isinstance(loaded, Mapping):
+        if split is not None:
+            raise BlockfitError(f"{source} has no splits; leave {split!r} away")
+        return loaded, source
+    if split is None and len(loaded) == 1:
+        (split,) = loaded
+    if split not in loaded:
+        said = "say which" if split is None else f"there is no {split!r}"
+        raise BlockfitError(
+            f"{source} has the splits {', '.join(loaded)}; {said}, as in "
+            f"{source}:{next(iter(loaded))}"
+        )
+    return loaded[split], f"{source}:{split}"
+
+
+def _columns(
+    features: Mapping[str, Any], source: str, image_column: str | None, label_column: str | None
+) -> tuple[str, str | None]:
+    for given in (image_column, label_column):
+        if given is not None and given not in features:
+            raise BlockfitError(f"{source} has no column {given!r}; it has {', '.join(features)}")
+    library = _datasets()
+    images = [n for n, f in features.items() if isinstance(f, library.Image)] or [
+        n for n, f in features.items() if _holds_bytes(f)
+    ]
+    image = image_column or _preferred(images, ("image", "img", "jpg", "png"))
+    if image is None:
+        said = f"several image columns, {', '.join(images)}" if images else "no image column"
+        raise BlockfitError(
+            f"{source} has {said}; name it with image_column= (--image-column); "
+            f"the columns are {', '.join(features)}"
+        )
+    labels = [n for n, f in features.items() if isinstance(f, library.ClassLabel)] or [
+        n for n, f in features.items() if n in LABEL_NAMES and "int" in getattr(f, "dtype", "")
+    ]
+    return image, label_column or _preferred(labels, LABEL_NAMES)
+
+
+def _preferred(found: Sequence[str], names: Sequence[str]) -> str | None:
+    if len(found) == 1:
+        return found[0]
+    return next((name for name in names if name in found), None)
+
+
+def _holds_bytes(feature: Any) -> bool:
+    if isinstance(feature, Mapping):
+        return "bytes" in feature
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _cell(value: Any) -> Picture:
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise Unreadable("the cell is empty")
+    return value if isinstance(value, bytes | str | Image.Image) else np.asarray(value)
+
+
+def _datasets() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise BlockfitError(
+            'datasets is not installed; pip install "blockfit[datasets]"'
+        ) from error

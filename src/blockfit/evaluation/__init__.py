@@ -1,0 +1,1 @@
+"""What a small model is worth: accuracy, features, speed, precision."""

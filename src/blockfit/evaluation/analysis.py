@@ -1,0 +1,198 @@
+"""How redundant the blocks of a model are: one pass over images, tables of all pairs of states."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from blockfit import processes as ranks
+from blockfit.checkpoint import Checkpoint, settled
+from blockfit.data.images import Images
+from blockfit.data.images import images as open_images
+from blockfit.errors import BlockfitError
+from blockfit.files import check_target, new_folder
+from blockfit.fit.plan import Span, spans_up_to
+from blockfit.fit.similarity import Tables, merged, part
+from blockfit.models.blocks import Blocks, call, find_blocks, record
+from blockfit.models.forward import evaluating, first_images
+from blockfit.models.load import source_of
+from blockfit.models.tensors import fingerprint
+from blockfit.search.calibrate import TOKENS_PER_IMAGE, Progress, calibrate
+from blockfit.units import bytes_of
+
+MARK = "analysis.json"
+CSV = "similarity.csv"
+PICTURE = "similarity.png"
+FILES = (MARK, CSV, PICTURE)
+"""All that an analysis folder may hold."""
+
+MOST_BYTES = 2 << 30
+"""Memory for moments. The pairs of a large model take more, and then several passes."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What ``analyze`` found.
+
+    Args:
+        tables: similarity of all pairs of hidden states h[0] … h[L].
+        blocks: where the blocks are.
+        report: JSON values: model, calibration images, tokens per image.
+        warnings: what the user should know.
+        files: names of the files that were written, if any were.
+    """
+
+    tables: Tables
+    blocks: Blocks
+    report: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {
+            "format": 1,
+            **self.report,
+            "blocks": dataclasses.asdict(self.blocks),
+            "similarity": self.tables.to_json(),
+            "warnings": list(self.warnings),
+        }
+
+
+def check_folder(folder: str | Path, overwrite: bool = False) -> None:
+    """Refuse now what ``analyze`` would refuse to write at the end.
+
+    Raises:
+        BlockfitError: where ``folder`` holds something that must not be replaced.
+    """
+    check_target(Path(folder).expanduser(), MARK, FILES, overwrite)
+
+
+def analyze(
+    model: nn.Module,
+    images: Any,
+    folder: str | Path | None = None,
+    *,
+    blocks: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+    max_memory: int | str | None = None,
+) -> Analysis:
+    """Compare the hidden states of all pairs of block boundaries.
+
+    ``folder`` gets ``analysis.json``, ``similarity.csv`` (metric,token_type,start,stop,value) and,
+    where matplotlib is installed, ``similarity.png``: all of it or nothing.
+
+    Args:
+        model: any module with blocks.
+        images: ``Images``, or whatever ``blockfit.images`` takes; labels are not used.
+        folder: new or empty; nothing is written where ``None``.
+        blocks: dotted path of the list of blocks, where looking is not enough.
+        seed: of the draw of patch tokens.
+        overwrite: replace a folder that an analysis wrote.
+        say: called with one line on what is being done.
+        progress: called with images done and images in all.
+        resume: a folder in which the sums are saved from time to time, and gone on from.
+        max_memory: what the sums may take, as ``"2GB"`` or in bytes; more passes need less.
+
+    Raises:
+        BlockfitError: no blocks, no images, NaN or infinite hidden states, a folder that is taken.
+    """
+    if folder is not None:
+        check_folder(folder, overwrite)
+    if not isinstance(images, Images):
+        images = open_images(images, model, seed=seed)
+    example = next(iter(images), None)
+    if example is None:
+        raise BlockfitError("there are no images to analyse; give a folder or file that holds some")
+    where = find_blocks(model, example, blocks)
+    patches = _tokens(model, where, example) - where.prefix_tokens
+    taken = min(TOKENS_PER_IMAGE, patches)
+    room = MOST_BYTES if max_memory is None else bytes_of(str(max_memory)) // 2
+    groups = _groups(where, room)
+    checkpoint = None
+    if resume is not None:
+        told = settled(images.description())
+        run = {"model": fingerprint(model), "calibration": told, "seed": seed}
+        how = {"batch_size": images.batch_size, "blocks": dataclasses.asdict(where)}
+        checkpoint = Checkpoint(resume, {**run, **how})
+    parts = []
+    for number, spans in enumerate(groups):
+        if say is not None:
+            say("hidden states" + (f", pass {number + 1} of {len(groups)}" if groups[1:] else ""))
+        moments = calibrate(
+            model,
+            where,
+            images,
+            spans,
+            tokens_per_image=taken,
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+        if say is not None:
+            say("comparing hidden states")
+        parts.append(part(moments))
+    report = {
+        "model": source_of(model).name,
+        "seed": seed,
+        "calibration": images.description(),
+        "patch_tokens_per_image": {"all": patches, "taken": taken},
+    }
+    result = Analysis(merged(parts), where, report, _warnings(parts[0], where))
+    if folder is not None and ranks.is_first():
+        result = write(result, folder)
+    if checkpoint is not None:
+        checkpoint.forget()
+    return result
+
+
+def write(result: Analysis, folder: str | Path) -> Analysis:
+    """Write an analysis to a folder that ``check_folder`` allowed; returns it with its files."""
+    with new_folder(Path(folder).expanduser()) as partial:
+        result.tables.write_csv(partial / CSV)
+        try:
+            result.tables.draw(partial / PICTURE, str(result.report["model"]))
+        except BlockfitError as error:
+            result = dataclasses.replace(result, warnings=(*result.warnings, str(error)))
+        text = json.dumps(result.to_json(), indent=1, allow_nan=False)
+        (partial / MARK).write_text(text + "\n", encoding="utf-8")
+        files = tuple(name for name in FILES if (partial / name).exists())
+    return dataclasses.replace(result, files=files)
+
+
+def _tokens(model: nn.Module, blocks: Blocks, example: Any) -> int:
+    with evaluating(model), torch.no_grad(), record(model, blocks) as states:
+        call(model, first_images(example, 1))
+        return states[0].shape[1]
+
+
+def _groups(blocks: Blocks, most_bytes: int) -> list[list[Span]]:
+    """The spans between all pairs of boundaries, in as few groups as memory allows."""
+    square = 2 * 8 * blocks.width**2  # float64, prefix and patch tokens
+    room = max(most_bytes // square - (blocks.depth + 1), blocks.depth)
+    groups: list[list[Span]] = [[]]
+    for span in spans_up_to(blocks.depth, blocks.depth):
+        if len(groups[-1]) == room:
+            groups.append([])
+        groups[-1].append(span)
+    return groups
+
+
+def _warnings(tables: Tables, blocks: Blocks) -> tuple[str, ...]:
+    few = [n for n, count in tables.tokens.items() if 0 < count < 4 * blocks.width]
+    return tuple(
+        f"{tables.tokens[name]} {name} tokens are few for width {blocks.width}: r2 and cka of "
+        f"{name} tokens are too high; give more images"
+        for name in few
+    )

@@ -1,0 +1,158 @@
+"""Original against compressed: time, throughput and memory, and how much of the promise is kept."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from blockfit.errors import BlockfitError
+from blockfit.evaluation.engines import Engine, compiling, noise_for, onnx_files, ready, unable
+from blockfit.evaluation.shortfall import block_shares, remarks
+from blockfit.evaluation.speed import ORIGINAL, Bench, Row, Setting, Settings
+from blockfit.formats.manifest import installed_versions
+from blockfit.models.blocks import Blocks
+from blockfit.models.cost import Timing, device_name, flops, in_turn, parameters, size_bytes
+from blockfit.models.forward import Batch, first_images
+
+Say = Callable[[str], None]
+
+
+def bench(
+    original: nn.Module,
+    smalls: Mapping[str, nn.Module],
+    settings: Settings | None = None,
+    *,
+    blocks: Mapping[str, Blocks] | None = None,
+    say: Say | None = None,
+) -> Bench:
+    """Time the original and compressed models in turn, A B A B, in every setting.
+
+    The images are noise of the size that the original takes: values do not change the time.
+
+    Args:
+        original: what the models were made from; left as it is.
+        smalls: compressed models by name; left as they are.
+        settings: batch sizes, engines, dtypes, device, threads, rounds.
+        blocks: where the blocks of a compressed model are, by its name; with it a shortfall is
+            explained by the time that the removed blocks took.
+        say: called with one line on what is being done.
+
+    Raises:
+        BlockfitError: where a model does not say what images it takes, or cannot run.
+    """
+    settings = settings or Settings()
+    tell = say or (lambda line: None)
+    if not smalls or ORIGINAL in smalls:
+        raise BlockfitError(f"a compressed model cannot be named {ORIGINAL!r}; choose another name")
+    models = {ORIGINAL: original, **smalls}
+    inputs = noise_for(original, max(settings.batch_sizes))
+    costs = {name: _cost(model, inputs) for name, model in models.items()}
+    rows: list[Row] = []
+    skipped: dict[str, None] = {}
+    files: dict[str, Path] = {}
+    with _threads(settings.threads), tempfile.TemporaryDirectory() as folder:
+        for setting in settings.each():
+            why = unable(setting.engine, setting.dtype, settings.device)
+            if why is not None:
+                skipped[why] = None
+                continue
+            if setting.engine == "onnx" and not files:
+                tell("exporting to ONNX")
+                files = onnx_files(models, inputs, Path(folder))
+            tell(f"timing {setting}")
+            batch = first_images(inputs, setting.batch_size)
+            rows += _rows(models, setting, settings, batch, costs, blocks or {}, files)
+    explained = tuple(replace(row, remarks=remarks(row, rows)) for row in rows)
+    return Bench(_machine(settings), settings.rounds, costs, explained, tuple(skipped))
+
+
+def _cost(model: nn.Module, inputs: Batch) -> dict[str, int]:
+    return {
+        "parameters": parameters(model),
+        "flops": flops(model, inputs),
+        "size_bytes": size_bytes(model),
+    }
+
+
+def _rows(
+    models: Mapping[str, nn.Module],
+    setting: Setting,
+    settings: Settings,
+    batch: Batch,
+    costs: Mapping[str, Mapping[str, int]],
+    blocks: Mapping[str, Blocks],
+    files: Mapping[str, Path],
+) -> list[Row]:
+    """One setting: every compressed model against the original."""
+    dtype = getattr(torch, setting.dtype)
+    copies = {name: copy.deepcopy(m).to(settings.device, dtype) for name, m in models.items()}
+    with compiling(setting.engine), ExitStack() as stack:
+        engines: dict[str, Engine] = {
+            name: stack.enter_context(
+                ready(
+                    setting.engine,
+                    model,
+                    batch,
+                    files[name] if setting.engine == "onnx" else None,
+                )
+            )
+            for name, model in copies.items()
+        }
+        seconds = in_turn({name: one.run for name, one in engines.items()}, settings.rounds)
+        memory = {name: one.memory() for name, one in engines.items()}
+        shares = {
+            name: block_shares(
+                copies[ORIGINAL], copies[name], where, (engines[ORIGINAL].run, engines[name].run)
+            )
+            for name, where in blocks.items()
+            if setting.engine == "eager"
+        }
+    device = device_name(torch.device(settings.device))
+    times = {
+        name: Timing(values, setting.batch_size, settings.threads, device)
+        for name, values in seconds.items()
+    }
+    return [
+        Row(
+            name,
+            setting,
+            times[ORIGINAL],
+            times[name],
+            costs[ORIGINAL]["flops"] / costs[name]["flops"],
+            (memory[ORIGINAL], memory[name]),
+            shares.get(name),
+        )
+        for name in times
+        if name != ORIGINAL
+    ]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _machine(settings: Settings) -> dict[str, Any]:
+    return {
+        "device": device_name(torch.device(settings.device)),
+        "threads": settings.threads,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": installed_versions(),
+    }

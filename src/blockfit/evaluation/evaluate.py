@@ -1,0 +1,347 @@
+"""What a compressed model is worth: its accuracy, its fidelity to the original, and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockfit import processes as ranks
+from blockfit.checkpoint import Checkpoint
+from blockfit.data.images import Images, LabelledBatch
+from blockfit.errors import BlockfitError
+from blockfit.fit.plan import Plan
+from blockfit.models.blocks import Batch, Blocks, block_modules, find_blocks
+from blockfit.models.cost import (
+    Timing,
+    alternate,
+    flops,
+    parameters,
+    peak_memory,
+    size_bytes,
+    speedup,
+)
+from blockfit.models.forward import evaluating, first_images, place, placed
+from blockfit.models.head import Observation, observe
+from blockfit.models.trace import trace
+from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
+from blockfit.search.held_out import observe_solution
+from blockfit.search.solve import Solution
+
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model's accuracy and cost.
+
+    Args:
+        top1: fraction of images that the model's own head classes as labelled; ``None`` without
+            labels or without a head.
+        parameters: their number.
+        flops: of one image (``measure.flops``).
+        size_bytes: of the weights file that the model is saved as.
+        latency: of one image; ``None`` where it was not measured.
+        throughput: of a batch; likewise.
+        peak_memory_bytes: of tensors during the forward of a batch; ``None`` where it cannot be
+            had or was not measured.
+    """
+
+    top1: float | None
+    parameters: int
+    flops: int
+    size_bytes: int
+    latency: Timing | None = None
+    throughput: Timing | None = None
+    peak_memory_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        fast = self.throughput
+        return {
+            "top1": self.top1,
+            "parameters": self.parameters,
+            "flops": self.flops,
+            "size_bytes": self.size_bytes,
+            "images_per_second": None if fast is None else fast.images_per_second,
+            "latency_ms": None if self.latency is None else self.latency.to_json(),
+            "batch_ms": None if fast is None else fast.to_json(),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A compressed model on a set of images, beside the original where there is one."""
+
+    images: int
+    original: Figures | None
+    compressed: Figures
+    fidelity: Fidelity | None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as many images per second the small model does, where it was measured."""
+        before = None if self.original is None else self.original.throughput
+        after = self.compressed.throughput
+        return None if before is None or after is None else speedup(before, after)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; fractions, not percent."""
+        fidelity = None
+        compressed = {**self.compressed.to_json(), "speedup": self.speedup}
+        if self.fidelity is not None:
+            fidelity = {k: v for k, v in asdict(self.fidelity).items() if k != "images"}
+        return {
+            "images": self.images,
+            "original": None if self.original is None else self.original.to_json(),
+            "compressed": compressed,
+            "fidelity": fidelity,
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One solution's accuracy (``None`` without labels or head) and fidelity to the original."""
+
+    top1: float | None
+    fidelity: Fidelity
+
+
+def counted(seen: Observation, labels: Tensor | None) -> tuple[int, int]:
+    """Right answers and labelled images of a batch; a negative label means that there is none.
+
+    Raises:
+        BlockfitError: where a label is no class of the head.
+    """
+    if seen.logits is None or labels is None:
+        return 0, 0
+    known = labels >= 0
+    classes = seen.logits.shape[1]
+    if int(labels.max()) >= classes:
+        raise BlockfitError(
+            f"the images have a label {int(labels.max())}, but the model's head has "
+            f"{classes} classes, 0–{classes - 1}; give images of the model's own classes"
+        )
+    guesses = seen.logits.argmax(1).to(labels.device)
+    return int((guesses[known] == labels[known]).sum()), int(known.sum())
+
+
+class Accuracy:
+    """Adds up right answers over batches."""
+
+    def __init__(self) -> None:
+        self.right = self.labelled = 0
+
+    def add(self, seen: Observation, labels: Tensor | None) -> None:
+        """Compare the top class of every labelled image with its label; see ``counted``."""
+        self.add_counts(counted(seen, labels))
+
+    def add_counts(self, counts: Sequence[int]) -> None:
+        """Add what ``counted`` found."""
+        self.right += counts[0]
+        self.labelled += counts[1]
+
+    @property
+    def top1(self) -> float | None:
+        """The fraction so far; ``None`` where nothing was labelled."""
+        return self.right / self.labelled if self.labelled else None
+
+
+def evaluate(
+    compressed: nn.Module,
+    data: Images,
+    *,
+    against: nn.Module | None = None,
+    blocks: Blocks | None = None,
+    measure: bool = True,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Evaluation:
+    """Run both models over the images once, and measure what they cost.
+
+    Both get the same inputs, prepared as ``data`` prepares them, each on its own device and in
+    its own dtype. In a run on several processes each takes its own batches, and the first one
+    measures.
+
+    Args:
+        compressed: the small model.
+        data: the images; labels are used where there are any.
+        against: the original, for comparison.
+        blocks: where both models' blocks are; found by looking by default.
+        measure: time the models in turn and measure their memory, on the first batch.
+        progress: called after every batch.
+        checkpoint: where the sums of the batches are saved from time to time, and gone on from.
+
+    Raises:
+        BlockfitError: no image, outputs that are not finite or differ in shape, labels that the
+            head does not have, an original with other blocks than ``blocks``.
+    """
+    if against is not None and blocks is not None:
+        _check_original(against, blocks)
+    first = next(iter(data), None)
+    if first is None:
+        raise BlockfitError(
+            "there are no images to evaluate on; give a folder or file that holds some"
+        )
+    models = {"compressed": compressed} if against is None else {
+        "original": against, "compressed": compressed,
+    }  # fmt: skip
+    places = {
+        name: find_blocks(model, placed(model, first_images(first, 2)))
+        if blocks is None
+        else blocks
+        for name, model in models.items()
+    }
+    own, rows, start = data.own(), {}, 0
+    if checkpoint is not None and (stored := checkpoint.load("evaluation")) is not None:
+        rows, start, unreadable = stored[0]
+        data.learn(unreadable)
+    for batch in own.batches(start):
+        rows[str(batch.number)], start = _row(models, places, batch), batch.number + 1
+        if progress is not None:
+            progress(sum(row[0] for row in rows.values()), len(own))
+        if checkpoint is not None and checkpoint.due():
+            checkpoint.save("evaluation", [rows, start, [*data.unreadable.items()]])
+    data.exchange()
+    found = {int(k): row for part in ranks.gathered(rows) for k, row in part.items()}
+    accuracies = {name: Accuracy() for name in models}
+    meter = FidelityMeter()
+    for _, (_, counts, sums) in sorted(found.items()):  # in order: the same bits however shared
+        for name, accuracy in accuracies.items():
+            accuracy.add_counts(counts[name])
+        if sums is not None:
+            meter.add_sums(sums)
+    figures = _figures(models, accuracies, first, measure and ranks.is_first())
+    return Evaluation(
+        images=sum(row[0] for row in found.values()),
+        original=figures.get("original"),
+        compressed=figures["compressed"],
+        fidelity=None if against is None else meter.result(),
+    )
+
+
+def _check_original(original: nn.Module, blocks: Blocks) -> None:
+    try:
+        block_modules(original, blocks)
+    except BlockfitError as error:
+        raise BlockfitError(
+            f"the original has no {blocks.depth} blocks at {place(blocks.path)}, where the "
+            "compressed model has its own; give the model that it was made from (--against)"
+        ) from error
+
+
+def _row(
+    models: Mapping[str, nn.Module], places: Mapping[str, Blocks], batch: LabelledBatch
+) -> tuple[int, dict[str, tuple[int, int]], Sums | None]:
+    """Of a batch, as JSON: images, right answers and labels of each model, sums of fidelity."""
+    seen = {
+        name: _checked(observe(model, places[name], placed(model, batch.inputs)), name, batch)
+        for name, model in models.items()
+    }
+    counts = {name: counted(one, batch.labels) for name, one in seen.items()}
+    sums = _compared(seen["original"], seen["compressed"]) if "original" in seen else None
+    return len(seen["compressed"].features), counts, sums
+
+
+def evaluate_many(
+    model: nn.Module,
+    blocks: Blocks,
+    solutions: Mapping[str, Solution],
+    data: Images,
+    progress: Progress | None = None,
+) -> dict[str, Row]:
+    """Judge many solutions of one original in one pass over the images.
+
+    A batch goes through the original once; each solution then runs only the blocks behind the
+    first that it touches. ``Solution(Plan(), ())`` gives the original's own row.
+
+    Args:
+        model: the original; left as it was.
+        blocks: where its blocks are.
+        solutions: by name.
+        data: the images.
+        progress: called after every batch.
+
+    Raises:
+        BlockfitError: no image, NaN or infinite hidden states, labels that the head does not have.
+    """
+    whole = Solution(Plan(), ())
+    keep = range(blocks.depth + 1)  # dense heads read more states than the first touched ones
+    meters = {name: FidelityMeter() for name in solutions}
+    accuracies = {name: Accuracy() for name in solutions}
+    done = 0
+    with evaluating(model):
+        for batch in data.batches():
+            states = trace(model, blocks, placed(model, batch.inputs), keep, batch.names)
+            original = observe_solution(model, blocks, states, whole)
+            for name, solution in solutions.items():
+                seen = _checked(observe_solution(model, blocks, states, solution), name, batch)
+                meters[name].add(original, seen)
+                accuracies[name].add(seen, batch.labels)
+            done += len(original.features)
+            if progress is not None:
+                progress(done, len(data))
+    if done == 0:
+        raise BlockfitError(
+            "there are no images to evaluate on; give a folder or file that holds some"
+        )
+    return {name: Row(accuracies[name].top1, meters[name].result()) for name in solutions}
+
+
+def _figures(
+    models: Mapping[str, nn.Module],
+    accuracies: Mapping[str, Accuracy],
+    batch: Batch,
+    measure: bool,
+) -> dict[str, Figures]:
+    latency = alternate(models, first_images(batch, 1)) if measure else {}
+    throughput = alternate(models, batch) if measure else {}
+    return {
+        name: Figures(
+            top1=accuracies[name].top1,
+            parameters=parameters(model),
+            flops=flops(model, batch),
+            size_bytes=size_bytes(model),
+            latency=latency.get(name),
+            throughput=throughput.get(name),
+            peak_memory_bytes=peak_memory(model, batch) if measure else None,
+        )
+        for name, model in models.items()
+    }
+
+
+def _checked(seen: Observation, name: str, batch: LabelledBatch) -> Observation:
+    """Refuse outputs that are NaN or infinite: every figure made of them would be void."""
+    for tensor in (seen.features, seen.logits):
+        if tensor is None:
+            continue
+        bad = ~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            image = batch.names[row] if row < len(batch.names) else f"image {row} of a batch"
+            raise BlockfitError(
+                f"the output of the model {name!r} holds NaN or infinite values for {image}; "
+                "check that image and the model's weights and dtype"
+            )
+    return seen
+
+
+def _compared(original: Observation, compressed: Observation) -> Sums:
+    before, after = original.features.shape, compressed.features.shape
+    heads = [s.logits.shape for s in (original, compressed) if s.logits is not None]
+    if before != after or len(set(heads)) > 1:
+        shapes = (before, after) if before != after else heads
+        raise BlockfitError(
+            f"the two models' outputs differ in shape, {tuple(shapes[0])} and {tuple(shapes[1])}; "
+            "compare a compressed model with the original that it was made from"
+        )
+    like = compressed.features.device
+    if original.features.device != like:
+        logits = None if original.logits is None else original.logits.to(like)
+        original = Observation(original.features.to(like), logits)
+    return compared(original, compressed)

@@ -1,0 +1,139 @@
+"""Values of a JSON file, read by people's rules: what is missing is unknown, what is wrong is said.
+
+A saved folder may come from somebody else: nothing in it is taken for what it claims to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blockfit.errors import BlockfitError
+from blockfit.untrusted import read_json
+
+
+class Values:
+    """An object of a JSON file; every read names the file and the key where it fails.
+
+    Args:
+        value: what was read.
+        where: the file and the keys that led here, for messages.
+
+    Raises:
+        BlockfitError: where ``value`` is no object.
+    """
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise BlockfitError(f"{where} must hold an object, got {type(value).__name__}")
+        self._values: Mapping[str, Any] = value
+        self.where = where
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def raw(self, key: str) -> Any:
+        """The value as it stands in the file; ``None`` where there is none."""
+        return self._values.get(key)
+
+    def number(self, key: str) -> float | None:
+        """A finite number."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(key, "a number", value)
+        if not math.isfinite(value):
+            raise self._wrong(key, "a finite number", value)
+        return value
+
+    def whole(self, key: str) -> int | None:
+        """A whole number, 0 or more."""
+        value = self.number(key)
+        if value is not None and (not isinstance(value, int) or value < 0):
+            raise self._wrong(key, "a whole number from 0 on", value)
+        return value
+
+    def text(self, key: str) -> str | None:
+        """A text."""
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self._wrong(key, "a text", value)
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts."""
+        values = self._list(key)
+        if not all(isinstance(value, str) for value in values):
+            raise self._wrong(key, "a list of texts", values)
+        return tuple(values)
+
+    def wholes(self, key: str) -> tuple[int, ...] | None:
+        """A list of whole numbers, 0 or more."""
+        if key not in self:
+            return None
+        values = self._list(key)
+        if not all(type(value) is int and value >= 0 for value in values):
+            raise self._wrong(key, "a list of whole numbers", values)
+        return tuple(values)
+
+    def inner(self, key: str) -> Values:
+        """An object; an empty one where there is none."""
+        value = self._values.get(key)
+        return Values({} if value is None else value, f"{self.where}: {key}")
+
+    def several(self, key: str) -> list[Values]:
+        """A list of objects."""
+        return [
+            Values(value, f"{self.where}: {key}[{number}]")
+            for number, value in enumerate(self._list(key))
+        ]
+
+    def keys(self) -> tuple[str, ...]:
+        """All keys, in the file's order."""
+        return tuple(map(str, self._values))
+
+    def _list(self, key: str) -> list[Any]:
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, list):
+            raise self._wrong(key, "a list", value)
+        return value or []
+
+    def _wrong(self, key: str, wanted: str, value: object) -> BlockfitError:
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "…"
+        return BlockfitError(f"{self.where}: {key} must be {wanted}, got {shown}")
+
+
+def read_values(path: Path) -> Values:
+    """The object in a JSON file.
+
+    Raises:
+        BlockfitError: where it cannot be read or holds no object.
+    """
+    return Values(read_json(path), str(path))
+
+
+def object_of(value: Any, where: str) -> dict[str, Any]:
+    """``value``, where it is a JSON object.
+
+    Raises:
+        BlockfitError: where it is none.
+    """
+    if not isinstance(value, dict):
+        raise BlockfitError(f"{where} must hold an object, got {type(value).__name__}")
+    return value
+
+
+def check_keys(values: Mapping[str, Any], expected: Any, where: str) -> None:
+    """Refuse unknown and missing keys by name.
+
+    Raises:
+        BlockfitError: names the first of them.
+    """
+    if unknown := [name for name in values if name not in expected]:
+        raise BlockfitError(f"{where}: unknown key {unknown[0]!r}")
+    if missing := [name for name in expected if name not in values]:
+        raise BlockfitError(f"{where}: key {missing[0]!r} is missing")

@@ -1,0 +1,1 @@
+"""The mathematics: plans, maps, sums and closed-form solves. Tensors in, tensors out."""

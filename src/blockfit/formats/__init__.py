@@ -1,0 +1,1 @@
+"""Every form in which a small model is written and read back."""

@@ -1,0 +1,151 @@
+"""The model card of an exported folder: its base, its plan, what it lost, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blockfit.formats.folder import Saved
+from blockfit.formats.manifest import installed_versions
+from blockfit.formats.parity import Parity
+from blockfit.formats.passport import public
+from blockfit.models.source import Source
+from blockfit.units import amount, number, percent, share
+
+TASKS = {
+    "ForImageClassification": "image-classification",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForDepthEstimation": "depth-estimation",
+}
+"""How the names of transformers' classes end → the Hub's names of what they do."""
+
+
+def model_card(saved: Saved, parity: Parity, how_to_load: str, needs_code: bool = False) -> str:
+    """The text of ``README.md``: metadata in YAML, then Markdown.
+
+    Only what the saved folder says is written: figures that its run did not measure are left out.
+
+    Args:
+        saved: the small model.
+        parity: of the exported folder.
+        how_to_load: a line of Python, for a repository called ``OWNER/NAME``.
+        needs_code: the folder comes with code of its own.
+    """
+    from huggingface_hub import ModelCardData
+
+    shown = replace(parity, source=public(parity.source))
+    name = public(saved.source.name)
+    cls = str(saved.source.arguments.get("class", ""))
+    data = ModelCardData(
+        license=_licence_id(saved.source.licence),
+        base_model=_on_hub(saved.source),
+        library_name=saved.source.library,
+        pipeline_tag=next(
+            (task for end, task in TASKS.items() if cls.endswith(end)), "image-feature-extraction"
+        ),
+        tags=["blockfit", "compressed", *(["custom_code"] if needs_code else [])],
+    )
+    parts = (
+        f"# {name} without {len(saved.plan.removed_blocks)} of {saved.blocks.depth} blocks",
+        _what(saved, name),
+        _loading(saved.source.library, how_to_load, needs_code),
+        _preprocessing(saved),
+        _plan(saved),
+        _figures(saved.report),
+        _calibration(saved.report),
+        f"## Check\n\nThis folder against the model it was written from: {shown}.",
+        f"Made with blockfit {installed_versions()['blockfit']}, torch {saved.versions['torch']}.",
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _on_hub(source: Source) -> str | None:
+    """The base model's name on the Hub, where it has one."""
+    if source.library == "timm":
+        return f"timm/{source.name}" if re.fullmatch(r"\w+\.\w+", source.name) else None
+    named = re.fullmatch(r"[\w-]+/[\w.-]+", source.name) and not Path(source.name).exists()
+    return source.name if named else None
+
+
+def _loading(library: str, how_to_load: str, needs_code: bool) -> str:
+    code = " Its own code, `modeling_blockfit.py`, is run." if needs_code else ""
+    return (
+        f"## How to load\n\n```python\nimport {library}\n\nmodel = {how_to_load}\n```\n\n"
+        f"In the place of `OWNER/NAME` stands this repository, or a folder with its files.{code}"
+    )
+
+
+def _licence_id(licence: str | None) -> str | None:
+    """The Hub's identifiers are in lower case; anything that cannot be one is ``other``."""
+    if licence is None:
+        return None
+    return licence.lower() if re.fullmatch(r"[A-Za-z0-9.+-]+", licence) else "other"
+
+
+def _what(saved: Saved, name: str) -> str:
+    licence = saved.source.licence
+    told = f"licence: {licence}" if licence else "it does not state a licence"
+    return (
+        f"Made from {name} ({told}) without training: runs of transformer blocks were replaced by "
+        "closed-form maps that were fitted by least squares, and kept blocks were re-solved to go "
+        "with them where the recipe says so. Class, signature and outputs are the original's."
+    )
+
+
+def _preprocessing(saved: Saved) -> str:
+    own = saved.source.preprocessing
+    if own is None:
+        return "## Preprocessing\n\nNot known: prepare images as for the base model."
+    return f"## Preprocessing\n\n{own.describe()}"
+
+
+def _plan(saved: Saved) -> str:
+    rows = []
+    for entry in saved.plan:
+        blocks = ", ".join(map(str, entry.span.blocks))
+        rank = "" if entry.rank is None else f", rank {entry.rank}"
+        rows.append(f"| {entry.span} | {blocks} | {entry.map}{rank} |")
+    head = "| span | blocks removed | map |\n|---|---|---|\n"
+    return f"## Plan\n\nBlocks are numbered from 0.\n\n{head}" + "\n".join(rows)
+
+
+def _figures(report: Mapping[str, Any]) -> str:
+    rows = []
+    for name, key in (("parameters", "parameters"), ("FLOPs per image", "flops")):
+        before, after = report.get(f"{key}_before"), report.get(f"{key}_after")
+        if before and after:
+            rows.append(f"| {name} | {amount(before)} | {amount(after)} | {share(after, before)} |")
+    text = "| | before | after | of the original |\n|---|---|---|---|\n" + "\n".join(rows)
+    worth = report.get("held_out")
+    if worth is not None:
+        text += f"\n\nOn {worth['images']} held-out calibration images, against the original: "
+        told = []
+        if worth.get("kl") is not None:
+            told = [
+                f"KL {number(worth['kl'])} nats",
+                f"top-1 agreement {percent(worth['agreement'])}",
+            ]
+        text += ", ".join(
+            [
+                *told,
+                f"feature cosine {number(worth['feature_cosine'])}",
+                f"relative feature error {number(worth['feature_relative_error'])}",
+            ]
+        )
+        text += ". Accuracy on a task was not measured for this card."
+    return f"## Before and after\n\n{text}" if rows or worth else ""
+
+
+def _calibration(report: Mapping[str, Any]) -> str:
+    told = report.get("calibration")
+    if told is None:
+        return ""
+    source = public(str(told["source"]))
+    recipe = report.get("recipe", {}).get("name")
+    return (
+        f"## Calibration\n\n{told['used']} of {told['total']} images of {source}, without labels, "
+        f"drawn with seed {told['seed']}; recipe {recipe}."
+    )

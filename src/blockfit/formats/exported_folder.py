@@ -1,0 +1,154 @@
+"""What plain and Hub folders have in common: their files, their check, what is told of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from blockfit.data.images import Images
+from blockfit.errors import BlockfitError, first_line
+from blockfit.formats.folder import WEIGHTS, Saved
+from blockfit.formats.parity import Parity, Pictures, compare
+from blockfit.formats.traced import Bare, primary, run
+from blockfit.models.head import observe
+from blockfit.models.source import Source
+from blockfit.models.tensors import stored_dtype
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CARD, CODE = "README.md", "modeling_blockfit.py"
+FILES = (CONFIG, WEIGHTS, PREPROCESSOR, CARD, CODE)
+"""All that such a folder may hold."""
+
+
+@dataclass(frozen=True)
+class ExportedFolder:
+    """A folder that was written.
+
+    Args:
+        folder: where it lies.
+        library: that loads it.
+        blocks: how many it runs.
+        parameters: their number.
+        parity: how far its outputs are from the small model's.
+        how_to_load: a line of Python.
+    """
+
+    folder: Path
+    library: str
+    blocks: int
+    parameters: int
+    parity: Parity
+    how_to_load: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "library": self.library,
+            "blocks": self.blocks,
+            "parameters": self.parameters,
+            "max_abs_error": self.parity.max_abs_error,
+            "parity": self.parity.to_json(),
+            "how_to_load": self.how_to_load,
+        }
+
+
+def kept_blocks(saved: Saved) -> int:
+    """How many blocks are left."""
+    return saved.blocks.depth - len(saved.plan.removed_blocks)
+
+
+def write_preprocessor(source: Source, folder: Path) -> None:
+    """The image processor of a transformers model, where it is known."""
+    own = source.preprocessing
+    if own is not None and own.kind == "transformers":
+        text = json.dumps(own.settings, indent=2) + "\n"
+        (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
+
+
+def narrow(weights: Path) -> None:
+    """Hold values in half precision where none of them changes by that."""
+    values = {name: value.to(stored_dtype(value)) for name, value in load_file(weights).items()}
+    save_file(values, weights, metadata={"format": "pt"})
+
+
+def compared(saved: Saved, again: nn.Module, images: Images | None, what: str) -> Parity:
+    """Compare a model that was read back with the small one.
+
+    Args:
+        saved: the small model.
+        again: what its library made of the folder.
+        images: to compare on; see ``parity.Pictures``.
+        what: was written, for the message.
+
+    Raises:
+        BlockfitError: where their outputs differ.
+    """
+    first = next(saved.model.parameters())
+    pictures = Pictures.of(saved.model, saved.source, images)
+    small, other = Bare(saved.model), Bare(again.to(first).eval())
+    one = next(pictures.portions())
+    classes = None
+    if observe(saved.model, saved.blocks, one).logits is not None:
+        classes = primary(run(small, one))
+    parity = compare(
+        lambda batch: run(small, batch),
+        lambda batch: run(other, batch),
+        pictures.portions(),
+        pictures.source,
+        classes,
+    )
+    parity.check(what, first.dtype)
+    return parity
+
+
+def push_folder(
+    folder: Path, repository: str, *, private: bool = False, overwrite: bool = False
+) -> str:
+    """Upload what ``export_plain`` or ``export_hub`` wrote; nothing else of the folder goes along.
+
+    huggingface_hub does it, with its own endpoint, token and offline switch.
+
+    Args:
+        folder: an exported folder.
+        repository: ``owner/name``.
+        private: visible to its owner only, where the repository is new.
+        overwrite: put the files into a repository that is there already.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        BlockfitError: where the folder is no exported one, or the Hub refuses or is out of reach.
+    """
+    if missing := [name for name in (CONFIG, WEIGHTS, CARD) if not (folder / name).is_file()]:
+        raise BlockfitError(
+            f"{folder} has no {missing[0]}; push a folder that blockfit export --plain or --hub "
+            "wrote"
+        )
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError
+    except ImportError as error:
+        raise BlockfitError(
+            'huggingface_hub is not installed; pip install "blockfit[transformers]"'
+        ) from error
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, private=private, exist_ok=overwrite)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=list(FILES),
+            commit_message="Upload a model that blockfit made smaller",
+        )
+    except (OSError, HFValidationError) as error:
+        raise BlockfitError(
+            f"cannot push to {repository}: {first_line(error)}; log in with hf auth login, and "
+            "give --overwrite where the repository is yours and there already"
+        ) from error
+    return str(url)

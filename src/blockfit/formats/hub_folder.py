@@ -1,0 +1,262 @@
+"""Hub folders: maps that need a module, in a transformers checkpoint with a little code of its own.
+
+The code names the stock class that it starts from and puts the maps where blocks were, so that the
+list of blocks keeps its length. It needs transformers and torch, not blockfit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blockfit.data.images import Images
+from blockfit.errors import BlockfitError
+from blockfit.files import check_target, new_folder
+from blockfit.fit import maps
+from blockfit.formats.card import model_card
+from blockfit.formats.exported_folder import (
+    CARD,
+    CODE,
+    CONFIG,
+    FILES,
+    ExportedFolder,
+    compared,
+    kept_blocks,
+    write_preprocessor,
+)
+from blockfit.formats.folder import WEIGHTS, Saved
+from blockfit.formats.int8 import check_no_int8
+from blockfit.formats.manifest import dumps, installed_versions
+from blockfit.models.blocks import block_modules
+from blockfit.models.tensors import storable, stored_dtype, tied
+
+MADE = "Compressed"
+"""Begins the names of the classes in the folder's code, and their ``model_type``."""
+
+_HEAD = '''"""{stock} with closed-form maps in the place of some blocks. Made by blockfit {version}.
+
+Needs torch and transformers alone. ``config.json`` says under ``blockfit`` which blocks were
+replaced, and by which maps; their weights are called as the blocks were, with ``.map.`` behind.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import {config}, {stock}
+
+'''
+
+_TAIL = '''
+
+def make_map(how, width, prefix_tokens):
+    """The module of one map, before its weights are loaded."""
+
+    def one():
+        kind = how["map"]
+        if kind == "scale":
+            return Scale(width)
+        if kind == "low-rank":
+            return LowRank(width, how["rank"])
+        if kind in ("linear", "affine", "orthogonal"):
+            return Linear(width, bias=kind != "linear")
+        return Identity()
+
+    return PerTokenType(one(), one(), prefix_tokens) if how["per_token_type"] else one()
+
+
+def stand_in(block, map_module, input_name, output_items):
+    """What stands where ``block`` stood: of its class, with its plain attributes, but for the map.
+
+    It takes what the block took and returns what it returned in the same form.
+    """
+
+    def forward(self, *args, **kwargs):
+        hidden = self.map(args[0] if args else kwargs[input_name])
+        return (hidden, *[None] * (output_items - 1)) if output_items else hidden
+
+    made = type("Replaced" + type(block).__name__, (type(block),), {{}})
+    made.forward = forward
+    new = object.__new__(made)
+    nn.Module.__init__(new)
+    for name, value in vars(block).items():
+        if name not in vars(nn.Module()) and isinstance(value, (bool, int, float, str, type(None))):
+            vars(new)[name] = value
+    new.train(block.training)
+    new.map = map_module
+    return new
+
+
+class {made}Config({config}):
+    model_type = "blockfit_{model_type}"
+
+
+class {made}{stock}({stock}):
+    config_class = {made}Config
+
+    def __init__(self, config, *args, **kwargs):
+        told = config.blockfit
+        super().__init__(config, *args, **{{**told["options"], **kwargs}})
+        for path, how in told["replaced"].items():
+            parent, _, name = path.rpartition(".")
+            holder = self.get_submodule(parent)._modules
+            new = make_map(how, told["width"], told["prefix_tokens"])
+            holder[name] = stand_in(holder[name], new, told["input_name"], told["output_items"])
+'''
+
+
+def export_hub(
+    saved: Saved, folder: str | Path, *, images: Images | None = None, overwrite: bool = False
+) -> ExportedFolder:
+    """Write a compressed transformers model as a folder for the Hub, with code of its own.
+
+    ``AutoModel….from_pretrained(FOLDER, trust_remote_code=True)`` reads it where blockfit is not
+    installed: ``config.json``, ``model.safetensors``, ``modeling_blockfit.py``, the image processor
+    and a model card. Blocks keep their positions. The folder is read back and compared with the
+    small model before it takes its name.
+
+    Args:
+        saved: from ``store.load_saved``.
+        folder: new or empty.
+        images: to compare on; see ``parity.Pictures``.
+        overwrite: replace a folder that was exported there.
+
+    Raises:
+        BlockfitError: for a model of another library, where the outputs differ, or the folder is
+            taken. Nothing is left behind then.
+    """
+    target = Path(folder).expanduser()
+    check_target(target, CONFIG, FILES, overwrite)
+    check_no_int8(saved.model, "exported")
+    if saved.source.library != "transformers":
+        raise BlockfitError(
+            f"{saved.source.name} is no transformers model, and only transformers loads a folder's "
+            "own code; use --onnx or --pt2, or compress with --plain and export with --plain"
+        )
+    auto = _auto_class(saved)
+    load = f'transformers.{auto}.from_pretrained("{{}}", trust_remote_code=True)'
+    with new_folder(target) as partial:
+        text = dumps(_config(saved, auto), "the config")
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+        (partial / CODE).write_text(_code(saved), encoding="utf-8")
+        save_file(_weights(saved.model), partial / WEIGHTS, metadata={"format": "pt"})
+        write_preprocessor(saved.source, partial)
+        parity = compared(saved, _read_back(saved, partial), images, "Hub folder")
+        card = model_card(saved, parity, load.format("OWNER/NAME"), needs_code=True)
+        (partial / CARD).write_text(card, encoding="utf-8")
+    count = sum(parameter.numel() for parameter in saved.model.parameters())
+    return ExportedFolder(
+        target, "transformers", kept_blocks(saved), count, parity, load.format(folder)
+    )
+
+
+def _config_class(saved: Saved) -> Any:
+    model: Any = saved.model
+    return type(model.config)
+
+
+def _made(saved: Saved) -> str:
+    return f"{MADE}{saved.source.arguments['class']}"
+
+
+def _auto_class(saved: Saved) -> str:
+    """The Auto class by which transformers loads the stock class."""
+    from transformers.models.auto import modeling_auto
+
+    config, stock = _config_class(saved), saved.source.arguments["class"]
+    for name in dir(modeling_auto):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and config in mapping:
+            found = mapping[config]
+            classes = found if isinstance(found, (tuple, list)) else [found]
+            if stock in [cls.__name__ for cls in classes]:
+                return name
+    return "AutoModel"
+
+
+def _config(saved: Saved, auto: str) -> dict[str, Any]:
+    """The stock config under a type of its own, so that no stock class takes it for its own."""
+    values = dict(saved.source.arguments["config"])
+    dtype = next(p.dtype for p in saved.model.parameters() if p.is_floating_point())
+    module = Path(CODE).stem
+    return {
+        **values,
+        "model_type": f"blockfit_{values['model_type']}",
+        "architectures": [_made(saved)],
+        "auto_map": {
+            "AutoConfig": f"{module}.{MADE}Config",
+            auto: f"{module}.{_made(saved)}",
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "blockfit": {
+            "base_model_type": values["model_type"],
+            "options": saved.source.arguments.get("options", {}),
+            "plan": saved.plan.to_json(),
+            "width": saved.blocks.width,
+            "prefix_tokens": saved.blocks.prefix_tokens,
+            "input_name": saved.blocks.input_name,
+            "output_items": saved.blocks.output_items,
+            "replaced": _replaced(saved),
+        },
+    }
+
+
+def _replaced(saved: Saved) -> dict[str, dict[str, Any]]:
+    """Path of every removed block → the map that stands there, under each name it is held by."""
+    stock: Mapping[str, Any] = {"map": "identity", "rank": None, "per_token_type": False}
+    paths = {id(module): name for name, module in saved.model.named_modules()}
+    at = [paths[id(module)] for module in block_modules(saved.model, saved.blocks)]
+    out = {}
+    for entry in saved.plan:
+        for index in entry.span.blocks:
+            last = index == entry.span.stop - 1
+            own = {"map": entry.map, "rank": entry.rank, "per_token_type": entry.per_token_type}
+            out[at[index]] = own if last else dict(stock)
+    return out
+
+
+def _code(saved: Saved) -> str:
+    """The text of ``modeling_blockfit.py``; the maps are those of ``maps.py``, word for word."""
+    config = _config_class(saved)
+    names = {
+        "stock": saved.source.arguments["class"],
+        "config": config.__name__,
+        "model_type": config.model_type,
+        "made": MADE,
+        "version": installed_versions()["blockfit"],
+    }
+    kinds = (maps.Identity, maps.Scale, maps.Linear, maps.LowRank, maps.PerTokenType)
+    bodies = "\n\n".join(inspect.getsource(kind) for kind in kinds)
+    return f"{_HEAD.format(**names)}\n{bodies}{_TAIL.format(**names)}"
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, shared tensors once, in half precision where that loses not one bit."""
+    storable(model)
+    values = model.state_dict()
+    shared = tied(values)
+    return {
+        name: value.detach().to(stored_dtype(value)).cpu().contiguous().clone()
+        for name, value in values.items()
+        if name not in shared
+    }
+
+
+def _read_back(saved: Saved, folder: Path) -> nn.Module:
+    """The model as the folder's own code makes it, without transformers' cache of foreign code."""
+    spec = importlib.util.spec_from_file_location("blockfit_read_back", folder / CODE)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, info = getattr(module, _made(saved)).from_pretrained(folder, output_loading_info=True)
+    if wrong := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
+        raise BlockfitError(
+            f"transformers does not find {wrong[0]} in the Hub folder that was written; keep the "
+            "folder that blockfit saved, or use --onnx or --pt2"
+        )
+    return model

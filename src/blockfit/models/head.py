@@ -1,0 +1,129 @@
+"""What a model says of an image: the features that reach its head, and the head's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.errors import BlockfitError
+from blockfit.models.blocks import Batch, Blocks, block_modules, call
+from blockfit.models.forward import evaluating
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One forward seen from outside.
+
+    Args:
+        features: final features, shape (images, F): what the head's linear layers read, or the
+            model's primary output flattened where it has no head.
+        logits: shape (images, classes), ``None`` where the model has no head.
+        shape: of the features before they were flattened: with a token or position axis or two
+            where the model has no head and hands them out.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+    shape: tuple[int, ...] = ()
+
+
+def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
+    """Run one forward in eval mode without gradients and return final features and logits.
+
+    A head is one or several ``nn.Linear`` outside the blocks, run after the last block, whose
+    output is the model's primary output of shape (images, classes), or whose mean or sum is.
+    Linear layers on the way there (poolers) and those that make image embeddings are no heads.
+    Both results are detached, in the model's dtype and on its device; modes, hooks and random
+    state are as before.
+
+    Raises:
+        BlockfitError: where the model's output holds no tensor.
+    """
+    modules = block_modules(model, blocks)
+    inside = {id(part) for block in modules for part in block.modules()}
+    seen: list[tuple[Tensor, Tensor]] = []
+    last_ran = False
+
+    def after_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal last_ran
+        last_ran = True
+
+    def after_linear(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if last_ran and args and isinstance(output, Tensor):
+            seen.append((args[0], output))
+
+    with ExitStack() as undo:
+        undo.callback(modules[-1].register_forward_hook(after_last).remove)
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and id(module) not in inside:
+                undo.callback(module.register_forward_hook(after_linear).remove)
+        undo.enter_context(evaluating(model))
+        undo.enter_context(torch.no_grad())
+        output = call(model, inputs)
+        primary = primary_output(output)
+        heads = [] if primary is _member(output, "image_embeds") else _heads(primary, seen)
+    if not heads:
+        flat = primary.detach().reshape(len(primary), -1)
+        return Observation(flat, None, tuple(primary.shape))
+    features = torch.cat([read.flatten(1) for read in heads], dim=1)
+    return Observation(features.detach(), primary.detach(), tuple(features.shape))
+
+
+def primary_output(output: Any) -> Tensor:
+    """The tensor of a model's output that matters most, batch first.
+
+    ``logits`` before ``image_embeds`` before ``last_hidden_state`` before the first tensor; of a
+    list of feature maps the last one, which is the deepest.
+
+    Raises:
+        BlockfitError: where there is none.
+    """
+    items: Iterable[Any] = (output,)
+    if isinstance(output, Mapping):
+        items = output.values()
+    elif isinstance(output, (tuple, list)):
+        items = output if isinstance(output, tuple) else reversed(output)
+    telling = (_member(output, name) for name in ("logits", "image_embeds", "last_hidden_state"))
+    for value in (*telling, *items):
+        if isinstance(value, (tuple, list)) and value:
+            value = value[-1]
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value
+    raise BlockfitError(
+        f"the model returned {type(output).__name__}, which holds no tensor; "
+        "give a model whose forward returns one, alone or in a tuple or mapping"
+    )
+
+
+def _member(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _heads(primary: Tensor, seen: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """What the linear layers read that made ``primary``; empty where none did."""
+    if primary.ndim != 2 or not primary.is_floating_point():
+        return []
+    fitting = [(read, wrote) for read, wrote in seen if wrote.shape == primary.shape]
+    for read, wrote in reversed(fitting):
+        if _equal(primary, wrote):
+            return [read]
+    for count in range(2, len(fitting) + 1):
+        several = torch.stack([wrote for _, wrote in fitting[-count:]])
+        if _equal(primary, several.mean(0)) or _equal(primary, several.sum(0)):
+            return [read for read, _ in fitting[-count:]]
+    return []
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    """Equal up to the rounding of the coarser dtype of the two."""
+    coarse = max(torch.finfo(left.dtype).eps, torch.finfo(right.dtype).eps)
+    common = torch.promote_types(left.dtype, right.dtype)
+    left, right = left.to(common), right.to(common)
+    finite = right[right.isfinite()]
+    atol = coarse * float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(left, right, rtol=4 * coarse, atol=atol, equal_nan=True)

@@ -1,0 +1,310 @@
+"""The linear layers that write into a block's residual stream, found by probing the block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.errors import BlockfitError
+from blockfit.fit.numerics import exact
+from blockfit.models.forward import forward_as
+
+RunBlock = Callable[[Tensor], Tensor]
+"""Runs one block on a hidden state with the arguments that its model gives it."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A linear layer of a block whose output z enters the block's output as ``gain ∘ z``.
+
+    Args:
+        name: dotted path inside the block (``mlp.fc2``).
+        gain: shape (width,); LayerScale's factors, ones where there is none.
+    """
+
+    name: str
+    gain: Tensor
+
+    def linear(self, block: nn.Module) -> nn.Linear:
+        """The layer in ``block``."""
+        found = block.get_submodule(self.name)
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def effective(self, block: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight (width, inputs) and bias (width,) with the gain multiplied in, float64, CPU."""
+        linear = self.linear(block)
+        gain = self.gain.cpu().double()
+        weight = linear.weight.detach().cpu().double() * gain[:, None]
+        bias = None if linear.bias is None else linear.bias.detach().cpu().double() * gain
+        return weight, bias
+
+    def contribution(self, block: nn.Module, x: Tensor) -> Tensor:
+        """What the layer adds to the hidden state when it is given ``x``.
+
+        Args:
+            block: the block, with the weights that count.
+            x: shape (images, tokens, inputs).
+
+        Returns:
+            shape (images, tokens, width), the dtype of ``x``.
+        """
+        linear = self.linear(block)
+        return self.gain.to(x) * nn.functional.linear(x, linear.weight, linear.bias)
+
+    def stored(self, block: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Parameters of the layer that give the effective ``weight`` and ``bias``.
+
+        Channels whose gain vanishes keep the parameters that they have.
+        """
+        linear = self.linear(block)
+        gain = self.gain.cpu().double()
+        usable = gain.abs() > 1e-6 * gain.abs().max()
+        safe = torch.where(usable, gain, torch.ones_like(gain))
+        old = linear.weight.detach()
+        new = torch.where(usable[:, None], weight / safe[:, None], old.cpu().double())
+        out = {f"{self.name}.weight": new.to(device=old.device, dtype=old.dtype)}
+        if linear.bias is not None and bias is not None:
+            shift = torch.where(usable, bias / safe, linear.bias.detach().cpu().double())
+            out[f"{self.name}.bias"] = shift.to(device=old.device, dtype=old.dtype)
+        return out
+
+
+@contextmanager
+def written(block: nn.Module, outputs: Mapping[str, Tensor | float]) -> Iterator[None]:
+    """Let the named linear layers of ``block`` return these values instead of their own."""
+
+    def replace_by(value: Tensor | float) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return value if isinstance(value, Tensor) else torch.full_like(output, value)
+
+        return hook
+
+    with ExitStack() as undo:
+        for name, value in outputs.items():
+            handle = block.get_submodule(name).register_forward_hook(replace_by(value))
+            undo.callback(handle.remove)
+        yield
+
+
+class _Enough(Exception):
+    """Ends a block's forward as soon as what was looked for has been seen."""
+
+
+def input_of(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) -> Tensor:
+    """What the named linear layer of ``block`` is given; the rest of the block is not run."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach())
+        raise _Enough
+
+    handle = block.get_submodule(name).register_forward_pre_hook(hook)
+    try:
+        run(hidden)
+    except _Enough:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise BlockfitError(f"the block did not run its layer {name}")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A part of a block that can be left out: it then returns zeros without computing anything.
+
+    Args:
+        name: dotted path inside the block (``attn``).
+        behind: how many ``None`` follow the hidden state in the tuple that it returns; ``None``
+            where it returns the hidden state alone.
+    """
+
+    name: str
+    behind: int | None
+
+
+@contextmanager
+def left_out(block: nn.Module, skip: Skip | None) -> Iterator[None]:
+    """Leave a part of ``block`` out until the ``with`` ends."""
+    if skip is None:
+        yield
+        return
+    behind = skip.behind
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        hidden = next(v for v in given if isinstance(v, Tensor) and v.ndim == 3)
+        zeros = torch.zeros_like(hidden)
+        return zeros if behind is None else (zeros, *[None] * behind)
+
+    with forward_as(block.get_submodule(skip.name), forward):
+        yield
+
+
+def find_attention(
+    block: nn.Module, writers: tuple[Writer, Writer], run: RunBlock, hidden: Tensor
+) -> Skip | None:
+    """The largest part around the attention's writer without which the MLP can be fed directly.
+
+    Given the state before the MLP's contribution instead of the block's input, and this part left
+    out, the MLP's writer reads what it reads in the whole block. ``None`` where nothing is so, as
+    in blocks whose MLP runs beside the attention.
+
+    Args:
+        block: the block.
+        writers: of its attention and of its MLP; silenced, the block returns its input.
+        run: calls it as its model does.
+        hidden: a hidden state that reaches it, shape (batch, tokens, width).
+    """
+    attention, mlp = writers
+    with torch.no_grad():
+        read = input_of(block, attention.name, run, hidden)
+        middle = hidden + attention.contribution(block, read)
+        expected = input_of(block, mlp.name, run, hidden)
+        for skip in _parts_around(block, attention.name, run, hidden):
+            if mlp.name.startswith(skip.name + "."):
+                continue
+            with left_out(block, skip):
+                found = input_of(block, mlp.name, run, middle)
+            tolerance = 1e-4 if hidden.dtype == torch.float32 else 5e-2
+            if (found - expected).abs().max() <= tolerance * expected.abs().max():
+                return skip
+    return None
+
+
+def _parts_around(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) -> list[Skip]:
+    """Parts of ``block`` around a layer that return a hidden state, largest first."""
+    steps = name.split(".")
+    outputs: dict[str, list[Any]] = {}
+    with ExitStack() as undo:
+        for count in range(1, len(steps)):
+            around = ".".join(steps[:count])
+            seen = outputs.setdefault(around, [])
+
+            def hook(module: nn.Module, args: Any, output: Any, seen: list[Any] = seen) -> None:
+                seen.append(output)
+
+            undo.callback(block.get_submodule(around).register_forward_hook(hook).remove)
+        run(hidden)
+    found = []
+    for around, seen in outputs.items():
+        if len(seen) != 1:
+            continue
+        several = isinstance(seen[0], tuple)
+        first, *rest = seen[0] if several else seen
+        same = isinstance(first, Tensor) and first.shape == hidden.shape
+        if same and all(part is None for part in rest):
+            found.append(Skip(around, len(rest) if several else None))
+    return found
+
+
+@contextmanager
+def inputs_of(block: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Listen to what the named linear layer of ``block`` is given."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach())
+
+    handle = block.get_submodule(name).register_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def find_writers(block: nn.Module, run: RunBlock, hidden: Tensor) -> list[Writer]:
+    """Find the linear layers that write into the residual stream, in order of execution.
+
+    By probing: a layer counts where the block's output is ``base + gain ∘ z`` of the layer's
+    output z, with one gain per channel for all tokens and images, once the layers that write
+    after it are silenced. In a pre-norm block these are the attention's output projection and
+    the MLP's second layer; a block whose layers are applied otherwise (post-norm, fused
+    ``nn.MultiheadAttention``) has fewer or none.
+
+    Args:
+        block: the block.
+        run: calls it as its model does.
+        hidden: a hidden state that reaches it, shape (batch, tokens, width), at least two tokens.
+
+    Returns:
+        At most two writers: of the attention (first) and of the MLP (last).
+    """
+    width = hidden.shape[-1]
+    order: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.shape == hidden.shape:
+                order.append((name, output.detach().clone()))
+
+        return hook
+
+    linears = [
+        name
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == width
+    ]
+    with ExitStack() as undo, torch.no_grad():
+        for name in linears:
+            undo.callback(block.get_submodule(name).register_forward_hook(note(name)).remove)
+        run(hidden)
+    names = [name for name, _ in order]
+    silenced: dict[str, Tensor | float] = {}
+    found: list[Writer] = []
+    for name, output in reversed(order):
+        if names.count(name) != 1:
+            continue
+        gain = _gain(block, run, hidden, name, output, silenced)
+        if gain is not None:
+            found.insert(0, Writer(name, gain))
+            silenced[name] = 0.0
+            if len(found) == 2:
+                break
+    return found
+
+
+def _gain(
+    block: nn.Module,
+    run: RunBlock,
+    hidden: Tensor,
+    name: str,
+    output: Tensor,
+    silenced: Mapping[str, Tensor | float],
+) -> Tensor | None:
+    """The gain of one layer; ``None`` where its output is not simply added."""
+
+    def out(value: Tensor | float) -> Tensor:
+        with torch.no_grad(), written(block, {**silenced, name: value}):
+            return exact(run(hidden))
+
+    base, real = out(0.0), out(output)
+    # A unit of the size of the state itself, so that the difference stands clear of rounding.
+    unit = float(base.abs().max().clamp_min(1.0))
+    slope = (out(unit) - base) / unit
+    gain = slope.mean(dim=(0, 1))
+    change = real - base
+    scale = change.abs().max()
+    if not torch.isfinite(scale) or scale == 0:
+        return None
+    tolerance = 2e-3 if hidden.dtype == torch.float32 else 5e-2
+    predicted = gain * exact(output)
+    if (predicted - change).abs().max() > tolerance * scale:
+        return None
+    # Rounding must not look like a LayerScale.
+    return torch.ones_like(gain).float() if (gain - 1).abs().max() < 1e-4 else gain.float()
+
+
+def need_writer(writers: list[Writer], block: int, why: str) -> Writer:
+    """The MLP's writer, or one clear sentence."""
+    if not writers:
+        raise BlockfitError(
+            f"block {block} has no linear layer whose output is simply added to the hidden "
+            f"state, which {why} needs; choose another map or --repair none"
+        )
+    return writers[-1]

@@ -1,0 +1,109 @@
+"""Texts for models of images and texts: the checkpoint's own tokenizer, and its text tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.errors import BlockfitError, first_line
+from blockfit.models import hub
+from blockfit.models.forward import evaluating, placed
+from blockfit.models.from_open_clip import CONFIG_FILE
+from blockfit.models.libraries import import_library
+from blockfit.models.source import Source
+
+Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Texts → what the text tower is called with, by keyword."""
+
+TEXTS_AT_ONCE = 256
+
+
+def has_text_tower(model: nn.Module) -> bool:
+    """Whether the model embeds texts where it embeds images."""
+    return _tower(model) is not None
+
+
+def _tower(model: nn.Module) -> Callable[..., Any] | None:
+    own = (getattr(model, name, None) for name in ("get_text_features", "encode_text"))
+    return next(filter(callable, own), None)
+
+
+def tokenizer(model: nn.Module, source: Source) -> Tokenize:
+    """The tokenizer that belongs to a checkpoint, from the folder or name that it was loaded by.
+
+    Raises:
+        BlockfitError: where there is none; it says where it was looked for.
+    """
+    try:
+        if source.library == "open_clip":
+            return _open_clip_tokenizer(source.name)
+        if source.library == "transformers":
+            return _transformers_tokenizer(model, source.name)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise BlockfitError(
+            f"the tokenizer of {source.name} cannot be loaded ({first_line(error)}); give the "
+            "original's folder, with its tokenizer's files in it, as --against"
+        ) from error
+    raise BlockfitError(
+        f"{source.name} comes without a tokenizer; zero-shot needs a model of images and texts "
+        "from transformers or open_clip, loaded by name or from a folder"
+    )
+
+
+def _transformers_tokenizer(model: nn.Module, name: str) -> Tokenize:
+    transformers = import_library("transformers", "transformers")
+    files = {} if Path(name).is_dir() else hub.only_cached({})
+    own = transformers.AutoTokenizer.from_pretrained(name, **files)
+    config = getattr(getattr(model, "config", None), "text_config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    # SigLIP was trained on padded texts only, and reads its last token.
+    padded = "siglip" in str(getattr(config, "model_type", ""))
+
+    def tokenize(texts: Sequence[str]) -> Mapping[str, Tensor]:
+        out = own(
+            list(texts),
+            padding="max_length" if padded else True,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        )
+        return dict(out)
+
+    return tokenize
+
+
+def _open_clip_tokenizer(name: str) -> Tokenize:
+    library = import_library("open_clip", "open-clip")
+    where = name.removeprefix("open_clip/")
+    if (Path(where) / CONFIG_FILE).is_file():
+        where = f"local-dir:{where}"
+    elif ":" not in where:
+        where = where.partition(".")[0]
+    own = library.get_tokenizer(where)
+    return lambda texts: {"text": own(list(texts))}
+
+
+def embed_texts(model: nn.Module, tokenize: Tokenize, texts: Sequence[str]) -> Tensor:
+    """Embeddings of texts, float32 of length 1, shape (texts, F).
+
+    Raises:
+        BlockfitError: where the model has no text tower.
+    """
+    tower = _tower(model)
+    if tower is None:
+        raise BlockfitError(
+            f"{type(model).__name__} has no text tower; zero-shot needs a model of images and texts"
+        )
+    rows = []
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            tokens = placed(model, tokenize(texts[start : start + TEXTS_AT_ONCE]))
+            assert not isinstance(tokens, Tensor)
+            out = tower(**tokens)
+            found: Tensor = getattr(out, "pooler_output", out)
+            rows.append(found.float().cpu())
+    return nn.functional.normalize(torch.cat(rows), dim=-1)

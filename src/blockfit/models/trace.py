@@ -1,0 +1,105 @@
+"""A batch of images as a model's blocks saw it, so that blocks can be run one by one again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.errors import BlockfitError
+from blockfit.models.blocks import Batch, Blocks, block_modules, call
+
+
+@dataclass
+class Trace:
+    """What one forward gave to every block.
+
+    Args:
+        inputs: the batch that the model was called with.
+        calls: per block, the arguments beside the hidden state (masks, position embeddings), and
+            whether the hidden state came first among the positional ones.
+        states: l → h[l], shape (batch, tokens, width), for the boundaries that were kept.
+    """
+
+    blocks: Blocks
+    inputs: Batch
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], bool]]
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+    def run(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Run ``module`` as block ``index`` was run, on another hidden state."""
+        args, kwargs, first = self.calls[index]
+        own = hidden.clone()  # blocks may write into their input, and kept states are handed in
+        if first:
+            return self.blocks.hidden_out(module(own, *args, **kwargs))
+        return self.blocks.hidden_out(module(**kwargs, **{self.blocks.input_name: own}))
+
+    def runner(self, module: nn.Module, index: int) -> Callable[[Tensor], Tensor]:
+        """``run`` for one block."""
+        return lambda hidden: self.run(module, index, hidden)
+
+
+def trace(
+    model: nn.Module,
+    blocks: Blocks,
+    inputs: Batch,
+    keep: Iterable[int],
+    names: Iterable[str] = (),
+    hold: Callable[[Tensor], Tensor] | None = None,
+) -> Trace:
+    """Run one forward without gradients; keep the hidden states ``keep`` and every block's call.
+
+    The model must be in eval mode. ``hold`` says where a kept state lies (``shelf.Shelf``).
+
+    Raises:
+        BlockfitError: where a hidden state is NaN or infinite; the message names the block and
+            the image.
+    """
+    wanted = set(keep)
+    out = Trace(blocks, inputs, [])
+    labels = list(names)
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = blocks.hidden_in(args, kwargs)
+            rest = {k: v for k, v in kwargs.items() if args or k != blocks.input_name}
+            out.calls.append((args[1:], rest, bool(args)))
+            keep_state(index, hidden)
+
+        return hook
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        keep_state(blocks.depth, blocks.hidden_out(output))
+
+    def keep_state(index: int, hidden: Tensor) -> None:
+        check_finite(hidden, index, labels)
+        if index in wanted:
+            own = hidden.detach().clone()
+            out.states[index] = own if hold is None else hold(own)
+
+    modules = block_modules(model, blocks)
+    with ExitStack() as undo, torch.no_grad():
+        for index, module in enumerate(modules):
+            handle = module.register_forward_pre_hook(before(index), with_kwargs=True)
+            undo.callback(handle.remove)
+        undo.callback(modules[-1].register_forward_hook(after).remove)
+        call(model, inputs)
+    return out
+
+
+def check_finite(hidden: Tensor, index: int, names: list[str]) -> None:
+    """Refuse NaN and infinite hidden states, naming the block that made them and the image."""
+    # A sum is NaN or infinite where any entry is, and costs one read.
+    if torch.isfinite(hidden.sum(dtype=torch.float32)) or torch.isfinite(hidden).all():
+        return
+    bad = int((~torch.isfinite(hidden)).flatten(1).any(1).nonzero()[0])
+    image = names[bad] if bad < len(names) else f"image {bad} of the batch"
+    where = "the input of block 0" if index == 0 else f"the output of block {index - 1}"
+    raise BlockfitError(
+        f"{where} holds NaN or infinite values for {image}; "
+        "check that image and the model's weights and dtype"
+    )

@@ -1,0 +1,63 @@
+"""Where a run came from, a line each: the provenance of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from blockfit.fields import Values
+from blockfit.models.source import Source
+from blockfit.reports.content import Fact
+
+
+def model_facts(source: Source) -> list[Fact]:
+    """The original: its library, licence and preprocessing."""
+    prepared = source.preprocessing
+    return [
+        Fact("model", source.name),
+        Fact("library", source.library),
+        Fact("licence of the weights", source.licence or ""),
+        Fact("preprocessing", "" if prepared is None else prepared.describe()),
+    ]
+
+
+def run_facts(run: Values, calibration: Values, what: str = "calibration images") -> list[Fact]:
+    """The images and settings of a run."""
+    total, drawn = calibration.whole("total"), calibration.whole("drawn")
+    drawn = calibration.whole("used") if drawn is None else drawn
+    images = calibration.text("source") or ""
+    if images and total is not None:
+        images = f"{total if drawn is None else drawn} of {total} from {images}"
+    fit, held_out = calibration.whole("fit"), calibration.whole("held_out")
+    parts = "" if None in (fit, held_out) else f"{fit} fitted on, {held_out} held out"
+    seed, budget, seconds = run.whole("seed"), run.text("budget"), run.number("seconds")
+    return [
+        Fact(what, images),
+        Fact("unreadable images", ", ".join(calibration.texts("skipped")[:5])),
+        Fact("parts of the images", parts),
+        Fact("seed", "" if seed is None else str(seed)),
+        Fact("recipe", run.inner("recipe").text("name") or ""),
+        Fact("budget", budget or ""),
+        Fact("time", "" if seconds is None else f"{seconds:.1f} s"),
+    ]
+
+
+def timing_facts(parts: Iterable[Values]) -> list[Fact]:
+    """How latencies were measured."""
+    told: dict[str, None] = {}
+    for found in (part.inner("latency") for part in parts):
+        size, threads = found.whole("batch_size"), found.whole("threads")
+        if size is not None and threads is not None:
+            what = f"{size} image{'s' * (size > 1)} per forward pass"
+            told[f"{what}, {threads} thread{'s' * (threads > 1)}, {found.text('device')}"] = None
+    return [Fact("latency measured with", "; ".join(told))]
+
+
+def only_known(facts: Iterable[Fact]) -> tuple[Fact, ...]:
+    """Without the lines that say nothing."""
+    return tuple(fact for fact in facts if fact.value)
+
+
+def written_with(versions: Mapping[str, str | None]) -> Fact:
+    """The versions of a saved folder."""
+    told = [f"{name} {value}" for name, value in versions.items() if value is not None]
+    return Fact("written with", ", ".join(told))

@@ -1,0 +1,102 @@
+"""The figures at the top of a report: the model before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from blockfit.reports.content import Candidate, Evaluated
+from blockfit.units import amount, number, percent, share
+
+View = dict[str, Any]
+
+
+def headline(chosen: Candidate | None, evaluation: Evaluated | None) -> list[View]:
+    """One card per figure: its name, before, after and a note."""
+    if chosen is None:
+        return []
+    kept = chosen.depth - chosen.removed
+    before, after = chosen.before, chosen.after
+    cards = [_card("Blocks", chosen.depth, kept, share(kept, chosen.depth) + " remain")]
+    for name, key in (("Parameters", "parameters"), ("FLOPs per image", "flops")):
+        if after.get(key) is not None:
+            note = share(after[key], before.get(key)) + " remain" if before.get(key) else ""
+            cards.append(_card(name, _amount(before.get(key)), amount(after[key]), note))
+    if evaluation is not None:
+        cards += _measured(evaluation)
+    elif after.get("size_bytes") is not None:
+        cards.append(_card("Weights file", None, amount(after["size_bytes"], "B")))
+    fidelity, on = chosen.fidelity, "held-out images"
+    if evaluation is None:
+        cards += _of_the_run(chosen)
+    if evaluation is not None and evaluation.fidelity.get("feature_cosine") is not None:
+        fidelity, on = {**evaluation.fidelity, "images": evaluation.images}, "test images"
+    images = fidelity.get("images")
+    on = f"on {images:.0f} {on}" if images is not None else f"on {on}"
+    for name, key, shown in (
+        ("KL from the original", "kl", number),
+        ("Top-1 agreement", "agreement", percent),
+        ("Relative feature error", "feature_relative_error", number),
+    ):
+        if (value := fidelity.get(key)) is not None:
+            cards.append(_card(name, None, shown(value), on))
+    return cards
+
+
+def _of_the_run(chosen: Candidate) -> list[View]:
+    """Top-1 and latency as the run found them, where nothing was measured on test images."""
+    cards, images = [], chosen.fidelity.get("images")
+    old, new = chosen.top1
+    if old is not None and new is not None:
+        on = "held-out images" if images is None else f"{images:.0f} held-out images"
+        note = f"{100 * (new - old):+.2f} points, on {on}"
+        cards.append(_card("Top-1", percent(old), percent(new), note))
+    if (part := chosen.share("latency")) is not None:
+        cards.append(_card("Latency", None, share(part, 1.0), "of the original's"))
+    return cards
+
+
+def _measured(evaluation: Evaluated) -> list[View]:
+    """Accuracy, speed, file and memory, where they were measured."""
+    new, old, cards = evaluation.compressed, evaluation.original, []
+    if new.top1 is not None:
+        change = ""
+        if old is not None and old.top1 is not None:
+            change = f"{100 * (new.top1 - old.top1):+.2f} points, "
+        note = f"{change}on {evaluation.images} test images"
+        cards.append(_card("Top-1", old and _or_none(percent, old.top1), percent(new.top1), note))
+    rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("Images per second", "images_per_second", lambda v: f"{v:.1f}"),
+        ("Latency of one image", "latency_ms", lambda v: f"{v:.1f} ms"),
+        ("Weights file", "size_bytes", lambda v: amount(v, "B")),
+        ("Peak memory", "peak_memory_bytes", lambda v: amount(v, "B")),
+    )
+    for name, key, shown in rows:
+        value, earlier = getattr(new, key), getattr(old, key, None)
+        if value is None:
+            continue
+        note = share(value, earlier) + " of the original's" if earlier else ""
+        if key == "images_per_second" and evaluation.speedup is not None:
+            note = f"{evaluation.speedup:.2f}× as fast"
+        cards.append(_card(name, _or_none(shown, earlier), shown(value), note))
+    return cards
+
+
+def headline_note(chosen: Candidate | None, measured: Evaluated | None, swept: bool) -> str:
+    """Which plan of a sweep the figures are of."""
+    if chosen is None or not swept:
+        return ""
+    why = "measured" if measured is not None else "that removes most at a small held-out loss"
+    return f"Of the plan {why}: {chosen.plan}. The frontier below has the others."
+
+
+def _card(name: str, before: Any, after: Any, note: str = "") -> View:
+    return {"name": name, "before": before, "after": after, "note": note}
+
+
+def _amount(value: float | None) -> str | None:
+    return None if value is None else amount(value)
+
+
+def _or_none(shown: Callable[[float], str], value: float | None) -> str | None:
+    return None if value is None else shown(value)

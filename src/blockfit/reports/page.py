@@ -1,0 +1,109 @@
+"""The report: one self-contained HTML page, and its plots as files."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+
+from blockfit.errors import BlockfitError
+from blockfit.files import new_file
+from blockfit.formats.manifest import installed_versions
+from blockfit.reports.content import Content
+from blockfit.reports.views import all_plots, views
+
+GENERATOR = "blockfit"
+MARK = f'<meta name="generator" content="{GENERATOR}'
+"""What a page begins with that may be replaced by a newer one."""
+
+LEGEND = """<ul class="legend" aria-label="Signs">
+<li><i></i>kept</li><li><i class="repaired"></i>kept, output weights solved anew</li>
+<li><i class="span"></i>replaced by a map</li></ul>"""
+
+
+def render(content: Content) -> str:
+    """The page as HTML: no request leaves it, and texts from files are nothing but text.
+
+    Raises:
+        BlockfitError: where Jinja2 or matplotlib is missing, or the runs do not belong together.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise BlockfitError(
+            'a report needs Jinja2, which is not installed; pip install "blockfit[report]"'
+        ) from error
+    pieces = files("blockfit.reports").joinpath("report_page")
+    source, style, script = (
+        pieces.joinpath(name).read_text("utf-8")
+        for name in ("page.html.j2", "style.css", "page.js")
+    )
+    shown = views(content)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["drawn"] = Markup  # SVG of our own plots: no text from files is in it
+    return environment.from_string(source).render(
+        shown,
+        title=f"{shown['heading']} – blockfit report",
+        generator=f"{GENERATOR} {installed_versions()['blockfit'] or ''}".strip(),
+        style=Markup(style),  # noqa: S704 - a file of this package
+        script=Markup(script),  # noqa: S704 - likewise
+        script_hash=f"sha256-{digest}",
+        legend=Markup(LEGEND),  # noqa: S704 - a constant
+    )
+
+
+def check_report(path: str | Path) -> None:
+    """Refuse now what ``write_report`` would refuse at the end of a long run.
+
+    Raises:
+        BlockfitError: where ``path`` is taken by something other than an earlier report.
+    """
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise BlockfitError(f"{target} is a folder; give a file to write, such as report.html")
+    if not target.exists():
+        return
+    try:
+        with target.open("rb") as file:
+            start = file.read(2048)
+    except OSError as error:
+        raise BlockfitError(
+            f"cannot read {target}: {error.strerror or error}; choose a new name"
+        ) from error
+    if MARK.encode() not in start:
+        raise BlockfitError(f"{target} is no report of blockfit's; choose a new name")
+
+
+def write_report(content: Content, path: str | Path, pictures: str | Path | None = None) -> None:
+    """Write the page, whole or not at all, and with ``pictures`` its plots as PNG and SVG.
+
+    Args:
+        content: what it shows.
+        path: new, or an earlier report.
+        pictures: a folder, made where there is none; files of the same names are replaced.
+
+    Raises:
+        BlockfitError: where ``path`` is taken or something cannot be written.
+    """
+    check_report(path)
+    target = Path(path).expanduser()
+    page = render(content)
+    with new_file(target) as partial:
+        partial.write_text(page, encoding="utf-8")
+    if pictures is not None:
+        write_pictures(content, pictures)
+
+
+def write_pictures(content: Content, folder: str | Path) -> list[Path]:
+    """Every plot as ``NAME.png`` and ``NAME.svg``; the paths that were written."""
+    target = Path(folder).expanduser()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        return [path for plot in all_plots(content) for path in plot.write(target)]
+    except OSError as error:
+        raise BlockfitError(
+            f"cannot write to {target}: {error.strerror or error}; choose another folder"
+        ) from error

@@ -1,0 +1,400 @@
+"""The plots of a report, by matplotlib: SVG in the page's colours; PNG and SVG files.
+
+Every figure is drawn at the width of a telephone, so that its words stay readable there. Nothing
+that comes from a file is drawn as text but numbers, names of maps and token types.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockfit.errors import BlockfitError
+from blockfit.evaluation.side_by_side import SideBySide
+from blockfit.fit.similarity import Table
+from blockfit.reports.content import Candidate
+from blockfit.search.held_out import MapError
+
+WIDTH = 4.2
+"""Inches; 302 points, of which a telephone's page has 358."""
+
+SIZES = {
+    "parameters": "parameters that remain",
+    "flops": "FLOPs that remain",
+    "latency": "latency that remains",
+}
+LOSSES = {
+    "kl": "KL from the original (nats)",
+    "top1": "top-1 accuracy",
+    "agreement": "top-1 agreement",
+    "feature_relative_error": "relative feature error",
+}
+METRIC_WORDS = {
+    "mse": "MSE",
+    "cosine": "cosine",
+    "angular": "angular distance",
+    "cka": "linear CKA",
+    "r2": "R² of an affine map",
+}
+RATE = 160
+"""Dots per inch of PNG files."""
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The colours of a plot."""
+
+    ink: str
+    soft: str
+    line: str
+    main: str
+    other: str
+    paper: str
+
+
+PAPER = Palette("#1c2026", "#59616d", "#d8dce2", "#0b6e75", "#b4530a", "#ffffff")
+"""For files."""
+
+PAGE = Palette("#010101", "#020202", "#030303", "#040404", "#050505", "#060606")
+"""Stand for the page's own colours, which change with its theme."""
+
+_VARIABLES = {
+    PAGE.ink: "var(--ink)",
+    PAGE.soft: "var(--soft)",
+    PAGE.line: "var(--line)",
+    PAGE.main: "var(--main)",
+    PAGE.other: "var(--other)",
+    PAGE.paper: "var(--paper)",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure that can be drawn in any colours.
+
+    Args:
+        name: of its files, and of the ids in its SVG.
+        title: what it shows, in a few words.
+        text: what can be read from it, in place of the picture.
+        draw: makes matplotlib's figure.
+    """
+
+    name: str
+    title: str
+    text: str
+    draw: Callable[[Palette], Any]
+
+    def svg(self, marks: Mapping[str, str] | None = None) -> str:
+        """SVG to stand inside a page, coloured by the page.
+
+        Args:
+            marks: id of a mark in the figure → attributes that it gets there, as HTML.
+        """
+        file = io.StringIO()
+        _write(self.draw(PAGE), file, "svg")
+        text = file.getvalue()
+        text = text[text.index("<svg") :]
+        for colour, variable in _VARIABLES.items():
+            text = text.replace(colour, variable)
+        text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
+        text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)
+        text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', _opening, text, count=1)
+        for mark, attributes in (marks or {}).items():
+            text = text.replace(f'<g id="{mark}">', f'<g id="{mark}" {attributes}>')
+        text = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', text)
+        text = re.sub(r'href="#([^"]+)"', rf'href="#{self.name}-\1"', text)
+        return re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", text).strip()
+
+    def write(self, folder: Path) -> list[Path]:
+        """``NAME.png`` and ``NAME.svg`` in a folder that exists."""
+        paths = [folder / f"{self.name}.{kind}" for kind in ("png", "svg")]
+        for path in paths:
+            _write(self.draw(PAPER), path, path.suffix[1:])
+        return paths
+
+
+def _opening(found: re.Match[str]) -> str:
+    return f'<svg viewBox="{found[1]}" aria-hidden="true" focusable="false">'
+
+
+def _write(figure: Any, target: Any, kind: str) -> None:
+    import matplotlib
+
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    how = {"svg.fonttype": "none", "svg.hashsalt": "blockfit", "svg.image_inline": True}
+    with matplotlib.rc_context(how):
+        more = {"metadata": metadata} if kind == "svg" else {"dpi": RATE}
+        figure.savefig(target, format=kind, transparent=kind == "svg", **more)
+
+
+def _figure(palette: Palette, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes, bare but for what helps to read them."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BlockfitError(
+            'a report needs matplotlib, which is not installed; pip install "blockfit[report]"'
+        ) from error
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=palette.paper)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.set_facecolor("none")
+        axis.tick_params(colors=palette.soft, labelsize=8, length=3, which="both")
+        axis.xaxis.label.set(color=palette.ink, fontsize=8.5)
+        axis.yaxis.label.set(color=palette.ink, fontsize=8.5)
+        for side, spine in axis.spines.items():
+            spine.set_color(palette.line)
+            spine.set_visible(side in ("left", "bottom"))
+    return figure, axes[0]
+
+
+def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | None:
+    """One loss of all plans of a sweep against what remains; ``None`` where nothing is known.
+
+    The mark of a plan has the id ``plan-N``, N being the blocks that it removes.
+    """
+    found = [
+        (candidate.removed, x, y)
+        for candidate in candidates
+        if (x := candidate.share(size)) is not None and (y := candidate.value(loss)) is not None
+    ]
+    if not found:
+        return None
+    part = loss in ("agreement", "top1")
+    log = not part and all(y > 0 for _, _, y in found)
+    whole = candidates[0].top1[0] if loss == "top1" else None
+    spreads = {c.removed: c.latency[1:] for c in candidates if c.latency and size == "latency"}
+
+    def draw(palette: Palette) -> Any:
+        figure, axis = _figure(palette, 3.1)
+        if log:
+            axis.set_yscale("log")
+        axis.grid(color=palette.line, linewidth=0.6, which="major")
+        axis.plot([x for _, x, _ in found], [y for _, _, y in found], color=palette.soft, lw=1)
+        if whole is not None:
+            axis.axhline(whole, color=palette.other, lw=1.2, ls="--")
+            axis.annotate(
+                "original", (0, whole), (4, 3), xycoords=("axes fraction", "data"),
+                textcoords="offset points", fontsize=7.5, color=palette.other,
+            )  # fmt: skip
+        for removed, x, y in found:
+            if removed in spreads:
+                axis.plot(spreads[removed], [y, y], color=palette.soft, lw=2.2, alpha=0.6)
+            axis.plot(
+                [x], [y], "o", color=palette.main, ms=8, mec=palette.paper, mew=1,
+                gid=f"plan-{removed}", clip_on=False,
+            )  # fmt: skip
+        for removed, x, y in found[:: max(1, len(found) // 10)]:
+            axis.annotate(
+                str(removed), (x, y), (0, 7), textcoords="offset points", ha="center",
+                fontsize=7.5, color=palette.soft,
+            )  # fmt: skip
+        axis.set(xlabel=SIZES[size], ylabel=LOSSES[loss])
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        if part:
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        elif log:
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_minor_formatter("")
+        axis.margins(0.06, 0.1)
+        return figure
+
+    first, last = found[0], found[-1]
+    text = (
+        f"{LOSSES[loss]} of {len(found)} plans against {SIZES[size]}: from {first[2]:.3g} at "
+        f"{first[1]:.0%} with {first[0]} blocks removed to {last[2]:.3g} at {last[1]:.0%} with "
+        f"{last[0]}."
+    )
+    text += "" if whole is None else f" The original's is {whole:.3g}."
+    return Plot(f"frontier-{loss}-{size}".replace("_", "-"), f"{LOSSES[loss]}", text, draw)
+
+
+def similarity(boundaries: Sequence[int], metric: str, token_type: str, table: Table) -> Plot:
+    """A heat map of one metric between all pairs of hidden states; MSE on a log scale."""
+    log = metric == "mse"
+    cells = [[math.nan if v is None or (log and v <= 0) else v for v in row] for row in table]
+    known = [v for row in cells for v in row if not math.isnan(v)]
+
+    def draw(palette: Palette) -> Any:
+        from matplotlib.colors import LogNorm
+
+        figure, axis = _figure(palette, 3.5)
+        norm = LogNorm() if log and known else None
+        image = axis.imshow(cells, cmap="viridis", interpolation="none", norm=norm)
+        bar = figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
+        bar.solids.set_rasterized(True)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(colors=palette.soft, labelsize=7.5, length=2, which="both")
+        ticks = range(0, len(boundaries), -(-len(boundaries) // 14))
+        axis.set_xticks(ticks, [boundaries[t] for t in ticks])
+        axis.set_yticks(ticks, [boundaries[t] for t in ticks])
+        axis.set(xlabel="hidden state", ylabel="hidden state")
+        axis.set_gid("cells")
+        return figure
+
+    words = METRIC_WORDS[metric]
+    span = f"from {min(known):.3g} to {max(known):.3g}" if known else "not defined"
+    pairs = f"all pairs of {len(boundaries)} hidden states"
+    text = f"{words} between {pairs}, {token_type} tokens: {span}."
+    return Plot(f"similarity-{metric}-{token_type}", f"{words}, {token_type} tokens", text, draw)
+
+
+def map_errors(candidate: Candidate, name: str) -> Plot | None:
+    """The held-out error of every map beside identity's, per token type."""
+    rows = [row for entry in candidate.maps for row in _map_rows(entry)]
+    if not rows:
+        return None
+
+    def draw(palette: Palette) -> Any:
+        from matplotlib.lines import Line2D
+
+        figure, axis = _figure(palette, 0.95 + 0.2 * len(rows))
+        for place, (_, error, identity) in enumerate(rows):
+            axis.plot([error, identity], [place, place], color=palette.line, lw=2, zorder=1)
+            axis.plot([identity], [place], "o", mfc=palette.paper, mec=palette.other, mew=1.4, ms=6)
+            axis.plot([error], [place], "o", color=palette.main, ms=6.5)
+        axis.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlim(left=-0.02 * max(max(error, other) for _, error, other in rows))
+        axis.grid(axis="x", color=palette.line, linewidth=0.6)
+        axis.set_xlabel("held-out error, share of the variance")
+        handles = [
+            Line2D([], [], marker="o", ls="", color=palette.main, ms=6.5, label="map"),
+            Line2D(
+                [], [], marker="o", ls="", mfc=palette.paper, mec=palette.other, mew=1.4, ms=6,
+                label="identity (span dropped)",
+            ),
+        ]  # fmt: skip
+        figure.legend(
+            handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=8,
+            labelcolor=palette.ink, handletextpad=0.2, borderpad=0.1,
+        )  # fmt: skip
+        return figure
+
+    text = " ".join(f"{label}: {error:.3g}, identity {other:.3g}." for label, error, other in rows)
+    return Plot(name, "Error of each map beside identity's", text, draw)
+
+
+def _map_rows(entry: MapError) -> list[tuple[str, float, float]]:
+    pairs = (
+        ("prefix", entry.prefix, entry.identity_prefix),
+        ("patch", entry.patch, entry.identity_patch),
+    )
+    known = [
+        (f"{entry.span} {kind}", error, identity)
+        for kind, error, identity in pairs
+        if error is not None and identity is not None
+    ]
+    return known or [(f"{entry.span} all", entry.error, entry.identity_error)]
+
+
+def state_errors(side: SideBySide, kind: str) -> Plot:
+    """The error of every hidden state of one token type beside that of dropping the spans."""
+    error, identity = side.errors[kind], side.identity[kind]
+
+    def draw(palette: Palette) -> Any:
+        figure, axis = _figure(palette, 2.7)
+        axis.plot(identity, "o--", color=palette.other, ms=3.5, lw=1.4, mfc=palette.paper)
+        axis.plot(error, "o-", color=palette.main, ms=4, lw=1.8)
+        axis.grid(color=palette.line, linewidth=0.6)
+        axis.set(xlabel="hidden state", ylabel="error, share of the variance")
+        axis.set_ylim(bottom=0)
+        axis.set_xticks(range(0, len(error), -(-len(error) // 14)))
+        lines = axis.get_lines()
+        figure.legend(
+            [lines[1], lines[0]], ["compressed", "identity (spans dropped)"],
+            loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=palette.ink,
+            borderpad=0.1,
+        )  # fmt: skip
+        return figure
+
+    text = (
+        f"Error of the {kind} tokens behind the last block: {error[-1]:.3g}; "
+        f"where the spans are dropped: {identity[-1]:.3g}."
+    )
+    return Plot(f"error-{kind}", f"{kind.capitalize()} tokens, behind every block", text, draw)
+
+
+def chain(candidate: Candidate) -> Plot:
+    """The blocks in a row, and what stands where the removed ones stood; for files."""
+    in_row, height = 6, 0.62
+    rows = -(-candidate.depth // in_row)
+
+    def draw(palette: Palette) -> Any:
+        from matplotlib.patches import FancyBboxPatch
+
+        figure, axis = _figure(palette, 0.35 + height * rows)
+        axis.axis("off")
+        axis.set(xlim=(0, in_row), ylim=(rows, 0))
+        maps = {block: entry for entry in candidate.plan for block in entry.span.blocks}
+        for block in range(candidate.depth):
+            x, y = block % in_row, block // in_row
+            entry = maps.get(block)
+            state = "kept"
+            if entry is not None:
+                state = entry.map if block == entry.span.stop - 1 else "passed"
+            elif block in (candidate.repaired or ()):
+                state = "repaired"
+            colour = palette.soft if entry is None else palette.other
+            box = FancyBboxPatch(
+                (x + 0.08, y + 0.1), 0.84, 0.75, boxstyle="round,pad=0,rounding_size=0.08",
+                facecolor="none", edgecolor=palette.main if state == "repaired" else colour,
+                linestyle="-" if entry is None else "--", linewidth=1.2,
+            )  # fmt: skip
+            axis.add_patch(box)
+            ink = palette.ink if entry is None else palette.other
+            axis.text(x + 0.5, y + 0.38, block, ha="center", va="center", fontsize=9, color=ink)
+            axis.text(
+                x + 0.5, y + 0.66, state, ha="center", va="center", fontsize=6.5, color=palette.soft
+            )
+        return figure
+
+    return Plot("chain", "The chain of blocks", chain_words(candidate), draw)
+
+
+def chain_words(candidate: Candidate) -> str:
+    """The plan as a sentence."""
+    gone = "; ".join(
+        f"blocks {entry.span.start}–{entry.span.stop - 1} by {_map_name(entry.map)}"
+        if len(entry.span) > 1
+        else f"block {entry.span.start} by {_map_name(entry.map)}"
+        for entry in candidate.plan
+    )
+    kept = candidate.depth - candidate.removed
+    return f"{kept} of {candidate.depth} blocks are kept. Replaced: {gone or 'none'}."
+
+
+def _map_name(kind: str) -> str:
+    return "nothing (identity)" if kind == "identity" else f"a {kind} map".replace("a a", "an a")
+
+
+def components(side: SideBySide) -> Plot | None:
+    """Picture, original's and compressed model's principal components, one row per image."""
+    shown = [(s.picture, *s.components) for s in side.samples if s.components is not None]
+    if not shown:
+        return None
+
+    def draw(palette: Palette) -> Any:
+        import numpy as np
+        from PIL import Image
+
+        figure, _ = _figure(palette, WIDTH * len(shown) / 3 + 0.3)
+        figure.clear()
+        axes = figure.subplots(len(shown), 3, squeeze=False)
+        for row, pictures in enumerate(shown):
+            for column, data in enumerate(pictures):
+                axis = axes[row][column]
+                axis.imshow(np.asarray(Image.open(io.BytesIO(data))), interpolation="nearest")
+                axis.axis("off")
+        for column, title in enumerate(("image", "original", "compressed")):
+            axes[0][column].set_title(title, fontsize=8.5, color=palette.ink)
+        return figure
+
+    return Plot("pca", "Principal components of the patch tokens", "", draw)

@@ -1,0 +1,328 @@
+"""What a report found as its page shows it: texts, rows and drawn plots, in reading order."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from blockfit.evaluation.side_by_side import TOKENS, SideBySide
+from blockfit.fit.similarity import Tables
+from blockfit.reports import plots
+from blockfit.reports.content import Candidate, Content
+from blockfit.reports.headline import headline, headline_note
+from blockfit.reports.image_views import (
+    experiment_view,
+    pca_view,
+    pca_words,
+    sample_view,
+    samples_words,
+)
+from blockfit.reports.plots import LOSSES, METRIC_WORDS, Plot
+from blockfit.units import number, percent, share
+
+View = dict[str, Any]
+
+PARTS = (
+    ("summary", "Before and after", "headline"),
+    ("warnings", "Warnings", "warnings"),
+    ("chain", "Chain", "compressed"),
+    ("errors", "Errors", "compressed"),
+    ("frontier", "Frontier", "frontier"),
+    ("states", "Error behind blocks", "state_plots"),
+    ("similarity", "Similarity", "similarity"),
+    ("experiments", "Experiments", "experiments"),
+    ("samples", "Images", "samples"),
+    ("pca", "Patches", "pca"),
+    ("provenance", "Provenance", "facts"),
+    ("missing", "Not known", "missing"),
+)
+"""Id, name in the navigation, and the value without which a part is left out."""
+
+
+def views(content: Content) -> View:
+    """Everything that the template asks for but its frame."""
+    chosen, side = content.chosen, content.side
+    found: View = {
+        "heading": content.model or "A model",
+        "subtitle": _subtitle(content, chosen),
+        "headline": headline(chosen, content.evaluation),
+        "headline_note": headline_note(chosen, content.evaluation, bool(content.frontier)),
+        "warnings": content.warnings + (content.compressed.warnings if content.compressed else ()),
+        "compressed": content.compressed and _candidate(content.compressed),
+        "frontier": _frontier(content.frontier, chosen) if content.frontier else None,
+        "side": side,
+        "state_plots": [_state_plot(side, kind) for kind in side.errors] if side else [],
+        "state_rows": _state_rows(side) if side else [],
+        "similarity": _similarity(content.similarity) if content.similarity else None,
+        "experiments": [experiment_view(experiment) for experiment in content.experiments],
+        "samples": [sample_view(sample) for sample in side.samples] if side else [],
+        "samples_words": samples_words(side) if side else "",
+        "pca": pca_view(side.samples) if side else [],
+        "pca_words": pca_words(side) if side else "",
+        "facts": content.facts,
+        "commands": content.commands,
+        "missing": missing(content),
+    }
+    found["parts"] = [{"id": i, "name": name} for i, name, key in PARTS if found[key]]
+    return found
+
+
+def all_plots(content: Content) -> list[Plot]:
+    """Every plot of the page, for files."""
+    out: list[Plot | None] = []
+    chosen = content.chosen
+    if chosen is not None:
+        out += [plots.chain(chosen), plots.map_errors(chosen, "map-errors")]
+    for loss in LOSSES if content.frontier else ():
+        out += [plots.frontier(content.frontier, size, loss) for size in plots.SIZES]
+    if content.similarity is not None:
+        out += [plot for _, _, plot in _heat_maps(content.similarity)]
+    if content.side is not None:
+        out += [plots.state_errors(content.side, kind) for kind in content.side.errors]
+        out.append(plots.components(content.side))
+    return [plot for plot in out if plot is not None]
+
+
+def _subtitle(content: Content, chosen: Candidate | None) -> str:
+    if chosen is None and content.experiments:
+        return "The paper's experiments on this model"
+    if chosen is None:
+        states = len(content.similarity.boundaries) if content.similarity else 0
+        return f"An analysis of {states} hidden states" if states else ""
+    if content.compressed is None:
+        sizes = [c.removed for c in content.frontier]
+        return f"A sweep of plans that remove {min(sizes)} to {max(sizes)} of {chosen.depth} blocks"
+    return f"{_blocks(chosen.removed)} of {chosen.depth} replaced: {chosen.plan}"
+
+
+def _blocks(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"
+
+
+def _candidate(candidate: Candidate) -> View:
+    plot = plots.map_errors(candidate, f"maps-{candidate.removed}")
+    return {
+        "removed": candidate.removed,
+        "title": f"{_blocks(candidate.removed)} removed",
+        "plan": str(candidate.plan),
+        "figures": _figures(candidate),
+        "chain": _chain(candidate),
+        "chain_words": plots.chain_words(candidate),
+        "repair_words": _repair_words(candidate),
+        "command": candidate.command,
+        "warnings": candidate.warnings,
+        "map_plot": plot and {"plot": plot, "svg": plot.svg()},
+        "map_rows": [
+            {
+                "span": entry.span,
+                "map": entry.map,
+                "numbers": [
+                    number(value)
+                    for value in (
+                        entry.prefix, entry.identity_prefix, entry.patch, entry.identity_patch
+                    )
+                ],
+            }
+            for entry in candidate.maps
+        ],
+    }  # fmt: skip
+
+
+def _figures(candidate: Candidate) -> str:
+    fidelity = candidate.fidelity
+    before, after = candidate.top1
+    told = (
+        ("{} of the parameters", candidate.share("parameters"), _part),
+        ("{} of the FLOPs", candidate.share("flops"), _part),
+        ("{} of the latency", candidate.share("latency"), _part),
+        ("KL {}", fidelity.get("kl"), number),
+        (f"top-1 {{}} (original {percent(before)})", after, percent),
+        ("agreement {}", fidelity.get("agreement"), percent),
+        ("feature error {}", fidelity.get("feature_relative_error"), number),
+    )
+    parts = [text.format(shown(value)) for text, value, shown in told if value is not None]
+    return ", ".join(parts) + "." if parts else ""
+
+
+def _part(value: float | None) -> str:
+    return share(value, 1.0)
+
+
+COLUMNS: dict[str, Callable[[Candidate], str]] = {
+    "Parameters": lambda c: _part(c.share("parameters")),
+    "FLOPs": lambda c: _part(c.share("flops")),
+    "Latency": lambda c: _part(c.share("latency")),
+    "KL": lambda c: number(c.value("kl")),
+    "Top-1": lambda c: percent(c.value("top1")),
+    "Agreement": lambda c: percent(c.value("agreement")),
+    "Feature error": lambda c: number(c.value("feature_relative_error")),
+}
+"""Of the table of a sweep's plans; one that no plan has a value for is left out."""
+
+NOTHING = number(None)
+
+
+def _chain(candidate: Candidate) -> list[View]:
+    """Kept blocks one by one, removed ones by spans."""
+    errors = {entry.span: entry for entry in candidate.maps}
+    starts = {entry.span.start: entry for entry in candidate.plan}
+    folded = {entry.span.start - 1 for entry in candidate.plan if entry.map == "folded"}
+    out: list[View] = []
+    block = 0
+    while block < candidate.depth:
+        entry = starts.get(block)
+        if entry is None:
+            state = "repaired" if block in (candidate.repaired or ()) else "kept"
+            state = "holds a map" if block in folded else state
+            out.append({"span": False, "block": block, "state": state})
+            block += 1
+            continue
+        error = errors.get(str(entry.span))
+        out.append(
+            {
+                "span": True,
+                "blocks": list(entry.span.blocks),
+                "map": str(entry).partition(" ")[2],
+                "error": None if error is None else number(error.error, 3),
+                "identity": None if error is None else number(error.identity_error, 3),
+            }
+        )
+        block = entry.span.stop
+    return out
+
+
+def _repair_words(candidate: Candidate) -> str:
+    repaired = candidate.repaired
+    if repaired is None:
+        return "Which kept blocks were repaired was not written down."
+    if not repaired:
+        return "No kept block was repaired."
+    return f"Repaired: {_blocks(len(repaired))} ({', '.join(map(str, repaired))})."
+
+
+def _frontier(candidates: Sequence[Candidate], chosen: Candidate | None) -> View:
+    losses = []
+    for key, name in LOSSES.items():
+        found = []
+        for size, words in plots.SIZES.items():
+            plot = plots.frontier(candidates, size, key)
+            if plot is not None:
+                marks = {f"plan-{c.removed}": _mark(c) for c in candidates}
+                caption = f"{plot.title} against {words}"
+                if size == "latency":
+                    caption += "; the bars span the middle half of the rounds"
+                found.append({"plot": plot, "svg": plot.svg(marks), "caption": caption})
+        if found:
+            losses.append({"key": key, "name": name.partition(" (")[0], "plots": found})
+    images = candidates[0].fidelity.get("images")
+    columns = {
+        name: [shown(candidate) for candidate in candidates] for name, shown in COLUMNS.items()
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {NOTHING}}
+    rows = zip(*columns.values(), strict=True)
+    return {
+        "losses": losses,
+        "header": list(columns),
+        "views": [
+            {**_candidate(candidate), "columns": row}
+            for candidate, row in zip(candidates, rows, strict=True)
+        ],
+        "chosen": None if chosen is None else chosen.removed,
+        "images": "" if images is None else f"{images:.0f}",
+    }
+
+
+def _mark(candidate: Candidate) -> str:
+    words = f"{_blocks(candidate.removed)} removed: {_figures(candidate)}"
+    return (
+        f'role="radio" tabindex="-1" aria-checked="false" data-plan="{candidate.removed}" '
+        f'aria-label="{words}"'
+    )
+
+
+def _state_plot(side: SideBySide, kind: str) -> View:
+    plot = plots.state_errors(side, kind)
+    return {"plot": plot, "svg": plot.svg(), "kind": kind}
+
+
+def _state_rows(side: SideBySide) -> list[list[str]]:
+    columns = [
+        values[kind] for kind in TOKENS if kind in side.errors
+        for values in (side.errors, side.identity)
+    ]  # fmt: skip
+    return [[number(value) for value in row] for row in zip(*columns, strict=True)]
+
+
+def _heat_maps(tables: Tables) -> list[tuple[str, str, Plot]]:
+    return [
+        (metric, kind, plots.similarity(tables.boundaries, metric, kind, table))
+        for metric, types in tables.values.items()
+        for kind, table in types.items()
+    ]
+
+
+def _similarity(tables: Tables) -> View:
+    types = tables.token_types
+    first_metric, first_type = next(iter(tables.values)), types[-1]
+    counts = [f"{count} {kind}" for kind, count in tables.tokens.items() if count]
+    return {
+        "boundaries": tables.boundaries,
+        "tokens": f"From {' and '.join(counts)} tokens." if counts else "",
+        "metrics": [{"key": key, "name": METRIC_WORDS[key]} for key in tables.values],
+        "types": types,
+        "first_type": first_type,
+        "maps": [
+            {
+                "metric": metric,
+                "kind": kind,
+                "first": (metric, kind) == (first_metric, first_type),
+                "view": {"plot": plot, "svg": plot.svg()},
+                "rows": [
+                    ["–" if value is None else f"{value:.3g}" for value in row]
+                    for row in tables.values[metric][kind]
+                ],
+            }
+            for metric, kind, plot in _heat_maps(tables)
+        ],
+    }
+
+
+def missing(content: Content) -> list[Mapping[str, str]]:
+    """What the page cannot show, in a word each, and the command that finds it out."""
+    model = content.model or "MODEL"
+    out = []
+    if content.chosen is None and not content.experiments:
+        out.append(_gap("No small model and no sweep is in these runs, only the original."))
+    if content.similarity is None:
+        out.append(
+            _gap(
+                "How alike the blocks are; report the analysis beside this run.",
+                ["blockfit", "analyze", model, "--images", "DATA", "-o", "analysis/"],
+            )
+        )
+    if content.chosen is not None and content.evaluation is None:
+        out.append(
+            _gap(
+                "Accuracy, speed and memory on test images; report the file beside this run.",
+                ["blockfit", "evaluate", "small/", "--against", model, "--data", "DATA", "--json"],
+                " > evaluation.json",
+            )
+        )
+    if content.chosen is not None and content.side is None:
+        out.append(
+            _gap(
+                "What both models say of single images, and what their patches see.",
+                ["blockfit", "report", "RUN", "--against", model, "--images", "DATA"],
+            )
+        )
+    side = content.side
+    if side is not None and not any(s.components for s in side.samples):
+        out.append(_gap("The patches as pictures: the patch tokens have no known grid."))
+    if not any(fact.name == "licence of the weights" for fact in content.facts):
+        out.append(_gap("The licence of the weights: the checkpoint does not say."))
+    return out
+
+
+def _gap(what: str, words: Sequence[str] = (), behind: str = "") -> Mapping[str, str]:
+    return {"what": what, "line": shlex.join(words) + behind if words else ""}

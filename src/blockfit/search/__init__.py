@@ -1,0 +1,1 @@
+"""The method: calibrate, judge, choose, solve; sweeps."""

@@ -1,0 +1,146 @@
+"""What a plan has to reach, and which plan reaches it at the smallest loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.errors import BlockfitError
+from blockfit.fit.maps import empty_map
+from blockfit.fit.plan import Plan
+from blockfit.models.blocks import Batch, Blocks
+from blockfit.models.cost import flops as count_flops
+from blockfit.models.surgery import apply_plan
+from blockfit.models.tensors import meta_copy
+
+KINDS = ("remove", "params", "flops", "latency", "max_kl", "max_drop")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One goal for the search.
+
+    Args:
+        kind: ``remove`` (blocks), ``params``, ``flops`` or ``latency`` (at most this fraction of
+            the original's remains), ``max_kl`` (nats, held-out) or ``max_drop`` (points of top-1).
+        value: a whole number for ``remove``, a fraction in (0, 1] for the sizes, nats or points.
+
+    Raises:
+        BlockfitError: where the value does not fit the kind.
+    """
+
+    kind: str
+    value: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise BlockfitError(f"unknown budget {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if not math.isfinite(self.value):
+            raise BlockfitError(f"the budget {self.kind} must be a number, got {self.value}")
+        if self.kind == "remove" and (self.value < 1 or self.value != int(self.value)):
+            raise BlockfitError(f"remove takes a whole number of blocks, got {self.value}")
+        if self.kind in ("params", "flops", "latency") and not 0 < self.value <= 1:
+            raise BlockfitError(
+                f"{self.kind} takes the part that may remain, such as 0.62 or 62%, got {self.value}"
+            )
+        if self.kind.startswith("max") and self.value < 0:
+            raise BlockfitError(f"{self.kind} must be 0 or more, got {self.value}")
+
+    def __str__(self) -> str:
+        if self.kind in ("params", "flops", "latency"):
+            return f"{self.kind} {self.value:.0%}"
+        return f"{self.kind} {self.value:g}"
+
+    @classmethod
+    def of(cls, **given: float | str | None) -> Budget | None:
+        """The one budget among keyword arguments; ``None`` where all are ``None``.
+
+        Values may be written as ``"62%"``.
+
+        Raises:
+            BlockfitError: where more than one is given or a value cannot be read.
+        """
+        named = {kind: value for kind, value in given.items() if value is not None}
+        if len(named) > 1:
+            raise BlockfitError(f"give one budget, not both {' and '.join(named)}")
+        for kind, value in named.items():
+            return cls(kind, read_number(value, kind))
+        return None
+
+    def met_by_size(self, size: Mapping[str, float]) -> bool:
+        """Whether a plan of this size (fractions of the original's, and ``removed``) fits."""
+        if self.kind == "remove":
+            return size["removed"] >= self.value
+        return size[self.kind] <= self.value + 1e-9
+
+
+def unresolved(budget: Budget | None, held_out: int) -> list[str]:
+    """What to warn of where a drop in points is less than one of the held-out images weighs."""
+    if budget is None or budget.kind != "max_drop" or budget.value >= 100 / held_out:
+        return []
+    return [
+        f"top-1 on {held_out} held-out images moves by {100 / held_out:.1f} points with each, more "
+        f"than {budget}; give more labelled images, or evaluate the small model on others"
+    ]
+
+
+def read_number(value: float | str, name: str) -> float:
+    """``0.62``, ``"0.62"`` or ``"62%"`` as a number."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            raise BlockfitError(f"cannot read {value!r} as {name}; write 0.62 or 62%") from None
+    return float(value)
+
+
+class Sizes:
+    """Parameters and FLOPs of any plan of one model, without building it: on the meta device.
+
+    Args:
+        model: the original.
+        blocks: where its blocks are.
+        example: a batch; FLOPs are counted for its first image.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks, example: Batch) -> None:
+        self.blocks = blocks
+        self._bare = meta_copy(model)
+        self._example = _first_image(example)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.flops = self._count(self._bare)
+        self._known: dict[Plan, tuple[int, int]] = {}
+
+    def of(self, plan: Plan) -> tuple[int, int]:
+        """Parameters, and FLOPs for one image."""
+        if plan not in self._known:
+            small = copy.deepcopy(self._bare)
+            with torch.device("meta"):
+                maps = [empty_map(e, self.blocks.width, self.blocks.prefix_tokens) for e in plan]
+            apply_plan(small, self.blocks, plan, maps)
+            self._known[plan] = (sum(p.numel() for p in small.parameters()), self._count(small))
+        return self._known[plan]
+
+    def fractions(self, plan: Plan) -> dict[str, float]:
+        """What remains of the original: ``params`` and ``flops``; and ``removed`` blocks."""
+        parameters, flops = self.of(plan)
+        return {
+            "removed": float(len(plan.removed_blocks)),
+            "params": parameters / self.parameters,
+            "flops": flops / self.flops,
+        }
+
+    def _count(self, model: nn.Module) -> int:
+        return count_flops(model, self._example)
+
+
+def _first_image(example: Batch) -> Batch:
+    if isinstance(example, Tensor):
+        return example[:1].to("meta")
+    return {name: value[:1].to("meta") for name, value in example.items()}

@@ -1,0 +1,307 @@
+"""Held-out images: the judge of maps and plans, by their true effect on the model's output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockfit import processes as ranks
+from blockfit.data.images import Images
+from blockfit.errors import BlockfitError
+from blockfit.fit.numerics import exact
+from blockfit.fit.plan import Plan, Replacement
+from blockfit.models.blocks import Blocks, overridden
+from blockfit.models.forward import evaluating
+from blockfit.models.head import Observation, observe
+from blockfit.models.surgery import swapped
+from blockfit.models.trace import Trace, trace
+from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
+from blockfit.search.solve import Solution
+from blockfit.search.spill import Shelf
+
+
+@dataclass(frozen=True)
+class MapError:
+    """The local error of one map on held-out images, beside identity's and per token type.
+
+    Each is Σ‖T(x) − h[stop]‖² / Σ‖h[stop] − mean‖², with x what the compressed prefix feeds it;
+    ``None`` where there are no tokens of the type.
+    """
+
+    span: str
+    map: str
+    error: float
+    identity_error: float
+    prefix: float | None
+    patch: float | None
+    identity_prefix: float | None
+    identity_patch: float | None
+
+
+class HeldOut:
+    """Held-out images with their hidden states cached at every boundary.
+
+    A candidate runs only the blocks behind its first span; everything before it is taken from
+    the cache, and the model's own forward does the rest. In a run on several processes each holds
+    all images and does a part of the work; all get the same figures.
+
+    Args:
+        model: the original model.
+        blocks: where its blocks are.
+        images: images that no map is fitted on; their batch size is the unit of ``batches``.
+        progress: called with images done and images in all.
+        shelf: where images and hidden states lie; in memory by default.
+
+    Raises:
+        BlockfitError: no image, NaN or infinite hidden states.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        images: Images,
+        progress: Callable[[int, int], None] | None = None,
+        shelf: Shelf | None = None,
+    ) -> None:
+        hold = None if shelf is None else shelf.hold
+        self.traces: list[Trace] = []
+        self.labels: list[Tensor | None] = []
+        with evaluating(model):
+            for batch in images.batches():
+                keep = range(blocks.depth + 1)
+                self.traces.append(trace(model, blocks, batch.inputs, keep, batch.names, hold))
+                if shelf is not None:
+                    self.traces[-1].inputs = shelf.hold_batch(batch.inputs)
+                self.labels.append(batch.labels)
+                if progress is not None:
+                    progress(len(self), len(images))
+        if not self.traces:
+            raise BlockfitError("there are no held-out images to judge by; give more images")
+        self.sizes = [len(seen.states[0]) for seen in self.traces]
+        self._begin(model, blocks, range(len(self.traces)), None)
+        self._count_right(images.class_names)
+
+    @classmethod
+    def of_traces(
+        cls,
+        model: nn.Module,
+        blocks: Blocks,
+        traces: Mapping[int, Trace],
+        sizes: Sequence[int],
+        owners: Sequence[int],
+    ) -> HeldOut:
+        """The same on batches that were traced already, with all their hidden states.
+
+        Args:
+            model: the original model.
+            blocks: where its blocks are.
+            traces: by number, those that this process holds.
+            sizes: images of every batch.
+            owners: the rank that holds each.
+        """
+        made = cls.__new__(cls)
+        made.traces, made.labels = list(traces.values()), [None] * len(traces)
+        made.sizes = list(sizes)
+        made._begin(model, blocks, traces, owners)
+        return made
+
+    def _begin(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        numbers: Iterable[int],
+        owners: Sequence[int] | None,
+    ) -> None:
+        self.model, self.blocks = model, blocks
+        self._at = {number: place for place, number in enumerate(numbers)}
+        self._owners = owners
+        self._fits = False
+        self.top1: float | None = None
+        """The original's, by its own head; ``None`` without labels of the head's classes."""
+        whole = Solution(Plan(), ())
+        self.original: list[Observation] = [
+            observe_solution(model, blocks, seen, whole) for seen in self.traces
+        ]
+        self.passes = 0.0
+        """Work done by ``score`` so far, in forward passes of one image through all blocks."""
+
+    def __len__(self) -> int:
+        return sum(len(seen.states[0]) for seen in self.traces)
+
+    def score(self, solution: Solution, batches: Sequence[int] | None = None) -> Fidelity:
+        """Fidelity of a solved plan, on all held-out images or on some batches of them."""
+        return self.scores([solution], batches)[0]
+
+    def scores(
+        self, solutions: Sequence[Solution], batches: Sequence[int] | None = None
+    ) -> list[Fidelity]:
+        """``score`` of several solutions; the processes of a run share the work."""
+        numbers = list(range(len(self.sizes))) if batches is None else list(batches)
+        tasks = [(number, i) for i in range(len(solutions)) for number in numbers]
+        found = self._spread(tasks, lambda number, i: self._compared(number, solutions[i]))
+        out = []
+        for i, solution in enumerate(solutions):
+            meter = FidelityMeter()
+            for sums in found[i * len(numbers) : (i + 1) * len(numbers)]:
+                meter.add_sums(sums)
+            self.passes += meter.images * self.cost(solution)
+            out.append(meter.result())
+        return out
+
+    def _compared(self, number: int, solution: Solution) -> Sums:
+        return compared(self.original[self._at[number]], self._observe(number, solution))
+
+    def _spread(
+        self, tasks: Sequence[tuple[int, int]], work: Callable[[int, int], Any]
+    ) -> list[Any]:
+        """Do tasks (batch, anything) where their batches are, or in turn; JSON results of all."""
+        owners = self._owners
+        owner = None if owners is None else lambda task: owners[task[0]]
+        return ranks.spread(tasks, lambda task: work(*task), owner)
+
+    def cost(self, solution: Solution) -> float:
+        """The part of a plain forward pass that one image costs: the blocks that are run."""
+        depth = self.blocks.depth
+        run = depth - first_touched(solution, depth) - len(solution.plan.removed_blocks)
+        return run / depth
+
+    def _count_right(self, names: list[str] | None) -> None:
+        """Find ``top1`` where the images' labels are classes of the model's own head."""
+        logits = self.original[0].logits
+        if logits is None or (names is not None and len(names) != logits.shape[1]):
+            return
+        self._fits = all(
+            known is not None and int(known.max()) < logits.shape[1] for known in self.labels
+        )
+        self.top1 = _share([self._right(n, seen) for n, seen in enumerate(self.original)])
+
+    def _right(self, place: int, seen: Observation) -> list[int]:
+        """Right answers and labelled images of a batch; below 0 is no label."""
+        labels = self.labels[place]
+        if not self._fits or labels is None or seen.logits is None:
+            return [0, 0]
+        right = seen.logits.argmax(1).to(labels.device) == labels
+        return [int(right.sum()), int((labels >= 0).sum())]
+
+    def judge(self, solution: Solution) -> tuple[Fidelity, list[MapError], float | None]:
+        """``score``, the local error of every map beside identity's, and top-1, in one go.
+
+        Top-1 is that of the model's own head, ``None`` where ``self.top1`` is. A folded map lies
+        in the block before its span, so that identity's error is that of the original's state
+        before the span.
+        """
+        k, entries = self.blocks.prefix_tokens, list(solution.plan)
+
+        def work(number: int, _: int) -> tuple[Sums, list[list[list[float]]], list[int]]:
+            seen = self.traces[self._at[number]]
+            gaps = {entry: torch.zeros(3, 2, dtype=torch.float64) for entry in entries}
+
+            def note(entry: Replacement, before: Tensor, after: Tensor) -> None:
+                target = exact(seen.states[entry.span.stop])
+                if entry.map == "folded":
+                    before = exact(seen.states[entry.span.start])
+                spread = target - target.mean(dim=(0, 1))
+                for column, tokens in enumerate((slice(0, k), slice(k, None))):
+                    for row, gap in enumerate((after - target, before - target, spread)):
+                        gaps[entry][row, column] += gap[:, tokens].square().sum().cpu()
+
+            found = observe_solution(self.model, self.blocks, seen, solution, note)
+            same = compared(self.original[self._at[number]], found)
+            right = self._right(self._at[number], found)
+            return same, [gaps[entry].tolist() for entry in entries], right
+
+        meter = FidelityMeter()
+        sums = [torch.zeros(3, 2, dtype=torch.float64) for _ in entries]
+        found = self._spread([(number, 0) for number in range(len(self.sizes))], work)
+        for same, gaps, _ in found:
+            meter.add_sums(same)
+            for total, gap in zip(sums, gaps, strict=True):
+                total += torch.tensor(gap, dtype=torch.float64)
+        self.passes += meter.images * self.cost(solution)
+        map_errors = [
+            MapError(
+                span=str(entry.span),
+                map=entry.map,
+                error=_ratio(total[0].sum(), total[2].sum()),
+                identity_error=_ratio(total[1].sum(), total[2].sum()),
+                prefix=_ratio(total[0, 0], total[2, 0]) if k else None,
+                patch=_ratio(total[0, 1], total[2, 1]),
+                identity_prefix=_ratio(total[1, 0], total[2, 0]) if k else None,
+                identity_patch=_ratio(total[1, 1], total[2, 1]),
+            )
+            for entry, total in zip(entries, sums, strict=True)
+        ]
+        return meter.result(), map_errors, _share([right for _, _, right in found])
+
+    def _observe(self, number: int, solution: Solution) -> Observation:
+        seen = self.traces[self._at[number]]
+        return observe_solution(self.model, self.blocks, seen, solution)
+
+
+def observe_solution(
+    model: nn.Module,
+    blocks: Blocks,
+    seen: Trace,
+    solution: Solution,
+    listen: Callable[[Replacement, Tensor, Tensor], None] | None = None,
+) -> Observation:
+    """What ``model`` says of a traced batch with ``solution`` in it, without changing the model.
+
+    Only the blocks behind the first one that the solution touches are run; ``seen`` must hold
+    the state at ``first_touched``, and those before it where a head reads intermediate layers.
+    ``listen`` gets every replacement with its map's input and output in float64.
+    """
+    first = first_touched(solution, blocks.depth)
+    functions: dict[int, Callable[[Tensor], Tensor]] = {}
+    start = seen.states[first]
+    for index in range(first - 1):
+        functions[index] = partial(_known, seen.states.get(index + 1))
+    if first > 0:
+        # A copy: the block that reads it may write into its input.
+        functions[first - 1] = lambda hidden: start.clone()
+    for entry, module in zip(solution.plan, solution.maps, strict=True):
+        for index in range(entry.span.start, entry.span.stop - 1):
+            functions[index] = _same
+        own = copy.deepcopy(module).to(start)  # the solution keeps its float32
+
+        def apply(hidden: Tensor, own: nn.Module = own, entry: Replacement = entry) -> Tensor:
+            # With no block before it, the model itself hands over h[0].
+            out: Tensor = own(hidden)
+            if listen is not None:
+                listen(entry, exact(hidden), exact(out))
+            return out
+
+        functions[entry.span.stop - 1] = apply
+    with swapped(model, solution.weights), overridden(model, blocks, functions):
+        return observe(model, blocks, seen.inputs)
+
+
+def first_touched(solution: Solution, depth: int) -> int:
+    """The first block that is not the original's; the depth where nothing was changed."""
+    starts = [e.span.start - (e.map == "folded") for e in solution.plan]
+    return min(starts, default=depth)
+
+
+def _share(counts: Sequence[Sequence[int]]) -> float | None:
+    """The right ones among the labelled ones; ``None`` where nothing is labelled."""
+    labelled = sum(known for _, known in counts)
+    return sum(right for right, _ in counts) / labelled if labelled else None
+
+
+def _same(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _known(state: Tensor | None, hidden: Tensor) -> Tensor:
+    return hidden if state is None else state
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if float(whole) > 0 else float(part)

@@ -1,0 +1,155 @@
+"""Recipes: named combinations of map, selection, refit and repair."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from blockfit.errors import BlockfitError
+from blockfit.fit.plan import MAP_KINDS, Replacement, Span
+from blockfit.search.solve import Options
+
+SELECTIONS = ("effect", "mse", "angular", "first", "last", "random")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How spans are chosen and what replaces them.
+
+    Args:
+        name: for messages and reports.
+        maps: kinds of map that may be chosen; the best one of each span is taken.
+        rank: rank of ``low-rank`` maps; ``None`` tries an eighth, a quarter and half of the width
+            and takes the smallest that loses next to nothing.
+        per_token_type: one map for prefix and one for patch tokens.
+        select: ``effect`` judges by the model's output on held-out images; ``mse`` is the
+            paper's similarity (smallest MSE between h[start] and h[stop]); ``angular`` the angle
+            between them (Gromov et al., arXiv 2403.17887); ``first``, ``last`` and ``random`` are
+            baselines.
+        contiguous: one span only, as in the paper.
+        longest: the longest span that is scored on its own.
+        options: how maps and repairs are solved.
+
+    Raises:
+        BlockfitError: for an unknown map or selection.
+    """
+
+    name: str = "default"
+    maps: tuple[str, ...] = ("affine",)
+    rank: int | None = None
+    per_token_type: bool = False
+    select: str = "effect"
+    contiguous: bool = False
+    longest: int = 6
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        for kind in self.maps:
+            if kind not in MAP_KINDS:
+                raise BlockfitError(f"unknown map {kind!r}; choose one of {', '.join(MAP_KINDS)}")
+        if not self.maps:
+            raise BlockfitError("a recipe needs a kind of map; name one of its maps")
+        if self.rank is not None and "low-rank" not in self.maps:
+            raise BlockfitError("only low-rank maps have a rank; leave --rank away or add the map")
+        if self.select not in SELECTIONS:
+            raise BlockfitError(
+                f"unknown selection {self.select!r}; choose one of {', '.join(SELECTIONS)}"
+            )
+
+    def replacements(self, span: Span, width: int) -> list[Replacement]:
+        """What may replace ``span`` in a model of this width: one entry per kind and rank."""
+        out = []
+        for kind in self.maps:
+            if kind == "folded" and span.start == 0:
+                continue
+            split = self.per_token_type and kind not in ("identity", "folded")
+            ranks: list[int | None] = [None]
+            if kind == "low-rank":
+                tried = (width // 8, width // 4, width // 2)
+                ranks = [self.rank] if self.rank else [max(1, rank) for rank in tried]
+            out += [Replacement(span, kind, rank, split) for rank in ranks]
+        return out
+
+    @property
+    def plain(self) -> bool:
+        """Whether every plan of the recipe can be written as a stock checkpoint."""
+        return set(self.maps) <= {"identity", "folded"}
+
+
+RECIPES = {
+    "default": Recipe(),
+    "paper": Recipe(
+        name="paper",
+        maps=("linear",),
+        select="mse",
+        contiguous=True,
+        options=Options(ridge=0.0, refit=False, repair="none"),
+    ),
+    "plain": Recipe(name="plain", maps=("identity", "folded")),
+}
+"""``default`` is the best measured; ``paper`` is TBA as published (arXiv 2410.04941): one span
+chosen by similarity, a linear map by plain least squares; ``plain`` adds no module, so its models
+can be written as stock checkpoints."""
+
+
+def named_recipe(name: str | Recipe, **changes: Any) -> Recipe:
+    """A recipe by name, with some of its fields changed.
+
+    Raises:
+        BlockfitError: for an unknown name.
+    """
+    if isinstance(name, Recipe):
+        return replace(name, **changes) if changes else name
+    if name not in RECIPES:
+        raise BlockfitError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return replace(RECIPES[name], **changes)
+
+
+def recipe_for(
+    recipe: str | Recipe,
+    spans_given: bool = False,
+    *,
+    map: str | None = None,
+    rank: int | None = None,
+    per_token_type: bool | None = None,
+    **solving: Any,
+) -> Recipe:
+    """The recipe that a call means.
+
+    Spans written by hand get the map that was asked for and nothing else: no repair, unless the
+    call names one or a recipe other than the default. ``None`` values change nothing.
+
+    Args:
+        recipe: a name, or a recipe to start from.
+        spans_given: spans were written by hand.
+        map: the only kind of map.
+        rank: of low-rank maps.
+        per_token_type: one map for prefix and one for patch tokens.
+        solving: fields of ``Options``; ``ridge`` may be ``"auto"``.
+    """
+    maps = None if map is None else (map,)
+    changes = {"maps": maps, "rank": rank, "per_token_type": per_token_type}
+    chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
+    given = {k: v for k, v in solving.items() if v is not None}
+    if "ridge" in given:
+        given["ridge"] = _ridge(given["ridge"])
+    if spans_given and "repair" not in given and chosen.name == "default" and recipe == "default":
+        given["repair"] = "none"
+    return replace(chosen, options=replace(chosen.options, **given))
+
+
+def _ridge(value: float | str) -> float | None:
+    """λ as a number; ``None`` for ``auto``."""
+    try:
+        return None if value == "auto" else float(value)
+    except ValueError:
+        raise BlockfitError(
+            f"cannot read {value!r} as ridge; give a number, such as 1e-4, or auto"
+        ) from None
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON values."""
+    values = asdict(recipe)
+    values["maps"] = list(recipe.maps)
+    return values

@@ -1,0 +1,392 @@
+"""One calibration and everything that is answered from it: the state behind compress and sweep."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from blockfit import processes as ranks
+from blockfit.checkpoint import Checkpoint
+from blockfit.data.images import Images
+from blockfit.errors import BlockfitError
+from blockfit.fit.moments import Moments
+from blockfit.fit.plan import Plan, Span, spans_up_to
+from blockfit.models.blocks import Batch, Blocks, find_blocks, named_blocks
+from blockfit.models.forward import evaluating, first_images, offloaded
+from blockfit.models.surgery import removed_plan
+from blockfit.models.tensors import narrowest
+from blockfit.models.trace import trace
+from blockfit.search.budget import Budget, Sizes
+from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
+from blockfit.search.held_out import HeldOut
+from blockfit.search.latency import latency_of
+from blockfit.search.recipes import Recipe
+from blockfit.search.solve import Solution
+from blockfit.search.span_search import QUICK_IMAGES, Point, Search, most_removed
+from blockfit.search.spill import (
+    MOMENTS_SHARE,
+    STATES_SHARE,
+    GroupedMoments,
+    Shelf,
+    check_batch,
+    groups_of,
+)
+from blockfit.search.states import Originals
+
+HOLD_OUT = 0.2
+JUDGE_BATCH = 16
+"""Batch size of the held-out images: the unit in which the race of candidates spends them."""
+
+FEWEST_IMAGES = 8
+SAFE_LOSS = 0.1
+"""Held-out loss above which a warning is due: KL in nats, relative feature error without a head."""
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is about: the model, where its blocks are, and the parts of the images."""
+
+    model: nn.Module
+    blocks: Blocks
+    fit: Images
+    held_out: Images
+    example: Batch
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        images: Images,
+        path: str | None = None,
+        hold_out: float = HOLD_OUT,
+        seed: int = 0,
+    ) -> Setting:
+        """Find the blocks and split the images.
+
+        Raises:
+            BlockfitError: no blocks, a model that is compressed already, fewer than
+                ``FEWEST_IMAGES`` images.
+        """
+        if len(images) < FEWEST_IMAGES:
+            raise BlockfitError(
+                f"{len(images)} calibration images are too few; give at least {FEWEST_IMAGES}, "
+                "better a few hundred"
+            )
+        if offloaded(model):
+            raise BlockfitError(
+                "some of the model's weights are offloaded (on the meta device), and a "
+                "compression changes weights; load it whole, or spread it over devices "
+                "(device_map), or only calibrate or analyze it"
+            )
+        example = next(iter(images))
+        blocks = find_blocks(model, example, path)
+        if len(done := removed_plan(model, blocks)):
+            raise BlockfitError(
+                f"the model is compressed already ({done}); compress the original again instead"
+            )
+        fit, held_out = images.split(hold_out, seed)
+        fit = replace(fit, batch_size=_fit_batch(fit.batch_size))
+        return cls(model, blocks, fit, replace(held_out, batch_size=JUDGE_BATCH), example)
+
+    def state(self) -> Tensor:
+        """The first hidden state of one image, shape (1, tokens, width)."""
+        with evaluating(self.model):
+            return trace(self.model, self.blocks, first_images(self.example, 1), [0]).states[0]
+
+
+def _fit_batch(asked: int) -> int:
+    """The largest power of two up to what was asked for and ``QUICK_IMAGES``.
+
+    Batches then end where the quick refits do, so that these see the same images at any batch size.
+    """
+    return 1 << (min(asked, QUICK_IMAGES).bit_length() - 1)
+
+
+class Session:
+    """Calibrates once; then finds plans for any number of budgets.
+
+    Args:
+        setting: model and images.
+        recipe: maps, selection, refit and repair.
+        protected: blocks that must stay.
+        seed: of the token draw and of ``select="random"``.
+        say: called with one line on what is being done.
+        progress: called with how many of how many (images, blocks) are done of what was said last.
+        checkpoint: where moments and the search are saved from time to time, and gone on from.
+        max_memory: bytes that moments and hidden states may take above the model; all fit into
+            memory where ``None``.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        recipe: Recipe,
+        protected: Iterable[int] = (),
+        seed: int = 0,
+        say: Say | None = None,
+        progress: Progress | None = None,
+        checkpoint: Checkpoint | None = None,
+        max_memory: int | None = None,
+    ) -> None:
+        self._checkpoint, self._max_memory = checkpoint, max_memory
+        self.setting, self.recipe, self.seed = setting, recipe, seed
+        self.protected = tuple(sorted(set(protected)))
+        self._say, self._progress = say or (lambda line: None), progress
+        model, blocks = setting.model, setting.blocks
+        spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist
+        shelf = None
+        if max_memory is not None:
+            check_batch(setting.fit.batch_size, setting.state(), blocks.depth, max_memory)
+            shelf = Shelf(int(STATES_SHARE * max_memory))
+        self._say(f"original model on {len(setting.fit)} fit images")
+        self.originals = Originals(model, blocks, setting.fit, progress=progress, shelf=shelf)
+        self._say(f"original model on {len(setting.held_out)} held-out images")
+        self.held_out = HeldOut(model, blocks, setting.held_out, progress, shelf)
+        self.sizes = Sizes(model, blocks, setting.example)
+        self.precision = narrowest(model)
+        self._moments: list[Moments | GroupedMoments] = []
+        self._savings: dict[str, list[float]] = {}
+        self._search: Search | None = None
+
+    def with_recipe(self, recipe: Recipe) -> Session:
+        """The same calibration under another recipe."""
+        other = copy.copy(self)
+        other.recipe, other._search = recipe, None
+        return other
+
+    def search(self, longest: int | None = None) -> Search:
+        """The search; calibrates at the first call.
+
+        Args:
+            longest: spans at least as long must be known; where only one span is allowed, any
+                that the model has by default.
+        """
+        setting, recipe = self.setting, self.recipe
+        if longest is None and recipe.contiguous:
+            longest = most_removed(setting.blocks.depth, self.protected)
+        longest = max(recipe.longest, longest or 0)
+        if self._search is None or self._search.recipe.longest < longest:
+            spans = spans_up_to(setting.blocks.depth, longest, self.protected)
+            if not spans:
+                raise BlockfitError("every block is protected; protect fewer")
+            if not self._moments or not set(spans) <= set(self._moments[0].spans):
+                self._say(f"moments of {len(spans)} spans")
+                self._moments[:] = [self._calibrate(spans)]
+            moments = self._moments[0]
+            self._search = Search(
+                self.originals,
+                self.held_out,
+                moments,
+                replace(recipe, longest=longest),
+                self.protected,
+                self.seed,
+                self._say,
+                self._progress,
+                self.precision,
+            )
+            self._go_on(self._search)
+        return self._search
+
+    def _go_on(self, search: Search) -> None:
+        """Take over what an earlier run found, and save what this one finds."""
+        checkpoint, name = self._checkpoint, f"search-{search.recipe.longest}"
+        if checkpoint is None:
+            return
+        found = checkpoint.load(name) if ranks.is_first() else None
+        search.restore(ranks.agreed(lambda: {} if found is None else found[0]))
+        if ranks.is_first():
+            search.keep = lambda: checkpoint.save(name, search.state())
+
+    def _calibrate(self, spans: list[Span]) -> Moments | GroupedMoments:
+        if self._max_memory is None:
+            return self._pass(spans)
+        groups = groups_of(spans, self.setting.blocks.width, MOMENTS_SHARE * self._max_memory)
+        if len(groups) == 1:
+            return self._pass(spans)
+        return GroupedMoments(groups, self._passes(groups))
+
+    def _passes(self, groups: list[list[Span]]) -> Iterator[Moments]:
+        for number, spans in enumerate(groups):
+            self._say(f"moments of {len(spans)} spans, pass {number + 1} of {len(groups)}")
+            yield self._pass(spans)
+
+    def _pass(self, spans: list[Span]) -> Moments:
+        how = {"tokens_per_image": TOKENS_PER_IMAGE, "seed": self.seed}
+        model, blocks, fit = self.setting.model, self.setting.blocks, self.setting.fit
+        if self.originals.complete:
+            return moments_of(self.originals.kept(), blocks, spans, **how)
+        return calibrate(
+            model, blocks, fit, spans, **how, progress=self._progress, checkpoint=self._checkpoint
+        )
+
+    def by_hand(self, plan: Plan) -> Point:
+        """Solve a plan that the user wrote."""
+        plan.check(self.setting.blocks.depth, self.protected)
+        self._say(f"solving {plan}")
+        judge = Search(
+            self.originals,
+            self.held_out,
+            None,
+            self.recipe,
+            self.protected,
+            progress=self._progress,
+            precision=self.precision,
+        )
+        return judge.point(plan)
+
+    def reach(self, budget: Budget) -> Point:
+        """The plan of smallest held-out loss that meets ``budget``.
+
+        Raises:
+            BlockfitError: where no plan does; the message says what can be reached.
+        """
+        if budget.kind == "remove":
+            size = int(budget.value)
+            longest = size if self.recipe.contiguous else None
+            search = self.search(longest)
+            point = search.solved(size)
+            assert point is not None
+            return point
+        if budget.kind in ("params", "flops"):
+            return self._reach_size(budget)
+        if budget.kind == "latency":
+            return self._reach_latency(budget)
+        return self._reach_loss(budget)
+
+    def _reach_size(self, budget: Budget) -> Point:
+        largest = most_removed(self.setting.blocks.depth, self.protected)
+        sizes = range(1, largest + 1)
+        if not any(self._worth_trying(budget, size) for size in sizes):
+            raise BlockfitError(
+                f"{budget} cannot be reached even with {largest} of "
+                f"{self.setting.blocks.depth} blocks removed; ask for more"
+            )
+        search = self.search()
+        smallest = 1.0
+        for size in sizes:
+            plans = search.proposals(size) if self._worth_trying(budget, size) else []
+            for plan in plans:
+                smallest = min(smallest, self.sizes.fractions(plan)[budget.kind])
+            if any(self._meets(budget, plan) for plan in plans):
+                point = search.solved(size, lambda plan: self._meets(budget, plan))
+                assert point is not None
+                return point
+        raise BlockfitError(
+            f"{budget} cannot be reached: with {search.largest} blocks removed, the smallest "
+            f"model has {smallest:.1%}; ask for more"
+        )
+
+    def _meets(self, budget: Budget, plan: Plan) -> bool:
+        return budget.met_by_size(self.sizes.fractions(plan))
+
+    def _worth_trying(self, budget: Budget, size: int) -> bool:
+        """Whether removing the ``size`` largest blocks for nothing would meet the budget."""
+        if budget.kind not in self._savings:
+            depth = self.setting.blocks.depth
+            single = [Plan.of([f"{i}:{i + 1}"], "identity") for i in range(depth)]
+            saved = [1 - self.sizes.fractions(plan)[budget.kind] for plan in single]
+            self._savings[budget.kind] = sorted(saved, reverse=True)
+        return 1 - sum(self._savings[budget.kind][:size]) <= budget.value + 1e-9
+
+    def _reach_latency(self, budget: Budget) -> Point:
+        search = self.search()
+        ratio = 1.0
+        for size in range(1, search.largest + 1):
+            if not self._worth_trying(Budget("flops", min(1.0, budget.value * 1.1)), size):
+                continue
+            point = search.solved(size)
+            assert point is not None
+            ratio = ranks.agreed(partial(self.latency_ratio, point.solution))
+            self._say(f"{size} blocks: latency {ratio:.1%} of the original's")
+            if ratio <= budget.value:
+                return point
+        raise BlockfitError(
+            f"{budget} cannot be reached on this machine: with {search.largest} blocks removed, "
+            f"the latency is {ratio:.1%} of the original's; ask for more"
+        )
+
+    def latency_ratio(self, solution: Solution) -> float:
+        """Median latency of the solved model over the original's, measured in turn."""
+        setting = self.setting
+        return latency_of(setting.model, setting.blocks, solution, setting.example).ratio
+
+    def _reach_loss(self, budget: Budget) -> Point:
+        search = self.search()
+        if budget.kind == "max_drop" and self.held_out.top1 is None:
+            raise BlockfitError(
+                "max_drop needs labelled images of the classes of the model's own head; "
+                "give such images or use max_kl"
+            )
+        best: Point | None = None
+        cheapest, misses = float("inf"), 0
+        for size in range(1, search.largest + 1):
+            point = search.solved(size)
+            assert point is not None
+            cost = self._cost(budget, point)
+            cheapest = min(cheapest, cost)
+            misses = misses + 1 if cost > budget.value else 0
+            if cost <= budget.value:
+                best = point
+            if misses == 2:
+                break
+        if best is None:
+            raise BlockfitError(
+                f"{budget} cannot be kept: removing one block costs {cheapest:.3g} already; "
+                "ask for more"
+            )
+        return best
+
+    def _cost(self, budget: Budget, point: Point) -> float:
+        if budget.kind == "max_kl":
+            if point.fidelity.kl is None:
+                raise BlockfitError("max_kl needs a model with a head; use remove, params or flops")
+            return point.fidelity.kl
+        before, after = self.held_out.top1, point.top1
+        assert before is not None
+        assert after is not None
+        return 100 * (before - after)
+
+    def repaired_blocks(self, point: Point) -> list[int]:
+        """The kept blocks of which a solution holds weights that were solved anew."""
+        blocks = self.setting.blocks
+        names = named_blocks(self.setting.model, blocks)
+        starts = [".".join(filter(None, (blocks.path, name))) + "." for name in names]
+        changed = point.solution.weights
+        return [i for i, start in enumerate(starts) if any(n.startswith(start) for n in changed)]
+
+    def warnings(self, point: Point) -> list[str]:
+        """What the user should know: a costly budget, and the nearest safe one."""
+        out = []
+        loss, search = point.fidelity.loss, self._search
+        if loss > SAFE_LOSS:
+            what = "KL" if point.fidelity.kl is not None else "relative feature error"
+            line = (
+                f"removing {point.removed} blocks costs a held-out {what} of {loss:.3f}, "
+                f"above {SAFE_LOSS}"
+            )
+            tried = (
+                {} if search is None else {n: search.tried[p[0]] for n, p in search.best.items()}
+            )
+            safe = [n for n, value in tried.items() if value <= SAFE_LOSS]
+            if safe:
+                line += f"; the nearest safe budget is --remove {max(safe)}"
+            elif tried:
+                line += "; no number of blocks is safe for this model and these images"
+            out.append(line)
+        for error in point.map_errors:
+            if error.map == "identity" and any(m != "identity" for m in self.recipe.maps):
+                out.append(f"span {error.span} was dropped: its map was worse than identity")
+        tokens = len(self.setting.fit) * self.originals.like.shape[1]
+        if tokens < 4 * self.setting.blocks.width:
+            out.append(
+                f"{tokens} tokens of {len(self.setting.fit)} images are few for width "
+                f"{self.setting.blocks.width}; more calibration images give a better model"
+            )
+        return out

@@ -1,0 +1,396 @@
+"""The frontier: one calibration, the best plan for every size, models made from it in seconds."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blockfit import processes as ranks
+from blockfit.checkpoint import forget
+from blockfit.data.images import Images
+from blockfit.data.images import images as open_images
+from blockfit.errors import BlockfitError
+from blockfit.fit.maps import empty_map
+from blockfit.fit.plan import Plan, Replacement
+from blockfit.models.blocks import Batch, Blocks
+from blockfit.models.forward import first_images
+from blockfit.models.load import load_model, source_of
+from blockfit.models.source import Source
+from blockfit.models.tensors import fingerprint
+from blockfit.search.budget import Budget, unresolved
+from blockfit.search.latency import latency_of, way_of
+from blockfit.search.recipes import Recipe, recipe_for
+from blockfit.search.run import Result, checkpoint_of, run_json
+from blockfit.search.session import HOLD_OUT, Progress, Say, Session, Setting
+from blockfit.search.solve import Solution
+from blockfit.search.span_search import Point, most_removed
+from blockfit.search.sweep_file import (
+    FORMAT,
+    MARK,
+    read_point_file,
+    read_sweep_file,
+    write_sweep_file,
+)
+from blockfit.units import bytes_of
+
+UNKNOWN = {
+    "latency": "holds no latencies; give the same sweep again with --measure-latency 1 "
+    "(latency_images=1), or compress from images",
+    "max_kl": "holds no KL, for the model has no head; use remove, params or flops",
+    "max_drop": "holds no accuracy; sweep labelled images of the classes of the model's own "
+    "head into a new folder, or use max_kl",
+}
+"""Why no point of a sweep can be chosen by a kind of budget, and what to do."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What a sweep folder holds.
+
+    Args:
+        folder: where it lies.
+        data: the content of ``sweep.json``: the run, the original's sizes, one entry per size.
+    """
+
+    folder: Path
+    data: dict[str, Any]
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """One entry per number of removed blocks, smallest first."""
+        points: list[dict[str, Any]] = self.data["points"]
+        return sorted(points, key=lambda point: point["removed"])
+
+    def best(self, budget: Budget) -> dict[str, Any]:
+        """The point of smallest held-out loss that meets ``budget``.
+
+        For ``max_kl`` and ``max_drop``, the one that removes most. A point that removes more at a
+        smaller loss is preferred, so the loss never falls from one budget to a larger one.
+
+        Raises:
+            BlockfitError: where no point meets it, or the sweep does not hold what it needs.
+        """
+        known = [(point, self._figures(point)) for point in self.points]
+        known = [(point, figures) for point, figures in known if budget.kind in figures]
+        if not known:
+            raise BlockfitError(f"the sweep {self.folder} {UNKNOWN[budget.kind]}")
+        if budget.kind in ("max_kl", "max_drop"):
+            fitting = [p for p, figures in known if figures[budget.kind] <= budget.value]
+            if fitting:
+                return max(fitting, key=lambda p: (p["removed"], -loss_of(p)))
+        else:
+            fitting = [p for p, figures in known if budget.met_by_size(figures)]
+            if fitting:
+                return min(fitting, key=lambda p: (loss_of(p), p["removed"]))
+        raise BlockfitError(
+            f"no plan of the sweep {self.folder} meets {budget}; it removes "
+            f"{self.points[0]['removed']} to {self.points[-1]['removed']} blocks"
+        )
+
+    def _figures(self, point: dict[str, Any]) -> dict[str, float]:
+        """What each kind of budget looks at, as far as the sweep holds it."""
+        original = self.data["original"]
+        before, after = original.get("top1"), point.get("top1")
+        found = {
+            "removed": point["removed"],
+            "remove": point["removed"],
+            "params": point["parameters"] / original["parameters"],
+            "flops": point["flops"] / original["flops"],
+            "latency": point.get("latency", {}).get("ratio"),
+            "max_kl": point["held_out"]["kl"],
+            "max_drop": None if None in (before, after) else 100 * (before - after),
+        }
+        return {kind: value for kind, value in found.items() if value is not None}
+
+
+def loss_of(point: dict[str, Any]) -> float:
+    """The held-out loss of a point: KL, or relative feature error without a head."""
+    held_out = point["held_out"]
+    kl = held_out["kl"]
+    return float(held_out["feature_relative_error"] if kl is None else kl)
+
+
+def sweep(
+    model: nn.Module | str | Path,
+    images: Any,
+    folder: str | Path,
+    *,
+    recipe: str | Recipe = "default",
+    protect: Iterable[int] = (),
+    blocks: str | None = None,
+    hold_out: float = HOLD_OUT,
+    seed: int = 0,
+    say: Say | None = None,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+    max_memory: int | str | None = None,
+    latency_images: int | None = None,
+) -> Frontier:
+    """Find the best plan for every size, from 1 removed block to all but two.
+
+    Every finished size is written at once (by the first process, where there are several); a sweep
+    that was stopped goes on where it was when it is called again with the same arguments.
+
+    Args:
+        model: the original, or its name.
+        images: ``Images``, or whatever ``blockfit.images`` takes.
+        folder: new, empty, or of the same sweep.
+        recipe: as in ``compress``.
+        protect: blocks that must stay.
+        blocks: dotted path of the list of blocks, where looking is not enough.
+        hold_out: part of the images that judges.
+        seed: of every draw.
+        say: called with one line on what is being done.
+        progress: called with how many of how many (images, blocks) are done of what was said last.
+        resume: as in ``compress``: goes on also within the calibration and within a size.
+        max_memory: as in ``compress``.
+        latency_images: measure the latency of every plan against the original's, in turn, with
+            this many images per forward pass. A finished sweep is measured without being run
+            again, and only plans that were not measured with as many images and threads.
+
+    Raises:
+        BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
+    """
+    target = Path(folder).expanduser()
+    if latency_images is not None and latency_images < 1:
+        raise BlockfitError(f"latency is measured on 1 image or more, got {latency_images}")
+    if not isinstance(model, nn.Module):
+        model = load_model(model)
+    if not isinstance(images, Images):
+        images = open_images(images, model, seed=seed)
+    chosen = recipe_for(recipe)
+    room = None if max_memory is None else bytes_of(str(max_memory))
+    run = run_json(model, images, chosen, protect, hold_out, seed)
+    before = ranks.agreed(lambda: _resume(target, run))
+    setting = Setting.of(model, images, blocks, hold_out, seed)
+    largest = most_removed(setting.blocks.depth, run["protect"])
+    done = set() if before is None else {p["removed"] for p in before["points"]}
+    if before is not None and done >= set(range(1, largest + 1)):
+        frontier = Frontier(target, before)
+    else:
+        checkpoint = checkpoint_of(resume, run, images, setting.blocks)
+        session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
+        frontier = Frontier(target, before or _begun(session, run))
+        _go_through(frontier, session)
+    if resume is not None:
+        forget(Path(resume).expanduser())  # also what a run left that was stopped right here
+    if latency_images is not None:
+        few = replace(images, batch_size=latency_images)
+        inputs = first_images(next(iter(few)), latency_images)
+        _measure(frontier, setting, inputs, say)
+    return frontier
+
+
+def _begun(session: Session, run: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``sweep.json`` before there is a plan."""
+    sizes, model = session.sizes, session.setting.model
+    top1 = session.held_out.top1
+    return {
+        "format": FORMAT,
+        "run": run,
+        "source": source_of(model).to_json(),
+        "blocks": asdict(session.setting.blocks),
+        "original": {"parameters": sizes.parameters, "flops": sizes.flops, "top1": top1},
+        "points": [],
+        "search": {},
+    }
+
+
+def _go_through(frontier: Frontier, session: Session) -> None:
+    """Find, and write at once, the plans that are not there yet."""
+    target, data = frontier.folder, frontier.data
+    search = session.search()
+    search.restore(data["search"])
+    data["original"].setdefault("top1", session.held_out.top1)
+    done = {point["removed"] for point in data["points"]}
+    if ranks.is_first():
+        target.mkdir(parents=True, exist_ok=True)
+    for size in range(1, search.largest + 1):
+        if size in done:
+            continue
+        started = time.perf_counter()
+        point = search.solved(size)
+        assert point is not None
+        data["search"] = search.state()
+        if ranks.is_first():
+            data["points"].append(_write_point(target, session, point, started))
+            write_sweep_file(target / MARK, data)
+
+
+def _measure(frontier: Frontier, setting: Setting, inputs: Batch, say: Say | None) -> None:
+    """Time every plan that was not timed in the same way, from what lies in the folder.
+
+    The first of several processes does it, one plan after the other, so that none waits long.
+    """
+
+    def missing() -> list[int]:
+        now = way_of(setting.model, inputs).items()
+        return [p["removed"] for p in frontier.points if not now <= p.get("latency", {}).items()]
+
+    def timed(removed: int) -> None:
+        point = next(p for p in frontier.points if p["removed"] == removed)
+        solution = _read_point(frontier.folder, point, setting.blocks)
+        point["latency"] = asdict(latency_of(setting.model, setting.blocks, solution, inputs))
+        write_sweep_file(frontier.folder / MARK, frontier.data)
+
+    for removed in ranks.agreed(missing):
+        if say is not None:
+            say(f"{removed} blocks: latency")
+        ranks.agreed(partial(timed, removed))
+
+
+def read_sweep(folder: str | Path) -> Frontier:
+    """Read a sweep folder.
+
+    Raises:
+        BlockfitError: where it is none, or is damaged.
+    """
+    target = Path(folder).expanduser()
+    path = target / MARK
+    if not path.is_file():
+        raise BlockfitError(f"{folder} is no sweep folder (it has no {MARK}); make one with sweep")
+    data = read_sweep_file(path)
+    if not data["points"]:
+        raise BlockfitError(f"{folder} holds an unfinished sweep without a plan; run it again")
+    return Frontier(target, data)
+
+
+def from_sweep(
+    folder: str | Path,
+    budget: Budget,
+    model: nn.Module | str | Path | None = None,
+) -> Result:
+    """Make the model of a sweep's best plan for ``budget``, without images.
+
+    Args:
+        folder: of a sweep.
+        budget: what has to be reached.
+        model: the original; loaded by the name that the sweep wrote down where ``None``.
+
+    Raises:
+        BlockfitError: where no plan meets the budget or the model is not the sweep's.
+    """
+    started = time.perf_counter()
+    frontier = read_sweep(folder)
+    data = frontier.data
+    point = frontier.best(budget)
+    given = isinstance(model, nn.Module)
+    original = model if isinstance(model, nn.Module) else load_model(model or _name(data))
+    if fingerprint(original) != data["run"]["model"]:
+        raise BlockfitError(
+            f"the model is not the one that the sweep {folder} was made with; give that model"
+        )
+    blocks = Blocks(**data["blocks"])
+    solution = _read_point(frontier.folder, point, blocks)
+    source = source_of(original)
+    small = copy.deepcopy(original) if given else original
+    solution.apply(small, blocks)
+    report: dict[str, Any] = {
+        "budget": str(budget),
+        "sweep": str(folder),
+        "recipe": data["run"]["recipe"],
+        "seed": data["run"]["seed"],
+        "removed_blocks": point["removed"],
+        "parameters_before": data["original"]["parameters"],
+        "parameters_after": point["parameters"],
+        "flops_before": data["original"]["flops"],
+        "flops_after": point["flops"],
+        "calibration": data["run"]["calibration"],
+        "held_out": point["held_out"],
+        "maps": point["maps"],
+        "top1_before": data["original"].get("top1"),
+        "top1_after": point.get("top1"),
+        **{key: point[key] for key in ("repaired_blocks", "latency") if key in point},
+        "warnings": point["warnings"] + unresolved(budget, point["held_out"]["images"]),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    return Result(small, solution.plan, report, blocks, source)
+
+
+def _name(data: dict[str, Any]) -> str:
+    name = Source.from_json(data["source"]).loads_as
+    if name is None:
+        raise BlockfitError("the sweep's model was built by the user; give it as MODEL (model=)")
+    return name
+
+
+def _write_point(folder: Path, session: Session, point: Point, started: float) -> dict[str, Any]:
+    solution = point.solution
+    tensors: dict[str, Tensor] = {f"weights.{k}": v for k, v in solution.weights.items()}
+    for number, module in enumerate(solution.maps):
+        tensors |= {f"maps.{number}.{k}": v for k, v in module.state_dict().items()}
+    name = f"removed-{point.removed:02d}.safetensors"
+    partial = folder / f"{name}.partial"
+    try:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
+        os.replace(partial, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise BlockfitError(f"cannot write to {folder}: {error}; make room") from error
+    parameters, flops = session.sizes.of(solution.plan)
+    return {
+        "removed": point.removed,
+        "plan": solution.plan.to_json(),
+        "parameters": parameters,
+        "flops": flops,
+        "held_out": asdict(point.fidelity),
+        "top1": point.top1,
+        "maps": [asdict(error) for error in point.map_errors],
+        "repaired_blocks": session.repaired_blocks(point),
+        "warnings": session.warnings(point),
+        "file": name,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _read_point(folder: Path, point: dict[str, Any], blocks: Blocks) -> Solution:
+    plan = Plan.from_json(point["plan"], f"{MARK}: plan")
+    tensors, path = read_point_file(folder, point["file"]), folder / point["file"]
+    maps = []
+    for number, entry in enumerate(plan):
+        prefix = f"maps.{number}."
+        own = {k[len(prefix) :]: tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+        maps.append(_filled(entry, own, blocks, path))
+    weights = {k.removeprefix("weights."): v for k, v in tensors.items()}
+    return Solution(plan, tuple(maps), weights)
+
+
+def _filled(entry: Replacement, values: dict[str, Tensor], blocks: Blocks, path: Path) -> nn.Module:
+    module = empty_map(entry, blocks.width, blocks.prefix_tokens)
+    wanted = {k: v.shape for k, v in module.state_dict().items()}
+    if wanted != {k: v.shape for k, v in values.items()}:
+        raise BlockfitError(
+            f"{path}: the map of span {entry.span} has other tensors; run the sweep again"
+        )
+    module.load_state_dict(values)
+    return module
+
+
+def _resume(target: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """What a stopped sweep of the same run left; refuses a folder of anything else."""
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        raise BlockfitError(f"{target} is a file; give a folder to write the sweep to")
+    if not (target / MARK).is_file():
+        if any(p for p in target.iterdir() if not p.name.endswith(".partial")) and not list(
+            target.glob("removed-*.safetensors")
+        ):
+            raise BlockfitError(f"{target} is not empty and holds no sweep; choose a new folder")
+        return None
+    data = read_sweep_file(target / MARK)
+    if data["run"] != run:
+        different = [k for k in run if data["run"].get(k) != run[k]]
+        raise BlockfitError(
+            f"{target} holds a sweep with another {' and '.join(different)}; choose a new folder"
+        )
+    return data

@@ -1,0 +1,127 @@
+"""Models of texts, through the same mechanism: masks and positions reach the kept blocks.
+
+Experimental: no command takes texts; batches are dictionaries of tensors, in Python.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import one_thread as one_thread
+from torch import Tensor, nn
+
+import blockfit
+from blockfit.models.blocks import block_modules, find_blocks
+
+transformers = pytest.importorskip("transformers")
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64,
+    "vocab_size": 40, "max_position_embeddings": 32, "num_labels": 5,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def _maker(name: str, **options: Any) -> Callable[[], Any]:
+    model_class = getattr(transformers, name)
+    return lambda: model_class(model_class.config_class(**{**SIZES, **options}))
+
+
+MODELS: dict[str, tuple[Callable[[], Any], str]] = {
+    "bert": (_maker("BertModel"), "encoder.layer"),
+    "bert-classifier": (_maker("BertForSequenceClassification"), "bert.encoder.layer"),
+    "modernbert-classifier": (
+        _maker("ModernBertForSequenceClassification", cls_token_id=1, sep_token_id=2),
+        "model.layers",
+    ),
+    "llama": (_maker("LlamaForCausalLM", num_key_value_heads=1), "model.layers"),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name: str) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MODELS[name][0]()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def batch(seed: int, count: int = 6) -> dict[str, Tensor]:
+    """Texts of ten tokens, every second one of seven and padded."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 40, (count, 10), generator=generator)
+    mask = torch.ones_like(tokens)
+    tokens[:, 0] = 1
+    tokens[1::2, 7:] = mask[1::2, 7:] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+TEXTS = [batch(seed) for seed in range(6)]
+
+
+def primary(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        out = model(**inputs)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+@every_model
+def test_blocks_are_found_and_their_maps_get_what_the_model_gives_them(name: str) -> None:
+    model = build(name)
+    blocks = find_blocks(model, TEXTS[0])
+    assert (blocks.path, blocks.depth, blocks.width) == (MODELS[name][1], 4, 32)
+    result = blockfit.compress(model, blockfit.images(TEXTS), spans=["1:3"])
+    by_hand = copy.deepcopy(model)
+    modules = block_modules(by_hand, blocks)
+    (linear,) = [m for m in block_modules(result.model, blocks)[2].modules() if is_map(m)]
+
+    def stand_in(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return linear(hidden)
+
+    modules[1].forward = lambda hidden, *args, **kwargs: hidden
+    modules[2].forward = stand_in
+    for inputs in TEXTS[:2]:
+        expected = primary(by_hand, inputs)
+        torch.testing.assert_close(primary(result.model, inputs), expected)
+        assert not torch.allclose(expected, primary(model, inputs))
+
+
+def is_map(module: nn.Module) -> bool:
+    return type(module).__module__ == "blockfit.fit.maps"
+
+
+@every_model
+def test_texts_choose_a_span_and_the_small_model_is_saved_and_loaded(
+    name: str, tmp_path: Path
+) -> None:
+    result = blockfit.compress(build(name), blockfit.images(TEXTS), remove=1)
+    blockfit.save(result, tmp_path / "small")
+    back = blockfit.load(tmp_path / "small")
+    assert torch.equal(primary(back, TEXTS[0]), primary(result.model, TEXTS[0]))
+
+
+def test_a_decoder_writes_the_same_with_and_without_its_cache() -> None:
+    result = blockfit.compress(build("llama"), blockfit.images(TEXTS), spans=["1:3"])
+    start = {"input_ids": torch.tensor([[1, 5, 6, 7]]), "attention_mask": torch.ones(1, 4).long()}
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    small: Any = result.model
+    with_cache = small.generate(**start, **how, use_cache=True)
+    assert torch.equal(with_cache, small.generate(**start, **how, use_cache=False))
+    assert with_cache.shape == (1, 12)
+
+
+def test_padded_places_do_not_change_a_compressed_models_output() -> None:
+    result = blockfit.compress(build("bert"), blockfit.images(TEXTS), spans=["1:3"])
+    inputs = {key: value[1:2] for key, value in TEXTS[0].items()}
+    short = {key: value[:, :7] for key, value in inputs.items()}
+    torch.testing.assert_close(
+        primary(result.model, inputs)[:, :7], primary(result.model, short), rtol=1e-4, atol=1e-5
+    )

@@ -1,0 +1,135 @@
+"""The judge says what the compressed model itself would say, by its head and by linear probes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from families import one_thread as one_thread
+from small import CLASSES, SmallViT, small_blocks, small_pictures, small_vit
+from torch import nn
+
+from blockfit.data.images import Images
+from blockfit.data.images import images as open_images
+from blockfit.errors import BlockfitError
+from blockfit.evaluation.paper.judge import Judge, fitting_judge
+from blockfit.evaluation.protocols import Features, linear_probe_sgd
+from blockfit.fit.maps import Linear
+from blockfit.fit.plan import Plan
+from blockfit.search.fidelity import kl_divergence
+from blockfit.search.solve import Solution
+
+
+def labelled(count: int, seed: int) -> Images:
+    """Pictures whose label is what the small model says, one in four of them changed."""
+    pictures = small_pictures(count, seed)
+    with torch.no_grad():
+        labels = small_vit()(pictures).argmax(1)
+    labels[::4] = (labels[::4] + 1) % CLASSES
+    return open_images((pictures, labels), batch_size=8)
+
+
+def solution(span: str = "2:4") -> Solution:
+    module = Linear(16, bias=False)
+    module.weight.data += 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(5))
+    return Solution(Plan.of([span], "linear"), (module,))
+
+
+def applied(model: SmallViT) -> SmallViT:
+    small = copy.deepcopy(model)
+    solution().apply(small, small_blocks(small))
+    return small
+
+
+def features(model: SmallViT, images: Images) -> Features:
+    """What reaches the head."""
+    rows: list[torch.Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _, args: rows.append(args[0].detach()))
+    batches = list(images.batches())
+    with torch.no_grad():
+        for batch in batches:
+            model(batch.inputs)
+    hook.remove()
+    labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+    return Features(torch.cat(rows).numpy(), labels.numpy())
+
+
+def test_the_heads_verdict_is_that_of_the_applied_model() -> None:
+    model, test = small_vit(), labelled(40, 1)
+    judge = Judge(model, small_blocks(model), test)
+    found = judge.verdicts({"a": solution()})["a"]
+    pictures = torch.cat([batch.inputs for batch in test.batches()])
+    labels = torch.cat([batch.labels for batch in test.batches()])
+    with torch.no_grad():
+        before, after = model(pictures), applied(model)(pictures)
+    assert found.top1 == pytest.approx(float((after.argmax(1) == labels).float().mean()))
+    assert found.kl == pytest.approx(float(kl_divergence(before, after).mean()), rel=1e-4)
+    assert found.agreement == pytest.approx(
+        float((before.argmax(1) == after.argmax(1)).float().mean())
+    )
+    whole = judge.original()
+    assert whole.top1 == pytest.approx(0.75)
+    assert (whole.kl, whole.agreement, whole.feature_error) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("kind", ["probe-fixed", "probe-new"])
+def test_a_probes_verdict_is_that_of_features_of_the_applied_model(kind: str) -> None:
+    model, train, test = small_vit(), labelled(64, 2), labelled(40, 1)
+    judge = Judge(model, small_blocks(model), test, kind, train)
+    found = judge.verdicts({"a": solution()}, seed=3)["a"]
+    learnt_from = model if kind == "probe-fixed" else applied(model)
+    judged_on = features(applied(model), test)
+    guess = linear_probe_sgd(features(learnt_from, train), 3)(judged_on)
+    assert found.top1 == pytest.approx(float(np.mean(guess == judged_on.labels)))
+    own = features(model, test)
+    expected = linear_probe_sgd(features(model, train), 3)(own)
+    assert judge.original(3).top1 == pytest.approx(float(np.mean(expected == own.labels)))
+
+
+@pytest.mark.parametrize("kind", ["head", "probe-fixed", "probe-new"])
+def test_little_memory_changes_no_verdict(kind: str) -> None:
+    model, train, test = small_vit(), labelled(32, 2), labelled(24, 1)
+    solutions = {"a": solution(), "b": solution("3:5")}
+    blocks = small_blocks(model)
+    much = Judge(model, blocks, test, kind, train)
+    little = Judge(model, blocks, test, kind, train, most_bytes=1)
+    for _ in range(2):  # the second time from what was kept, and from running anew
+        assert much.verdicts(solutions) == little.verdicts(solutions)
+    assert much._test._kept is not None
+    assert little._test._kept is None
+
+
+def test_the_judge_leaves_the_model_as_it_was() -> None:
+    model = small_vit().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Judge(model, small_blocks(model), labelled(8, 1)).verdicts({"a": solution()})
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    model = small_vit()
+    blocks = small_blocks(model)
+    with pytest.raises(BlockfitError, match="choose one of head"):
+        Judge(model, blocks, labelled(8, 1), "vote")
+    with pytest.raises(BlockfitError, match="images to learn from"):
+        Judge(model, blocks, labelled(8, 1), "probe-new")
+    unlabelled = open_images(small_pictures(8), batch_size=8)
+    with pytest.raises(BlockfitError, match="without a label"):
+        Judge(model, blocks, unlabelled).original()
+    bare = small_vit()
+    bare.head = nn.Identity()
+    with pytest.raises(BlockfitError, match="no head of its own"):
+        Judge(bare, small_blocks(bare), labelled(8, 1)).original()
+
+
+def test_a_head_judges_only_where_it_has_the_images_classes() -> None:
+    model, example = small_vit(), small_pictures(2)
+    blocks = small_blocks(model)
+    assert fitting_judge(model, blocks, example, ["a", "b", "c", "d"]) == "head"
+    assert fitting_judge(model, blocks, example, None) == "head"
+    assert fitting_judge(model, blocks, example, ["a", "b"]) == "probe-new"
+    model.head = nn.Identity()
+    assert fitting_judge(model, blocks, example, None) == "probe-new"

@@ -1,0 +1,280 @@
+"""Figures of an evaluation, against the same figures worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from families import CLASSES, FAMILIES
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blockfit.data.images import Images, images
+from blockfit.errors import BlockfitError
+from blockfit.evaluation.evaluate import evaluate, evaluate_many
+from blockfit.fit.maps import empty_map
+from blockfit.fit.plan import Plan, Replacement, Span
+from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.cost import flops, parameters, size_bytes
+from blockfit.search.fidelity import Fidelity
+from blockfit.search.solve import Solution
+
+PLAN = Plan((Replacement(Span(1, 2), "affine"), Replacement(Span(3, 4), "identity")))
+
+
+def solution_of(plan: Plan, blocks: Blocks) -> Solution:
+    """Random maps near the identity."""
+    maps = [empty_map(entry, blocks.width, blocks.prefix_tokens) for entry in plan]
+    for parameter in (p for m in maps for p in m.parameters()):
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return Solution(plan, tuple(maps))
+
+
+def pair(name: str, plan: Plan = PLAN) -> tuple[Any, Any, Blocks, Solution]:
+    """An original, what a solution makes of it, its blocks, and the solution."""
+    original = FAMILIES[name].build()
+    blocks = find_blocks(original, FAMILIES[name].images())
+    solution = solution_of(plan, blocks)
+    compressed = copy.deepcopy(original)
+    solution.apply(compressed, blocks)
+    return original, compressed, blocks, solution
+
+
+def some(name: str, labelled: bool = True, count: int = 10) -> Images:
+    pictures = FAMILIES[name].images(count, seed=5)
+    labels = torch.randint(CLASSES, (count,))
+    return images((pictures, labels) if labelled else pictures, batch_size=4)
+
+
+def everything(data: Images) -> tuple[Tensor, Tensor]:
+    batches = list(data.batches())
+    return (
+        torch.cat([b.inputs for b in batches]),  # type: ignore[misc]
+        torch.cat([b.labels for b in batches]),  # type: ignore[misc]
+    )
+
+
+def by_hand(original: Any, compressed: Any, data: Images) -> dict[str, float]:
+    """The figures from two plain forward passes; the head of these models is ``head``."""
+    pictures, labels = everything(data)
+    seen: dict[str, list[Tensor]] = {"original": [], "compressed": []}
+    for name, model in (("original", original), ("compressed", compressed)):
+        handle = model.head.register_forward_hook(
+            lambda m, args, out, name=name: seen[name].extend([args[0].double(), out.double()])
+        )
+        with torch.no_grad():
+            model(pictures)
+        handle.remove()
+    (f, before), (g, after) = seen["original"], seen["compressed"]
+    return {
+        "top1 original": (before.argmax(1) == labels).double().mean().item(),
+        "top1 compressed": (after.argmax(1) == labels).double().mean().item(),
+        "kl": F.kl_div(
+            after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean"
+        ).item(),
+        "agreement": (before.argmax(1) == after.argmax(1)).double().mean().item(),
+        "feature_cosine": F.cosine_similarity(f, g).mean().item(),
+        "feature_relative_error": ((g - f).norm(dim=1) / f.norm(dim=1)).mean().item(),
+    }
+
+
+@pytest.mark.parametrize("name", ["plain", "plain-in-place", "timm-vit"])
+def test_accuracy_and_fidelity_are_those_of_plain_forward_passes(name: str) -> None:
+    original, compressed, _, _ = pair(name)
+    data = some(name)
+    out = evaluate(compressed, data, against=original, measure=False)
+    expected = by_hand(original, compressed, data)
+    assert out.images == 10
+    assert out.original is not None
+    assert out.fidelity is not None
+    assert out.original.top1 == expected["top1 original"]
+    assert out.compressed.top1 == expected["top1 compressed"]
+    for key in ("kl", "agreement", "feature_cosine", "feature_relative_error"):
+        assert getattr(out.fidelity, key) == pytest.approx(expected[key], rel=1e-5)
+    assert expected["kl"] > 1e-4
+
+
+def test_the_json_has_the_promised_keys() -> None:
+    original, compressed, _, _ = pair("plain")
+    out = evaluate(compressed, some("plain"), against=original)
+    values = json.loads(json.dumps(out.to_json(), allow_nan=False))
+    assert list(values) == ["images", "original", "compressed", "fidelity"]
+    for name, model in (("original", original), ("compressed", compressed)):
+        side = values[name]
+        assert {"top1", "parameters", "flops", "size_bytes", "images_per_second"} <= side.keys()
+        assert side["parameters"] == parameters(model)
+        assert side["flops"] == flops(model, FAMILIES["plain"].images())
+        assert side["size_bytes"] == size_bytes(model)
+        assert side["images_per_second"] > 0
+        assert {"median", "spread"} <= side["latency_ms"].keys()
+        assert side["latency_ms"]["images"] == 1
+        assert side["batch_ms"]["images"] == 4
+    assert values["compressed"]["parameters"] < values["original"]["parameters"]
+    assert values["compressed"]["flops"] < values["original"]["flops"]
+    assert values["compressed"]["speedup"] > 0
+    assert set(values["fidelity"]) == {
+        "kl", "agreement", "feature_cosine", "feature_relative_error"
+    }  # fmt: skip
+
+
+def test_what_is_unknown_is_null() -> None:
+    _, compressed, _, _ = pair("plain")
+    alone = evaluate(compressed, some("plain", labelled=False), measure=False).to_json()
+    assert alone["original"] is None
+    assert alone["fidelity"] is None
+    assert alone["compressed"]["top1"] is None
+    assert alone["compressed"]["images_per_second"] is None
+    assert alone["compressed"]["speedup"] is None
+    headless, smaller, _, _ = pair("vit")
+    out = evaluate(smaller, some("vit"), against=headless, measure=False).to_json()
+    assert out["compressed"]["top1"] is None
+    assert out["fidelity"]["kl"] is None
+    assert out["fidelity"]["agreement"] is None
+    assert 0 < out["fidelity"]["feature_cosine"] < 1
+
+
+def test_a_model_against_itself_is_the_same() -> None:
+    model = FAMILIES["dinov2-classifier"].build()
+    out = evaluate(model, some("dinov2-classifier"), against=model, measure=False)
+    assert out.fidelity is not None
+    assert out.fidelity.kl == pytest.approx(0, abs=1e-12)
+    assert out.fidelity.agreement == 1
+    assert out.fidelity.feature_relative_error == 0
+
+
+def test_both_models_stay_as_they_were_and_progress_is_told() -> None:
+    original, compressed, _, _ = pair("timm-vit")
+    original.train()
+    before = copy.deepcopy(original.state_dict()), torch.get_rng_state()
+    told: list[tuple[int, int]] = []
+    evaluate(compressed, some("timm-vit"), against=original, progress=lambda *now: told.append(now))
+    assert told == [(4, 10), (8, 10), (10, 10)]
+    assert original.training
+    assert not compressed.training
+    assert all(torch.equal(before[0][k], v) for k, v in original.state_dict().items())
+    hooks = [m._forward_hooks or m._forward_pre_hooks for m in original.modules()]
+    assert not any(hooks)
+
+
+def test_models_of_two_dtypes_get_the_images_in_their_own() -> None:
+    original, compressed, _, _ = pair("plain")
+    data = some("plain")
+    full = evaluate(compressed, data, against=original, measure=False)
+    out = evaluate(compressed.to(torch.bfloat16), data, against=original, measure=False)
+    assert out.original is not None
+    assert out.fidelity is not None
+    assert full.fidelity is not None
+    assert out.fidelity.feature_cosine == pytest.approx(full.fidelity.feature_cosine, abs=0.01)
+    assert out.compressed.size_bytes < 0.6 * out.original.size_bytes
+
+
+def test_images_without_a_label_are_left_out_of_the_accuracy() -> None:
+    _, compressed, _, _ = pair("plain")
+    pictures, labels = everything(some("plain"))
+    with torch.no_grad():
+        guesses = compressed(pictures).argmax(1)
+    labels = torch.where(torch.arange(10) < 4, guesses, -1)
+    labels[3] = (guesses[3] + 1) % CLASSES
+    data = images((pictures, labels), batch_size=4)
+    assert evaluate(compressed, data, measure=False).compressed.top1 == 0.75
+
+
+def test_labels_that_the_head_does_not_have_are_refused() -> None:
+    _, compressed, _, _ = pair("plain")
+    data = images((FAMILIES["plain"].images(4), torch.tensor([0, 1, 9, 2])))
+    with pytest.raises(BlockfitError, match="have a label 9, but the model's head has 5 classes"):
+        evaluate(compressed, data, measure=False)
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    _, compressed, _, _ = pair("plain")
+    compressed.head.bias.data[0] = float("nan")
+    with pytest.raises(BlockfitError, match="output of the model 'compressed' holds NaN"):
+        evaluate(compressed, some("plain"), measure=False)
+
+
+def test_two_models_that_do_not_belong_together_are_refused() -> None:
+    _, compressed, _, _ = pair("plain")
+    other: Any = FAMILIES["plain"].build()
+    other.head = nn.Linear(other.head.in_features, CLASSES + 1)
+    with pytest.raises(BlockfitError, match=r"differ in shape, \(4, 6\) and \(4, 5\)"):
+        evaluate(compressed, some("plain"), against=other, measure=False)
+
+
+def test_an_original_with_other_blocks_is_said_to_be_another() -> None:
+    _, compressed, blocks, _ = pair("plain")
+    for other in (FAMILIES["timm-vit"].build(), nn.Linear(2, 2)):
+        with pytest.raises(BlockfitError, match="give the model that it was made from"):
+            evaluate(compressed, some("plain"), against=other, blocks=blocks, measure=False)
+
+
+def known(fidelity: Fidelity | None) -> dict[str, float]:
+    """What is not ``None``."""
+    assert fidelity is not None
+    return {key: value for key, value in asdict(fidelity).items() if value is not None}
+
+
+PLANS = {
+    "nothing": Plan(),
+    "first": Plan.of(["0:1"], "affine"),
+    "middle": Plan.of(["1:3"], "linear"),
+    "last": Plan.of(["3:4"], "identity"),
+    "two": PLAN,
+    "all but one": Plan.of(["0:2", "3:4"], "affine"),
+}
+
+
+@pytest.mark.parametrize("name", ["dinov2-classifier", "plain-in-place", "plain-tuple", "vit"])
+def test_many_solutions_in_one_pass_equal_each_model_on_its_own(name: str) -> None:
+    model = FAMILIES[name].build()
+    blocks = find_blocks(model, FAMILIES[name].images())
+    solutions = {key: solution_of(plan, blocks) for key, plan in PLANS.items()}
+    if name == "plain-in-place":
+        weight = model.get_parameter("transformer.3.norm1.weight")
+        repaired = {"transformer.3.norm1.weight": 1.5 * weight.data}
+        middle = solutions["middle"]
+        solutions["repaired"] = Solution(middle.plan, middle.maps, repaired)
+    data = some(name)
+    told: list[tuple[int, int]] = []
+    before = copy.deepcopy(model.state_dict())
+    rows = evaluate_many(model, blocks, solutions, data, lambda *now: told.append(now))
+    assert told[-1] == (10, 10)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert list(rows) == list(solutions)
+    for key, solution in solutions.items():
+        compressed = copy.deepcopy(model)
+        solution.apply(compressed, blocks)
+        alone = evaluate(compressed, data, against=model, blocks=blocks, measure=False)
+        row = rows[key]
+        assert row.top1 == alone.compressed.top1
+        assert known(row.fidelity) == pytest.approx(known(alone.fidelity), rel=1e-4, abs=1e-9)
+    assert rows["nothing"].fidelity.feature_relative_error == 0
+    assert rows["first"].fidelity.feature_relative_error > 1e-3
+
+
+def test_many_solutions_run_only_the_blocks_that_they_change() -> None:
+    """One pass for all: the stem runs per solution, a block only behind the first change."""
+    model: Any = FAMILIES["plain"].build()
+    blocks = find_blocks(model, FAMILIES["plain"].images())
+    ran = [0] * blocks.depth
+    for index, block in enumerate(model.transformer):
+        block.attention.register_forward_hook(
+            lambda *_, index=index: ran.__setitem__(index, ran[index] + 1)
+        )
+    solutions = {
+        "late": solution_of(Plan.of(["2:3"], "affine"), blocks),
+        "later": solution_of(Plan.of(["3:4"], "affine"), blocks),
+    }
+    evaluate_many(model, blocks, solutions, some("plain", count=4))
+    assert ran == [1, 1, 1, 2]
+
+
+def test_no_images_are_one_sentence() -> None:
+    _, compressed, _, _ = pair("plain")
+    none = some("plain").take(0)
+    with pytest.raises(BlockfitError, match="no images to evaluate on"):
+        evaluate(compressed, none)

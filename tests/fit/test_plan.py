@@ -1,0 +1,157 @@
+"""Spans and plans: which blocks go, written, read back and refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockfit.errors import BlockfitError
+from blockfit.fit.plan import MAP_KINDS, Plan, Replacement, Span, spans_up_to
+
+DEPTH = 12
+
+
+@st.composite
+def separate_spans(draw: st.DrawFn) -> list[Span]:
+    """Spans that share no block, in any order; neighbours may touch."""
+    cuts = draw(st.lists(st.integers(0, 30), unique=True, max_size=10).map(sorted))
+    pairs = list(zip(cuts[::2], cuts[1::2], strict=False))
+    return draw(st.permutations([Span(*pair) for pair in pairs]))
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    spans = draw(separate_spans())
+    stops = {span.stop for span in spans}
+    entries = []
+    for span in spans:
+        foldable = span.start > 0 and span.start not in stops
+        kind = draw(st.sampled_from([k for k in MAP_KINDS if k != "folded" or foldable]))
+        rank = draw(st.integers(1, 64)) if kind == "low-rank" else None
+        split = kind not in ("identity", "folded") and draw(st.booleans())
+        entries.append(Replacement(span, kind, rank, split))
+    return Plan(tuple(entries))
+
+
+@given(plans())
+def test_a_plan_survives_json(plan: Plan) -> None:
+    text = json.dumps(plan.to_json())
+    assert Plan.from_json(json.loads(text)) == plan
+
+
+@given(separate_spans())
+def test_a_plan_removes_each_block_of_its_spans_once_whatever_their_order(
+    spans: list[Span],
+) -> None:
+    plan = Plan.of(spans, "affine")
+    gone = [block for block in range(31) if any(s.start <= block < s.stop for s in spans)]
+    assert list(plan.removed_blocks) == gone
+    assert plan == Plan.of(reversed(spans), "affine")
+    assert list(plan.spans) == sorted(spans, key=lambda span: span.start)
+
+
+@given(*[st.tuples(st.integers(0, 12), st.integers(1, 6))] * 2)
+def test_spans_that_share_a_block_are_refused_and_no_others(
+    left: tuple[int, int], right: tuple[int, int]
+) -> None:
+    one, two = (Span(start, start + length) for start, length in (left, right))
+    if set(one.blocks) & set(two.blocks):
+        with pytest.raises(BlockfitError, match=r"overlap; spans of a plan must not share a block"):
+            Plan.of([one, two], "affine")
+    else:
+        assert len(Plan.of([one, two], "affine").removed_blocks) == len(one) + len(two)
+
+
+@given(st.integers(0, 99), st.integers(1, 99))
+def test_a_span_is_written_as_it_is_read(start: int, length: int) -> None:
+    span = Span(start, start + length)
+    assert Span.parse(str(span)) == span
+    assert (len(span), span.blocks[0], span.blocks[-1]) == (length, start, start + length - 1)
+
+
+@pytest.mark.parametrize("text", ["", "3", "3:", ":3", "3:2", "3:3", "-1:2", "1:2:3", "a:b", "²:3"])
+def test_what_is_no_span_is_refused(text: str) -> None:
+    with pytest.raises(BlockfitError, match="start:stop"):
+        Span.parse(text)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None])
+def test_blocks_are_whole_numbers(value: Any) -> None:
+    with pytest.raises(BlockfitError, match="must be a whole number"):
+        Span(value, 5)
+
+
+def test_all_spans_up_to_a_length_leave_protected_blocks_alone() -> None:
+    every = {Span(a, b) for a in range(DEPTH) for b in range(a + 1, DEPTH + 1) if b - a <= 6}
+    assert len(every) == 57
+    assert set(spans_up_to(DEPTH, 6)) == every
+    free = {span for span in every if not {3, 9} & set(span.blocks)}
+    assert set(spans_up_to(DEPTH, 6, [9, 3])) == free
+    with pytest.raises(BlockfitError, match=r"protected block 12 does not exist.*0–11"):
+        spans_up_to(DEPTH, 6, [12])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"map": "magic"}, "unknown map 'magic'; choose one of identity, scale"),
+        ({"map": "low-rank"}, "needs a rank of 1 or more"),
+        ({"map": "low-rank", "rank": 0}, "needs a rank of 1 or more"),
+        ({"map": "low-rank", "rank": 2.5}, "must be a whole number"),
+        ({"map": "affine", "rank": 4}, "only low-rank maps have a rank"),
+        ({"map": "identity", "per_token_type": True}, "no parameters to split"),
+        ({"map": "folded", "per_token_type": True}, "no parameters to split"),
+    ],
+)
+def test_options_that_a_map_does_not_have_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BlockfitError, match=message):
+        Replacement(Span(2, 4), **options)
+
+
+def test_a_folded_span_needs_a_kept_block_before_it() -> None:
+    with pytest.raises(BlockfitError, match="0:2 cannot be folded: no kept block stands before it"):
+        Replacement(Span(0, 2), "folded")
+    with pytest.raises(BlockfitError, match="3:4 cannot be folded: the block before it is removed"):
+        Plan((Replacement(Span(1, 3), "affine"), Replacement(Span(3, 4), "folded")))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, r"plan: expected a list of replacements"),
+        ([3], r"plan\[0\]: expected an object with start, stop and map, got 3"),
+        ([{"start": 1, "stop": 2}], r"plan\[0\]: key 'map' is missing"),
+        ([{"start": 1, "stop": 2, "map": "affine", "mpa": 1}], r"plan\[0\]: unknown key 'mpa'"),
+        ([{"start": 1, "stop": "2", "map": "affine"}], r"plan\[0\]: stop must be a whole number"),
+        ([{"start": 1, "stop": 2, "map": ["affine"]}], r"unknown map \['affine'\]"),
+        (
+            [{"start": 1, "stop": 2, "map": "affine", "per_token_type": 1}],
+            "per_token_type must be true or false",
+        ),
+    ],
+)
+def test_a_damaged_plan_is_refused_with_the_place(value: Any, message: str) -> None:
+    with pytest.raises(BlockfitError, match=message):
+        Plan.from_json(value)
+
+
+def test_a_plan_is_checked_against_the_model() -> None:
+    Plan.of(["9:12"], "affine").check(DEPTH, protected=[8])
+    with pytest.raises(BlockfitError, match=r"span 9:13 leaves the model, which has blocks 0–11"):
+        Plan.of(["9:13"], "affine").check(DEPTH)
+    with pytest.raises(BlockfitError, match="span 9:12 removes block 10, which is protected"):
+        Plan.of(["9:12"], "affine").check(DEPTH, protected=[10])
+    with pytest.raises(BlockfitError, match="removes all 12 blocks; keep at least one"):
+        Plan.of(["0:6", "6:12"], "affine").check(DEPTH)
+
+
+def test_only_identity_and_folded_make_a_plain_checkpoint() -> None:
+    plain = {kind for kind in MAP_KINDS if kind != "low-rank" and Plan.of(["2:4"], kind).plain}
+    assert plain == {"identity", "folded"}
+    assert not Plan.of(["2:4"], "low-rank", rank=2).plain

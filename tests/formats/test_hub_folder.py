@@ -1,0 +1,179 @@
+"""Hub folders: read by transformers where blockfit is not, positions of blocks kept."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commandline import blockfit_command
+from exporting import MAPS, environment, output, prepared, saved
+from families import EXPORTED, FAMILIES
+from families import one_thread as one_thread
+from safetensors.torch import load_file, save_file
+
+from blockfit.errors import BlockfitError
+from blockfit.fit.plan import Plan, Replacement, Span
+from blockfit.formats.hub_folder import export_hub
+from blockfit.models.load import load_model
+
+pytest.importorskip("transformers")
+
+ALONE = """
+import importlib.util, sys
+assert importlib.util.find_spec("blockfit") is None
+import torch, transformers
+from safetensors.torch import load_file, save_file
+folder, traffic = sys.argv[1:]
+images = load_file(traffic + "/in.safetensors")["images"]
+auto = transformers.AutoModelForImageClassification
+torch.set_grad_enabled(False)
+model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+out = model(images, output_hidden_states=True)
+model.save_pretrained(folder + "-again")
+again = auto.from_pretrained(folder + "-again", trust_remote_code=True).eval()
+states = {f"state {n}": state.clone() for n, state in enumerate(out.hidden_states)}
+found = {"out": out.logits, "again": again(images).logits, **states}
+save_file(found, traffic + "/out.safetensors")
+"""
+
+
+def test_transformers_alone_reads_it_and_gives_the_same_outputs(tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", "dinov2-classifier", MAPS, prepared(32))
+    done = export_hub(small, tmp_path / "hub")
+    assert done.blocks == 2
+    assert "AutoModelForImageClassification.from_pretrained" in done.how_to_load
+    images = FAMILIES["dinov2-classifier"].images(4, seed=9)
+    save_file({"images": images}, tmp_path / "in.safetensors")
+    command = [environment(tmp_path / "env"), "-I", "-c", ALONE, done.folder, tmp_path]
+    environ = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(word) for word in command], check=True, env=environ)
+    found = load_file(tmp_path / "out.safetensors")
+    small_model: Any = small.model
+    with torch.no_grad():
+        own = small_model(images, output_hidden_states=True)
+    assert len(found) == 2 + len(own.hidden_states) == 2 + 5
+    for number, state in enumerate(own.hidden_states):
+        assert torch.allclose(found[f"state {number}"], state, atol=1e-5)
+    assert torch.allclose(found["out"], own.logits, atol=1e-5)
+    assert torch.equal(found["again"], found["out"])
+
+
+@pytest.mark.parametrize("name", EXPORTED["Hub"])
+def test_every_family_is_read_back_before_it_is_kept(name: str, tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", name, MAPS)
+    done = export_hub(small, tmp_path / "hub")
+    assert done.parity.max_abs_error < 1e-5
+    images = FAMILIES[name].images(4, seed=9)
+    again = load_model(tmp_path / "hub", trust_remote_code=True)
+    assert torch.allclose(output(again, images), output(small.model, images), atol=1e-5)
+
+
+def test_every_kind_of_map_is_rebuilt(tmp_path: Path) -> None:
+    for kind, options in {
+        "scale": {}, "linear": {}, "orthogonal": {}, "identity": {},
+        "low-rank": {"rank": 3}, "affine": {"per_token_type": True},
+    }.items():  # fmt: skip
+        plan = Plan((Replacement(Span(1, 3), kind, **options),))  # type: ignore[arg-type]
+        small = saved(tmp_path / kind, "vit-classifier", plan)
+        assert export_hub(small, tmp_path / f"{kind}-hub").parity.max_abs_error < 1e-5
+
+
+def test_the_stock_class_does_not_take_it_for_its_own(tmp_path: Path) -> None:
+    import transformers
+
+    export_hub(saved(tmp_path / "small", "vit-classifier", MAPS), tmp_path / "hub")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoModelForImageClassification.from_pretrained(
+            tmp_path / "hub", trust_remote_code=False
+        )
+
+
+def test_a_folder_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = saved(tmp_path / "small", "vit-classifier", MAPS)
+    wrong = FAMILIES["vit-classifier"].build(seed=7)
+    monkeypatch.setattr("blockfit.formats.hub_folder._read_back", lambda saved, folder: wrong)
+    with pytest.raises(BlockfitError, match="Hub folder was not kept"):
+        export_hub(small, tmp_path / "hub")
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+
+
+def test_other_libraries_are_refused(tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", "timm-vit", MAPS)
+    with pytest.raises(BlockfitError, match=r"no transformers model.*--onnx or --pt2"):
+        export_hub(small, tmp_path / "hub")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hub folder that the command wrote."""
+    folder = tmp_path_factory.mktemp("hub")
+    shutil.rmtree(folder)
+    saved(folder / "small", "vit-classifier", MAPS, prepared(32))
+    done = blockfit_command("export", folder / "small", "--hub", "-o", folder / "hub")
+    assert done.code == 0, done.err
+    assert "trust_remote_code=True" in done.out
+    assert f"blockfit push {folder / 'hub'} OWNER/NAME" in done.out
+    return folder / "hub"
+
+
+def test_the_card_says_where_it_comes_from_and_how_it_is_loaded(hub: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(hub / "README.md")
+    told = card.data.to_dict()
+    assert told["library_name"] == "transformers"
+    assert told["pipeline_tag"] == "image-classification"
+    assert {"blockfit", "custom_code"} <= set(told["tags"])
+    assert "base_model" not in told  # a class, no repository of the Hub
+    assert "| 2:3 | 2 | low-rank, rank 4 |" in card.text
+    assert "does not state a licence" in card.text
+    assert "trust_remote_code=True" in card.text
+    assert 'from_pretrained("OWNER/NAME", trust_remote_code=True)' in card.text
+    assert str(hub.parent) not in card.text
+
+
+class Api:
+    """Stands for huggingface_hub's: writes to a folder what it is asked to upload."""
+
+    said: list[Any]
+
+    def __init__(self) -> None:
+        Api.said = []
+
+    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> str:
+        if repo == "me/taken" and not exist_ok:
+            raise OSError("409: you already created this model repo")
+        Api.said.append((repo, private))
+        return f"https://huggingface.co/{repo}"
+
+    def upload_folder(self, **told: Any) -> None:
+        Api.said.append(told)
+
+
+def test_push_uploads_the_exported_files_alone(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    told = blockfit_command("push", hub, "me/small", "--private", "--json").json
+    assert told["url"] == "https://huggingface.co/me/small"
+    assert Api.said[0] == ("me/small", True)
+    assert Api.said[1]["repo_id"] == "me/small"
+    assert set(Api.said[1]["allow_patterns"]) >= {p.name for p in hub.iterdir()}
+    assert "already created" in blockfit_command("push", hub, "me/taken").error
+    assert blockfit_command("push", hub, "me/taken", "--overwrite").code == 0
+    assert "has no config.json" in blockfit_command("push", hub.parent, "me/x").error
+
+
+def test_push_to_no_repository_and_without_a_network_is_one_sentence(hub: Path) -> None:
+    assert "cannot push to not a name" in blockfit_command("push", hub, "not a name").error
+    assert "cannot push to me/small" in blockfit_command("push", hub, "me/small").error
+
+
+def test_the_weights_are_stored_once_and_narrow(tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", "vit-classifier", MAPS)
+    small.model.half().float()
+    export_hub(small, tmp_path / "hub")
+    stored = load_file(tmp_path / "hub" / "model.safetensors")
+    assert {str(value.dtype) for value in stored.values()} == {"torch.float16"}

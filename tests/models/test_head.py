@@ -1,0 +1,160 @@
+"""Features and logits are found from outside, whatever the form of the output."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from families import CLASSES, FAMILIES, WIDTH, PlainViT, one_thread  # noqa: F401
+from torch import Tensor, nn
+
+from blockfit.errors import BlockfitError
+from blockfit.models.blocks import find_blocks
+from blockfit.models.head import observe, primary_output
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return FAMILIES["plain"].images()
+
+
+class Headed(PlainViT):
+    """Averages the tokens and leaves the rest to ``finish``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(WIDTH, CLASSES)
+        self.pooler = nn.Linear(WIDTH, WIDTH)
+        self.before = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, images: Tensor) -> Any:
+        hidden = self.before(self.tokens(images))
+        for block in self.transformer:
+            hidden = block(hidden)
+        return self.finish(self.norm(hidden))
+
+    def finish(self, hidden: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def test_poolers_and_layers_on_the_way_to_the_head_make_no_logits(images: Tensor) -> None:
+    class Pooled(Headed):
+        def finish(self, hidden: Tensor) -> Any:
+            return {"last_hidden_state": hidden, "pooled": self.pooler(hidden[:, 0]).tanh()}
+
+    model = Pooled().eval()
+    seen = observe(model, find_blocks(model), images)
+    assert seen.logits is None
+    torch.testing.assert_close(seen.features, model(images)["last_hidden_state"].flatten(1))
+
+
+def test_a_head_behind_a_pooler_reads_what_the_pooler_gives(images: Tensor) -> None:
+    class Classifier(Headed):
+        def finish(self, hidden: Tensor) -> Any:
+            return self.head(self.pooler(hidden[:, 0]).tanh()).float()
+
+    model = Classifier().eval().to(torch.bfloat16)
+    seen = observe(model, find_blocks(model), images.bfloat16())
+    assert seen.logits is not None
+    assert seen.logits.dtype == torch.float32
+    torch.testing.assert_close(model.head(seen.features).float(), seen.logits)
+
+
+def test_the_sum_of_two_heads_is_logits_and_both_are_features(images: Tensor) -> None:
+    class Summed(Headed):
+        def finish(self, hidden: Tensor) -> Any:
+            return SimpleNamespace(logits=self.head(hidden[:, 0]) + self.other(hidden[:, 1]))
+
+    model = Summed().eval()
+    seen = observe(model, find_blocks(model), images)
+    assert seen.features.shape == (3, 2 * WIDTH)
+    first, second = seen.features.chunk(2, dim=1)
+    torch.testing.assert_close(model.head(first) + model.other(second), seen.logits)
+
+
+def test_probabilities_are_no_logits(images: Tensor) -> None:
+    class Softmax(Headed):
+        def finish(self, hidden: Tensor) -> Any:
+            return self.head(hidden[:, 0]).softmax(-1)
+
+    model = Softmax().eval()
+    seen = observe(model, find_blocks(model), images)
+    assert seen.logits is None
+    torch.testing.assert_close(seen.features, model(images))
+
+
+def test_a_linear_layer_before_the_blocks_is_no_head(images: Tensor) -> None:
+    class Early(Headed):
+        def forward(self, images: Tensor) -> Any:
+            early = self.other(self.tokens(images).mean(1))
+            super().forward(images)
+            return early
+
+        def finish(self, hidden: Tensor) -> Any:
+            return self.head(hidden[:, 0])
+
+    model = Early().eval()
+    assert observe(model, find_blocks(model), images).logits is None
+
+
+@pytest.mark.parametrize("name", ["plain", "dinov2-classifier", "timm-deit-distilled"])
+def test_observing_leaves_modes_hooks_and_random_state(name: str) -> None:
+    model, images = FAMILIES[name].build(), FAMILIES[name].images()
+    blocks = find_blocks(model)
+    expected = observe(model, blocks, images)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    state = torch.get_rng_state()
+    seen = observe(model, blocks, images)
+    assert torch.equal(seen.features, expected.features)
+    assert seen.logits is not None
+    assert not seen.logits.requires_grad
+    assert not seen.logits.is_inference()
+    assert all(m.training for m in model.modules())
+    assert all(not m._forward_hooks for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_logits_that_are_not_finite_are_logits_still(images: Tensor) -> None:
+    model = FAMILIES["plain"].build()
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+        model.head.bias[1] = float("inf")
+    seen = observe(model, blocks, images)
+    assert seen.logits is not None
+    assert seen.features.shape == (3, WIDTH)
+    assert seen.logits.isfinite().sum(1).tolist() == [CLASSES - 2] * 3
+
+
+def test_a_mapping_is_observed_like_its_tensor(images: Tensor) -> None:
+    model = FAMILIES["plain"].build()
+    blocks = find_blocks(model)
+    seen, same = observe(model, blocks, images), observe(model, blocks, {"images": images})
+    assert torch.equal(seen.features, same.features)
+
+
+def test_a_forward_that_fails_leaves_no_hooks(images: Tensor) -> None:
+    model = FAMILIES["plain"].build().train()
+    blocks = find_blocks(model)
+    with pytest.raises(RuntimeError):
+        observe(model, blocks, images[:, :1])
+    assert all(m.training and not m._forward_hooks for m in model.modules())
+
+
+def test_the_primary_output_is_the_most_telling_tensor() -> None:
+    a, b, c = (torch.full((2, 1), value) for value in (1.0, 2.0, 3.0))
+    assert primary_output({"loss": torch.tensor(0.0), "last_hidden_state": b, "logits": a}) is a
+    assert primary_output(SimpleNamespace(pooler_output=a, last_hidden_state=b)) is b
+    assert primary_output(namedtuple("Output", ["features", "logits"])(a, b)) is b
+    assert primary_output(a) is a
+    assert primary_output((torch.tensor(0.0), a, b)) is a
+    assert primary_output([a, b, c]) is c
+    assert primary_output({"feature_maps": (a, b)}) is b
+    with pytest.raises(BlockfitError, match="returned str, which holds no tensor"):
+        primary_output("nothing")

@@ -1,0 +1,68 @@
+"""Recipes: named combinations, and what may replace a span in each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from blockfit.errors import BlockfitError
+from blockfit.fit.plan import Replacement, Span
+from blockfit.search.recipes import RECIPES, Recipe, named_recipe
+from blockfit.search.solve import Options
+
+
+def test_the_paper_recipe_is_the_paper() -> None:
+    """TBA, arXiv 2410.04941: one span by MSE, a linear map by plain least squares, nothing else."""
+    paper = named_recipe("paper")
+    assert (paper.maps, paper.select, paper.contiguous) == (("linear",), "mse", True)
+    assert (paper.options.ridge, paper.options.refit, paper.options.repair) == (0, False, "none")
+    assert not paper.plain
+
+
+def test_the_plain_recipe_adds_nothing() -> None:
+    plain = named_recipe("plain")
+    assert plain.plain
+    kinds = [entry.map for entry in plain.replacements(Span(2, 4), 16)]
+    assert kinds == ["identity", "folded"]
+    # Nothing stands before the first block that a map could be folded into.
+    assert [entry.map for entry in plain.replacements(Span(0, 2), 16)] == ["identity"]
+
+
+def test_fields_of_a_recipe_can_be_changed_by_name() -> None:
+    changed = named_recipe("paper", maps=("affine",), options=Options(repair="mlp"))
+    assert (changed.name, changed.maps, changed.select) == ("paper", ("affine",), "mse")
+    assert RECIPES["paper"].maps == ("linear",)
+    assert named_recipe(changed) is changed
+    assert named_recipe(changed, longest=2).longest == 2
+
+
+def test_one_entry_for_every_kind_and_rank() -> None:
+    span = Span(2, 4)
+    mixed = Recipe(maps=("identity", "affine", "low-rank"), rank=5, per_token_type=True)
+    assert mixed.replacements(span, 16) == [
+        Replacement(span, "identity"),
+        Replacement(span, "affine", None, True),
+        Replacement(span, "low-rank", 5, True),
+    ]
+    ranks = [e.rank for e in Recipe(maps=("low-rank",)).replacements(span, 384)]
+    assert ranks == [48, 96, 192]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"maps": ("affin",)}, "unknown map 'affin'; choose one of identity, scale"),
+        ({"maps": ()}, "needs a kind of map"),
+        ({"rank": 4}, "only low-rank maps have a rank"),
+        ({"select": "best"}, "unknown selection 'best'; choose one of effect, mse"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BlockfitError, match=message):
+        Recipe(**options)
+
+
+def test_unknown_recipes_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(BlockfitError, match="unknown recipe 'papr'; choose one of default, paper"):
+        named_recipe("papr")
