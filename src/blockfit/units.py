@@ -43,6 +43,6 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def share(part: float | None, whole: float | None) -> str:
+def share(part: float | None, whole: float | None, digits: int = 1) -> str:
     """``part`` of ``whole`` in percent; a dash where either is missing."""
-    return "–" if part is None or not whole else f"{part / whole:.1%}"
+    return "–" if part is None or not whole else f"{part / whole:.{digits}%}"

@@ -82,6 +82,33 @@ def test_eager_attention_and_torchs_own_count_alike() -> None:
     assert counted == [expected, expected]
 
 
+class Pooled(nn.Module):
+    """A query that is learned goes into a layer of its own, as a view of its parameter."""
+
+    def __init__(self, held: str) -> None:
+        super().__init__()
+        query = torch.ones(1, 1, 4, requires_grad=True)
+        if held == "parameter":
+            self.query = nn.Parameter(query.detach())
+        elif held == "buffer":
+            self.register_buffer("query", query)
+        else:
+            self.query = query
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.query.expand(len(x), -1, -1)) + x)
+
+
+@pytest.mark.parametrize("held", ["parameter", "buffer", "attribute"])
+def test_a_view_of_a_weight_that_is_handed_to_a_layer_is_counted(held: str) -> None:
+    """Case 2: the counter follows gradients, and such a view asks for some but has none."""
+    model = Pooled(held)
+    assert flops(model, torch.ones(2, 5, 4)) == 2 * (1 * 4 * 4 + 5 * 4 * 3)
+    assert model.query.requires_grad
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_tied_parameters_count_once() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert parameters(model) == 40

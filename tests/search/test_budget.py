@@ -10,6 +10,7 @@ import torch
 from families import FAMILIES, one_thread  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
+from looking import LOOKING, Uncountable, looking
 from small import small_blocks, small_pictures, small_vit
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,3 +149,28 @@ def test_a_drop_that_is_less_than_one_held_out_image_weighs_is_told() -> None:
     assert unresolved(Budget("max_drop", 0.99), 100)
     assert unresolved(Budget("max_kl", 0.5), 13) == []
     assert unresolved(None, 13) == []
+
+
+@pytest.mark.parametrize("kind", LOOKING.values(), ids=list(LOOKING))
+def test_flops_of_models_that_look_at_values_are_those_of_their_products(kind: Any) -> None:
+    """Case 14: on a real forward of one image, for the original and for plans."""
+    plan = Plan.of(["1:3"], "affine")
+    model, plain = looking(kind), small_vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sizes, expected = (
+        Sizes(m, small_blocks(plain), small_pictures(4)) for m in (model, plain)
+    )  # fmt: skip
+    assert (sizes.flops, sizes.of(plan)) == (expected.flops, expected.of(plan))
+    assert sizes.fractions(plan) == expected.fractions(plan)
+    assert sizes.warnings() == []
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_flops_that_cannot_be_counted_are_unknown() -> None:
+    """Case 14: parameters are known all the same, and one sentence says what is not."""
+    model, plan = looking(Uncountable), Plan.of(["1:3"], "affine")
+    sizes = Sizes(model, small_blocks(model), small_pictures(4))
+    parameters, flops = sizes.of(plan)
+    assert (sizes.flops, flops) == (None, None)
+    assert sizes.fractions(plan) == {"removed": 2.0, "params": parameters / sizes.parameters}
+    assert "FLOPs are unknown" in sizes.warnings()[0]

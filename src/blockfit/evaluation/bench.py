@@ -76,7 +76,7 @@ def bench(
     return Bench(_machine(settings), settings.rounds, costs, explained, tuple(skipped))
 
 
-def _cost(model: nn.Module, inputs: Batch) -> dict[str, int]:
+def _cost(model: nn.Module, inputs: Batch) -> dict[str, int | None]:
     return {
         "parameters": parameters(model),
         "flops": flops(model, inputs),
@@ -89,7 +89,7 @@ def _rows(
     setting: Setting,
     settings: Settings,
     batch: Batch,
-    costs: Mapping[str, Mapping[str, int]],
+    costs: Mapping[str, Mapping[str, int | None]],
     blocks: Mapping[str, Blocks],
     files: Mapping[str, Path],
 ) -> list[Row]:
@@ -128,13 +128,17 @@ def _rows(
             setting,
             times[ORIGINAL],
             times[name],
-            costs[ORIGINAL]["flops"] / costs[name]["flops"],
+            _promised(costs[ORIGINAL]["flops"], costs[name]["flops"]),
             (memory[ORIGINAL], memory[name]),
             shares.get(name),
         )
         for name in times
         if name != ORIGINAL
     ]
+
+
+def _promised(before: int | None, after: int | None) -> float | None:
+    return before / after if before and after else None
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Figures:
         top1: fraction of images that the model's own head classes as labelled; ``None`` without
             labels or without a head.
         parameters: their number.
-        flops: of one image (``measure.flops``).
+        flops: of one image (``cost.flops``); ``None`` where they cannot be counted.
         size_bytes: of the weights file that the model is saved as.
         latency: of one image; ``None`` where it was not measured.
         throughput: of a batch; likewise.
@@ -53,7 +53,7 @@ class Figures:
 
     top1: float | None
     parameters: int
-    flops: int
+    flops: int | None
     size_bytes: int
     latency: Timing | None = None
     throughput: Timing | None = None

@@ -97,14 +97,18 @@ def remarks(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
             f"no gain can be told: the middle half of the rounds lies between {low:.2f}× and "
             f"{high:.2f}×"
         )
-    if row.promised < WORTH:
+    if row.promised is None:
+        said.append("FLOPs are unknown, so nothing is promised")
+    elif row.promised < WORTH:
         said.append(f"the FLOPs promise no more than {row.promised:.2f}×")
     elif row.measured < ENOUGH * row.promised:
-        said.append(f"{row.measured / row.promised:.0%} of the promise: {_why(row, rows)}")
+        said.append(
+            f"{row.measured / row.promised:.0%} of the promise: {_why(row, row.promised, rows)}"
+        )
     return tuple(said)
 
 
-def _why(row: Row, rows: Sequence[Row]) -> str:
+def _why(row: Row, promised: float, rows: Sequence[Row]) -> str:
     _, high = row.quartiles
     slower = _overhead(row, rows)
     if slower is not None and slower[0] > OVERHEAD:
@@ -113,12 +117,12 @@ def _why(row: Row, rows: Sequence[Row]) -> str:
             "of the pass is overhead that FLOPs do not count"
         )
     shares = row.shares
-    if shares is not None and shares.promised < ENOUGH * row.promised:
+    if shares is not None and shares.promised < ENOUGH * promised:
         return (
             f"the removed blocks took {shares.removed:.1%} of the time and their maps take "
             f"{shares.maps:.1%}, which allows {shares.promised:.2f}×"
         )
-    if high >= ENOUGH * row.promised:
+    if high >= ENOUGH * promised:
         return (
             f"the rounds scatter up to {high:.2f}×; give more --rounds or measure on a quieter "
             "machine"

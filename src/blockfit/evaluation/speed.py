@@ -106,7 +106,8 @@ class Row:
         setting: batch size, engine and dtype.
         before: times of the original.
         after: times of the compressed model, in the same rounds.
-        promised: speed-up by FLOPs: the original's over the compressed model's.
+        promised: speed-up by FLOPs: the original's over the compressed model's; ``None`` where they
+            are unknown.
         memory: peak bytes of both; ``None`` where they cannot be had.
         shares: of the time; ``None`` where they were not measured.
         remarks: sentences on a gain that is missing or smaller than promised.
@@ -116,7 +117,7 @@ class Row:
     setting: Setting
     before: Timing
     after: Timing
-    promised: float
+    promised: float | None
     memory: tuple[int | None, int | None] = (None, None)
     shares: Shares | None = None
     remarks: tuple[str, ...] = ()
@@ -153,7 +154,7 @@ class Row:
                 "low": low,
                 "high": high,
                 "promised": self.promised,
-                "of_promised": self.measured / self.promised,
+                "of_promised": None if self.promised is None else self.measured / self.promised,
             },
             "time_shares": shares and {"removed": shares.removed, "maps": shares.maps},
             "remarks": list(self.remarks),
@@ -174,7 +175,7 @@ class Bench:
 
     machine: dict[str, Any]
     rounds: int
-    models: dict[str, dict[str, int]]
+    models: dict[str, dict[str, int | None]]
     rows: tuple[Row, ...]
     skipped: tuple[str, ...] = ()
 

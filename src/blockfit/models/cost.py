@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
@@ -21,8 +20,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockfit.errors import BlockfitError
-from blockfit.models.forward import Batch, call, evaluating, first_images, placed
-from blockfit.models.tensors import file_bytes, held, int8_kind, meta_copy, named_tensors
+from blockfit.models.forward import (
+    FORWARD_ERRORS,
+    Batch,
+    call,
+    evaluating,
+    first_images,
+    placed,
+)
+from blockfit.models.tensors import (
+    every_tensor,
+    file_bytes,
+    held,
+    int8_kind,
+    meta_copy,
+    named_tensors,
+    shared_copy,
+)
 
 ROUNDS = 11
 """Timed forward passes of each model; odd, so that the median is one of them."""
@@ -38,37 +52,56 @@ def size_bytes(model: nn.Module) -> int:
     return file_bytes(model)
 
 
-def flops(model: nn.Module, inputs: Batch) -> int:
+def flops(model: nn.Module, inputs: Batch) -> int | None:
     """Floating-point operations of one forward pass of one image, by torch's counter.
 
     A multiplication and an addition count as two; matrix products and convolutions count,
     elementwise work does not. Attention is counted whichever kernel the model would use. Works on
-    the meta device, too.
+    the meta device, too, where the model's code looks at no values.
 
     Args:
         model: any module.
         inputs: a batch; its first image is used.
+
+    Returns:
+        ``None`` where the forward cannot be counted.
     """
+    bare = plain(model)
+    if int8_kind(bare.parameters()) is None:
+        return _counted(bare, inputs)
+    # The counter does not know int8 products: on a copy with ordinary weights.
+    found = _counted(meta_copy(bare), inputs)
+    return _counted(shared_copy(bare), inputs) if found is None else found
+
+
+def _counted(model: nn.Module, inputs: Batch) -> int | None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    bare = plain(model)
-    if int8_kind(bare.parameters()) is not None:  # whose products the counter does not know
-        bare = meta_copy(bare)
-    one = placed(bare, first_images(inputs, 1))
-    if isinstance(one, Mapping) and "attention_mask" in one and one["attention_mask"].is_meta:
-        bare, one = _with_values(bare, one)
-    with measuring(bare), _countable(), FlopCounterMode(display=False) as counter:
-        call(bare, one)
+    try:
+        one = placed(model, first_images(inputs, 1))
+        counter = FlopCounterMode(display=False)
+        with measuring(model), _frozen(model), _countable(), counter:
+            call(model, one)
+    except FORWARD_ERRORS:
+        return None
     return int(counter.get_total_flops())
 
 
-def _with_values(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[nn.Module, Batch]:
-    """A copy off the meta device: models of texts look at their masks' values."""
-    model = copy.deepcopy(model).to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.zero_()
-    return model, {name: torch.ones_like(value, device="cpu") for name, value in inputs.items()}
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No tensor of the model asks for gradients for the duration.
+
+    The counter follows the gradients of whatever a module is given, and a view of a parameter that
+    was made without gradients asks for them but has none.
+    """
+    asking = [tensor for tensor in every_tensor(model) if tensor.requires_grad and tensor.is_leaf]
+    try:
+        for tensor in asking:
+            tensor.requires_grad_(False)
+        yield
+    finally:
+        for tensor in asking:
+            tensor.requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,18 @@ Batch = Tensor | Mapping[str, Tensor]
 """What a model is called with: a tensor as its one argument, a mapping as its keywords."""
 
 
+FORWARD_ERRORS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
+"""What the code of a model raises where it cannot be run on what it is given."""
+
+
 def call(model: nn.Module, inputs: Batch) -> Any:
     """One forward: ``model(inputs)``, or ``model(**inputs)`` for a mapping.
 

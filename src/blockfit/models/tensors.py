@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -46,6 +46,13 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     found.update(model.named_buffers(remove_duplicate=False))
     return found
+
+
+def every_tensor(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors that modules keep as plain attributes."""
+    yield from named_tensors(model).values()
+    for module in model.modules():
+        yield from (value for _, value in _attributes(module) if isinstance(value, Tensor))
 
 
 INT8_KINDS = ("weight-only", "dynamic")
@@ -190,15 +197,43 @@ def meta_copy(model: nn.Module) -> nn.Module:
     Raises:
         BlockfitError: where the model cannot be copied.
     """
+
+    def bare(tensor: Tensor) -> Tensor:
+        if int8_parts(tensor) is None:
+            return tensor.detach().to("meta")
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return _copy_with(model, bare)
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy that holds the same values without memory of its own: for looking, never for writing.
+
+    Int8 weights become ordinary ones, and nobody brings tensors to other devices any more.
+
+    Raises:
+        BlockfitError: where the model cannot be copied.
+    """
+
+    def same(tensor: Tensor) -> Tensor:
+        parts = int8_parts(tensor)
+        return tensor.detach() if parts is None else dequantized(*parts).to(tensor.dtype)
+
+    return _copy_with(model, same)
+
+
+def _copy_with(model: nn.Module, other: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy with ``other(tensor)`` in the place of every parameter and buffer."""
     memo: dict[int, Any] = {}
     for tensor in named_tensors(model).values():
-        if int8_parts(tensor) is None:
-            bare: Tensor = tensor.detach().to("meta")
-        else:
-            bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        made = other(tensor)
         if isinstance(tensor, nn.Parameter):
-            bare = nn.Parameter(bare, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = bare
+            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = made
+    return _copied(model, memo)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         made = copy.deepcopy(model, memo)
         for module in made.modules():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.models.forward import (
+    FORWARD_ERRORS,
     Batch,
     block_class,
     call,
@@ -181,14 +182,7 @@ def watch_forward(model: nn.Module, watches: Sequence[Watch], inputs: Batch) -> 
         # Not inference_mode: a model may keep tensors that it made here and train with them later.
         with evaluating(model), torch.no_grad():
             call(model, inputs)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-    ) as error:
+    except FORWARD_ERRORS as error:
         raise BlockfitError(
             f"the model cannot be run on the example ({describe(inputs)}): {error}; "
             "pass an example of what it is called with"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.speed import ORIGINAL, Bench, Row
 from blockfit.models.cost import Timing
+from blockfit.units import number, share
 
 COLUMNS = (
     "model",
@@ -38,9 +40,9 @@ def cells(row: Row) -> tuple[str, ...]:
         _SHORT[row.setting.dtype],
         f"{_time(row.before)} → {_time(row.after)}",
         f"{row.before.images_per_second:.0f} → {row.after.images_per_second:.0f}",
-        f"{row.promised:.2f}",
+        number(row.promised, 2),
         f"{row.measured:.2f} ({low:.2f}–{high:.2f})",
-        f"{row.measured / row.promised:.0%}",
+        _part(row),
     )
 
 
@@ -55,8 +57,8 @@ def cost_cells(result: Bench) -> list[tuple[str, ...]]:
     return [
         (
             name,
-            f"{cost['parameters'] / 1e6:.2f} M",
-            f"{cost['flops'] / 1e9:.3f} G",
+            _in(cost["parameters"], 1e6, ".2f", "M"),
+            _in(cost["flops"], 1e9, ".3f", "G"),
             _megabytes(cost["size_bytes"]),
             *(_megabytes(by_name[name]) for by_name in peaks.values()),
         )
@@ -124,20 +126,31 @@ def draw(result: Bench, path: str | Path) -> None:
     low = [max(row.measured - row.quartiles[0], 0) for row in rows]
     high = [max(row.quartiles[1] - row.measured, 0) for row in rows]
     axis.barh(places, measured, xerr=(low, high), color="#7fa7c9", capsize=2, label="measured")
-    promised = [row.promised for row in rows]
+    promised = [nan if row.promised is None else row.promised for row in rows]
     axis.plot(promised, places, "|", color="black", markersize=13, mew=2, label="promised by FLOPs")
     axis.axvline(1, color="grey", linewidth=0.8)
     axis.set_yticks(places, [_label(row) for row in rows], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.18 * max(*promised, *(row.quartiles[1] for row in rows)))
+    axis.set_xlim(0, 1.18 * max(map(_end, rows)))
     for place, row in zip(places, rows, strict=True):
-        end = max(row.quartiles[1], row.promised)
-        text = f"  {row.measured / row.promised:.0%}"
-        axis.text(end, place, text, va="center", fontsize=8)
+        axis.text(_end(row), place, f"  {_part(row)}", va="center", fontsize=8)
     axis.set_xlabel("times as fast as the original (at the right: part of the promise)")
     axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     axis.set_title(_title(result.machine), fontsize=9, loc="left")
     figure.savefig(path, dpi=110, format="png")
+
+
+def _end(row: Row) -> float:
+    """How far its bar and its mark reach."""
+    return max(row.quartiles[1], row.promised or 0.0)
+
+
+def _part(row: Row) -> str:
+    return share(row.measured, row.promised, 0)
+
+
+def _in(value: int | None, unit: float, form: str, letter: str) -> str:
+    return "–" if value is None else f"{value / unit:{form}} {letter}"
 
 
 def _label(row: Row) -> str:

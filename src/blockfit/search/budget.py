@@ -7,16 +7,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Batch, Blocks
 from blockfit.models.cost import flops as count_flops
+from blockfit.models.forward import first_images
 from blockfit.models.surgery import apply_plan
-from blockfit.models.tensors import meta_copy
+from blockfit.models.tensors import every_tensor, meta_copy, shared_copy
 
 KINDS = ("remove", "params", "flops", "latency", "max_kl", "max_drop")
 
@@ -101,7 +101,10 @@ def read_number(value: float | str, name: str) -> float:
 
 
 class Sizes:
-    """Parameters and FLOPs of any plan of one model, without building it: on the meta device.
+    """Parameters and FLOPs of any plan of one model, without building it.
+
+    FLOPs are counted on the meta device; where the model's code looks at values, on a real forward
+    of one image; where that cannot be counted either, they are unknown.
 
     Args:
         model: the original.
@@ -111,36 +114,42 @@ class Sizes:
 
     def __init__(self, model: nn.Module, blocks: Blocks, example: Batch) -> None:
         self.blocks = blocks
-        self._bare = meta_copy(model)
-        self._example = _first_image(example)
+        self._example = first_images(example, 1)
         self.parameters = sum(p.numel() for p in model.parameters())
+        self._bare = meta_copy(model)
         self.flops = self._count(self._bare)
-        self._known: dict[Plan, tuple[int, int]] = {}
+        if self.flops is None:
+            self._bare = shared_copy(model)
+            self.flops = self._count(self._bare)
+        self._known: dict[Plan, tuple[int, int | None]] = {}
 
-    def of(self, plan: Plan) -> tuple[int, int]:
-        """Parameters, and FLOPs for one image."""
+    def of(self, plan: Plan) -> tuple[int, int | None]:
+        """Parameters, and FLOPs for one image; ``None`` where they are unknown."""
         if plan not in self._known:
-            small = copy.deepcopy(self._bare)
-            with torch.device("meta"):
+            small = copy.deepcopy(self._bare, {id(t): t for t in every_tensor(self._bare)})
+            device = next(self._bare.parameters()).device
+            with device:
                 maps = [empty_map(e, self.blocks.width, self.blocks.prefix_tokens) for e in plan]
             apply_plan(small, self.blocks, plan, maps)
             self._known[plan] = (sum(p.numel() for p in small.parameters()), self._count(small))
         return self._known[plan]
 
     def fractions(self, plan: Plan) -> dict[str, float]:
-        """What remains of the original: ``params`` and ``flops``; and ``removed`` blocks."""
+        """What remains of the original: ``params``, ``flops`` if known; and ``removed`` blocks."""
         parameters, flops = self.of(plan)
-        return {
+        out = {
             "removed": float(len(plan.removed_blocks)),
             "params": parameters / self.parameters,
-            "flops": flops / self.flops,
         }
+        if flops is not None and self.flops:
+            out["flops"] = flops / self.flops
+        return out
 
-    def _count(self, model: nn.Module) -> int:
+    def warnings(self) -> list[str]:
+        """What to warn of where FLOPs are unknown."""
+        if self.flops is not None:
+            return []
+        return ["FLOPs are unknown: torch's counter cannot follow a forward of this model"]
+
+    def _count(self, model: nn.Module) -> int | None:
         return count_flops(model, self._example)
-
-
-def _first_image(example: Batch) -> Batch:
-    if isinstance(example, Tensor):
-        return example[:1].to("meta")
-    return {name: value[:1].to("meta") for name, value in example.items()}

@@ -261,6 +261,8 @@ class Session:
         return self._reach_loss(budget)
 
     def _reach_size(self, budget: Budget) -> Point:
+        if budget.kind == "flops" and self.sizes.flops is None:
+            raise BlockfitError(f"{self.sizes.warnings()[0]}; use remove, params or latency")
         largest = most_removed(self.setting.blocks.depth, self.protected)
         sizes = range(1, largest + 1)
         if not any(self._worth_trying(budget, size) for size in sizes):
@@ -299,7 +301,8 @@ class Session:
         search = self.search()
         ratio = 1.0
         for size in range(1, search.largest + 1):
-            if not self._worth_trying(Budget("flops", min(1.0, budget.value * 1.1)), size):
+            most = Budget("flops", min(1.0, budget.value * 1.1))
+            if self.sizes.flops is not None and not self._worth_trying(most, size):
                 continue
             point = search.solved(size)
             assert point is not None
@@ -363,7 +366,7 @@ class Session:
 
     def warnings(self, point: Point) -> list[str]:
         """What the user should know: a costly budget, and the nearest safe one."""
-        out = []
+        out = self.sizes.warnings()
         loss, search = point.fidelity.loss, self._search
         if loss > SAFE_LOSS:
             what = "KL" if point.fidelity.kl is not None else "relative feature error"

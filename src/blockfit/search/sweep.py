@@ -44,6 +44,7 @@ from blockfit.search.sweep_file import (
 from blockfit.units import bytes_of
 
 UNKNOWN = {
+    "flops": "does not know FLOPs, which cannot be counted for its model; use remove or params",
     "latency": "holds no latencies; give the same sweep again with --measure-latency 1 "
     "(latency_images=1), or compress from images",
     "max_kl": "holds no KL, for the model has no head; use remove, params or flops",
@@ -101,11 +102,12 @@ class Frontier:
         """What each kind of budget looks at, as far as the sweep holds it."""
         original = self.data["original"]
         before, after = original.get("top1"), point.get("top1")
+        flops = point["flops"], original["flops"]
         found = {
             "removed": point["removed"],
             "remove": point["removed"],
             "params": point["parameters"] / original["parameters"],
-            "flops": point["flops"] / original["flops"],
+            "flops": None if None in flops else flops[0] / flops[1],
             "latency": point.get("latency", {}).get("ratio"),
             "max_kl": point["held_out"]["kl"],
             "max_drop": None if None in (before, after) else 100 * (before - after),

@@ -28,10 +28,10 @@ _FORM: dict[str, Any] = {
     },
     "source": _OBJECT,
     "blocks": _OBJECT,
-    "original": {"parameters": _COUNT, "flops": _NUMBER, "top1": (_NUMBER, _MAYBE)},
+    "original": {"parameters": _COUNT, "flops": (_NUMBER, _MAYBE), "top1": (_NUMBER, _MAYBE)},
     "points": [
         {
-            "removed": _COUNT, "plan": [_OBJECT], "parameters": _COUNT, "flops": _NUMBER,
+            "removed": _COUNT, "plan": [_OBJECT], "parameters": _COUNT, "flops": (_NUMBER, _MAYBE),
             "held_out": {
                 "images": _COUNT, "kl": (_NUMBER, _MAYBE), "agreement": (_NUMBER, _MAYBE),
                 "feature_cosine": _NUMBER, "feature_relative_error": _NUMBER,
@@ -75,7 +75,7 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
         _check(data, _FORM, "")
         blocks = read_blocks(data["blocks"], "blocks")
         Source.from_json(data["source"], "source")
-        if min(data["original"]["parameters"], data["original"]["flops"]) <= 0:
+        if any(data["original"][key] in (0, 0.0) for key in ("parameters", "flops")):
             raise BlockfitError("original: a model has parameters and FLOPs")
         _check_share(data["original"], "original")
         for number, point in enumerate(data["points"]):
