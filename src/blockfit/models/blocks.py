@@ -24,11 +24,11 @@ from blockfit.models.forward import (
     container_at,
     example_input,
     forward_as,
+    lists_in,
     place,
-    runs_in,
     two_different,
 )
-from blockfit.models.watch import Watch, candidates, watch_forward
+from blockfit.models.watch import Watch, candidates, watch_forward, watches_at
 
 __all__ = [
     "Batch",
@@ -88,7 +88,7 @@ def named_blocks(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
     Raises:
         BlockfitError: where the model does not hold ``blocks.depth`` blocks at ``blocks.path``.
     """
-    runs = runs_in(container_at(model, blocks.path))
+    runs = lists_in(container_at(model, blocks.path))
     for run in runs:
         if len(run) == blocks.depth:
             return run
@@ -189,12 +189,11 @@ def find_blocks(
                 f"found no blocks: {type(model).__name__} has no list of same-class modules; {HINT}"
             )
     else:
-        runs = runs_in(container_at(model, path))
-        if not runs:
+        watches = watches_at(path, container_at(model, path))
+        if not watches:
             raise BlockfitError(
                 f"{place(path)} holds no two modules of one class in a row; correct --blocks"
             )
-        watches = [Watch(path, run) for run in runs]
     watch_forward(
         model, watches, two_different(model, example_input(model) if example is None else example)
     )
@@ -232,6 +231,8 @@ def _choose(model: nn.Module, watches: Sequence[Watch], path: str | None) -> Wat
         tried = max(watches, key=lambda watch: len(watch.run))
         where = f"{place(tried.path)} with {len(tried.run)} modules"
         raise BlockfitError(f"{where} is no list of blocks: {tried.problem}; correct --blocks")
+    chunks = [watch.chunks for watch in good if watch.chunks is not None]
+    good = [watch for watch in good if not any(watch is held for held in chunks)]
     outer = [w for w in good if not any(_inside(w, other) for other in good)]
     if path is None:
         outer = _without_stages(model, watches, outer)
@@ -243,7 +244,22 @@ def _choose(model: nn.Module, watches: Sequence[Watch], path: str | None) -> Wat
         raise BlockfitError(f"found {len(best)} lists of {longest} blocks, {names}; {HINT}")
     if path is None:
         _refuse_the_smaller_part(best[0], watches)
+        _refuse_chunks(best[0], watches)
     return best[0]
+
+
+def _refuse_chunks(best: Watch, watches: Sequence[Watch]) -> None:
+    """Raise where each module of the list is a chain of blocks, but all together are none."""
+    inner = next((watch for watch in watches if watch.chunks is best), None)
+    if inner is None:
+        return
+    first = next(iter(best.run.values()))
+    own = sum(any(part is module for part in first.modules()) for module in inner.run.values())
+    if inner.done == own:
+        raise BlockfitError(
+            f"the {len(best.run)} modules at {place(best.path)} hold {len(inner.run)} blocks, but "
+            f"{inner.problem}; to remove whole modules, give --blocks {best.path}"
+        )
 
 
 def _refuse_the_smaller_part(best: Watch, watches: Sequence[Watch]) -> None:

@@ -173,6 +173,46 @@ def runs_in(container: nn.Module) -> list[dict[str, nn.Module]]:
     return [run for run in runs if len(run) > 1]
 
 
+def held_by(run: Mapping[str, nn.Module]) -> dict[str, nn.Module] | None:
+    """The blocks that the modules of a run hold in their turn, as ``0.0``, ``0.1``, ``1.0`` …
+
+    For a model that keeps its blocks in chunks (DINOv2's ``block_chunks``, nested ``Sequential``).
+    Placeholders without weights are passed over. ``None`` where the modules hold anything else, or
+    the parts of a block (their parameters have other names than those of the part before).
+    """
+    found: dict[str, nn.Module] = {}
+    for name, holder in run.items():
+        inner = {n: m for n, m in holder.named_children() if _counts(m)}
+        if not inner or next(holder.parameters(recurse=False), None) is not None:
+            return None
+        found |= {f"{name}.{key}": module for key, module in inner.items()}
+    whole = [module for module in found.values() if not _touched(module)]
+    alike = len(set(map(block_class, found.values()))) == 1
+    names = {frozenset(name for name, _ in module.named_parameters()) for module in whole}
+    leaves = any(next(module.children(), None) is None for module in whole)
+    return found if alike and len(names) <= 1 and not leaves and len(found) > len(run) else None
+
+
+def _counts(module: nn.Module) -> bool:
+    return _touched(module) or next(module.parameters(), None) is not None
+
+
+def _touched(module: nn.Module) -> bool:
+    """Whether a block in it, or it, was replaced."""
+    return any(block_class(part) is not type(part) for part in module.modules())
+
+
+def lists_in(container: nn.Module) -> list[dict[str, nn.Module]]:
+    """``runs_in``, and after each the blocks that its modules hold in their turn."""
+    found = []
+    for run in runs_in(container):
+        inner: dict[str, nn.Module] | None = run
+        while inner is not None:
+            found.append(inner)
+            inner = held_by(inner)
+    return found
+
+
 def place(path: str) -> str:
     """A path as messages write it."""
     return repr(path) if path else "the model itself"

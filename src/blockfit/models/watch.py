@@ -21,8 +21,9 @@ from blockfit.models.forward import (
     call,
     describe,
     evaluating,
+    held_by,
+    lists_in,
     parameters_of,
-    runs_in,
 )
 
 
@@ -34,6 +35,7 @@ class Watch:
         started: how many candidate lists had begun before it; −1 where it never ran.
         takes: shape of the first tensor that the first module was given, without the batch.
         turned: shapes, without the batch, before and after the first module that changed them.
+        chunks: the list whose modules hold the modules of this one, where it was made of such.
     """
 
     path: str
@@ -49,6 +51,7 @@ class Watch:
     started: int = -1
     takes: tuple[int, ...] = ()
     turned: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    chunks: Watch | None = None
     handles: list[Any] = field(default_factory=list)
 
     @property
@@ -167,11 +170,20 @@ def _same(left: Tensor, right: Tensor) -> bool:
 def candidates(model: nn.Module) -> list[Watch]:
     watches: dict[tuple[int, ...], Watch] = {}
     for path, module in model.named_modules():
-        for run in runs_in(module):
-            if all(next(part.parameters(), None) is None for part in run.values()):
+        for watch in watches_at(path, module):
+            if all(next(part.parameters(), None) is None for part in watch.run.values()):
                 continue  # a row of dropouts and the like hands a tensor on, but is no block
-            watches.setdefault(tuple(map(id, run.values())), Watch(path, run))
+            watches.setdefault(tuple(map(id, watch.run.values())), watch)
     return list(watches.values())
+
+
+def watches_at(path: str, container: nn.Module) -> list[Watch]:
+    """The lists of one module, and those of blocks that are kept in chunks."""
+    found: list[Watch] = []
+    for run in lists_in(container):
+        held = bool(found) and held_by(found[-1].run) == run
+        found.append(Watch(path, run, chunks=found[-1] if held else None))
+    return found
 
 
 def watch_forward(model: nn.Module, watches: Sequence[Watch], inputs: Batch) -> None:
