@@ -4,12 +4,35 @@ Transformer Blocks Approximation (Cannistraci et al., arXiv 2410.04941): redunda
 are replaced by maps that are fitted in closed form on a few hundred unlabelled images.
 """
 
-from blockfit.api import Result, compress, images, load, save
-from blockfit.errors import BlockfitError
-from blockfit.fit.plan import Plan, Replacement, Span
-from blockfit.models.blocks import Blocks, find_blocks
-from blockfit.search.recipes import RECIPES, Recipe
-from blockfit.search.solve import Options
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; each name is imported when it is first used
+    from blockfit.api import (
+        Result,
+        analyze,
+        bench,
+        compress,
+        evaluate,
+        export_hub,
+        export_onnx,
+        export_plain,
+        export_program,
+        from_sweep,
+        images,
+        load,
+        report,
+        reproduce,
+        save,
+        sweep,
+    )
+    from blockfit.errors import BlockfitError
+    from blockfit.fit.plan import Plan, Replacement, Span
+    from blockfit.models.blocks import Blocks, find_blocks
+    from blockfit.search.recipes import RECIPES, Recipe
+    from blockfit.search.solve import Options
 
 __version__ = "0.1.0"
 
@@ -23,9 +46,44 @@ __all__ = [
     "Replacement",
     "Result",
     "Span",
+    "analyze",
+    "bench",
     "compress",
+    "evaluate",
+    "export_hub",
+    "export_onnx",
+    "export_plain",
+    "export_program",
     "find_blocks",
+    "from_sweep",
     "images",
     "load",
+    "report",
+    "reproduce",
     "save",
+    "sweep",
 ]
+
+_ELSEWHERE = {
+    "RECIPES": "search.recipes",
+    "BlockfitError": "errors",
+    "Blocks": "models.blocks",
+    "Options": "search.solve",
+    "Plan": "fit.plan",
+    "Recipe": "search.recipes",
+    "Replacement": "fit.plan",
+    "Span": "fit.plan",
+    "find_blocks": "models.blocks",
+}
+"""Modules of the public names that are not in ``api``."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is used: torch is not loaded before (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"blockfit.{_ELSEWHERE.get(name, 'api')}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

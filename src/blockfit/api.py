@@ -1,28 +1,47 @@
-"""``load``, ``images``, ``compress``, ``save``: the few calls that most users need."""
+"""The verbs: every command as a function. Each makes models and images of names and calls down."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
+from blockfit.evaluation import analysis
+from blockfit.evaluation import bench as benchmark
+from blockfit.evaluation import evaluate as evaluation
+from blockfit.evaluation.analysis import Analysis
+from blockfit.evaluation.evaluate import Evaluation
+from blockfit.evaluation.paper import setup, study
 from blockfit.evaluation.precision import overflow_warnings
+from blockfit.evaluation.speed import Bench, Settings
 from blockfit.fit.plan import Plan, Span
 from blockfit.formats import folder as store
+from blockfit.formats import hub_folder, onnx_file, plain, program
+from blockfit.formats.exported_folder import ExportedFolder
+from blockfit.formats.folder import Saved
 from blockfit.formats.int8 import check_no_int8
+from blockfit.formats.manifest import installed_versions
+from blockfit.formats.onnx_file import ExportedOnnx
+from blockfit.formats.program import Exported
+from blockfit.models.blocks import Blocks, find_blocks
 from blockfit.models.load import load_model, source_of
+from blockfit.reports.page import check_report, write_pictures, write_report
+from blockfit.reports.runs import read_runs
+from blockfit.search import sweep as sweeps
 from blockfit.search.budget import Budget
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.run import Result, checkpoint_of, describe, run_json
 from blockfit.search.session import HOLD_OUT, Progress, Say, Session, Setting
-from blockfit.search.solve import Options
+from blockfit.search.sweep import sweep
 from blockfit.units import bytes_of
 
 
@@ -175,6 +194,11 @@ def compress(
 def save(result: Result, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a result to a folder that ``load`` reads: JSON and safetensors, whole or not at all.
 
+    Args:
+        result: what ``compress`` or ``from_sweep`` returned.
+        folder: new or empty.
+        overwrite: replace what an earlier run wrote.
+
     Raises:
         BlockfitError: where the folder is taken or cannot be written.
     """
@@ -189,4 +213,383 @@ def save(result: Result, folder: str | Path, *, overwrite: bool = False) -> None
     )
 
 
-__all__ = ["Options", "Result", "compress", "images", "load", "save"]
+def from_sweep(
+    folder: str | Path,
+    budget: Budget | None = None,
+    model: nn.Module | str | Path | None = None,
+    *,
+    remove: int | None = None,
+    params: float | str | None = None,
+    flops: float | str | None = None,
+    latency: float | str | None = None,
+    max_kl: float | None = None,
+    max_drop: float | None = None,
+) -> Result:
+    """Make the model of a sweep's best plan for one budget, without images.
+
+    Args:
+        folder: that ``sweep`` wrote.
+        budget: what has to be reached; or one of the budgets of ``compress``.
+        model: the original; loaded by the name that the sweep wrote down where ``None``.
+        remove: as in ``compress``.
+        params: as in ``compress``.
+        flops: as in ``compress``.
+        latency: as in ``compress``; of plans that the sweep has timed.
+        max_kl: as in ``compress``.
+        max_drop: as in ``compress``.
+
+    Raises:
+        BlockfitError: no budget or two, no plan that meets it, another model than the sweep's.
+    """
+    given = Budget.of(
+        remove=remove, params=params, flops=flops, latency=latency, max_kl=max_kl, max_drop=max_drop
+    )
+    if (budget is None) == (given is None):
+        raise BlockfitError("say how small by one budget, such as remove=3 or params='62%'")
+    wanted = budget or given
+    assert wanted is not None
+    return sweeps.from_sweep(folder, wanted, model)
+
+
+def evaluate(
+    compressed: Result | Saved | nn.Module | str | Path,
+    data: Any,
+    *,
+    against: nn.Module | str | Path | None = None,
+    blocks: Blocks | None = None,
+    measure: bool = True,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Evaluation:
+    """Accuracy, size and speed of a model, and its fidelity to the original.
+
+    Both get the same inputs, each on its own device and in its own dtype.
+
+    Args:
+        compressed: what ``compress`` returned, a module, or a name that ``load`` takes.
+        data: ``Images``, or whatever ``blockfit.images`` takes; labels are used where there are
+            any.
+        against: the original or its name, for comparison.
+        blocks: where both models' blocks are; known of a result and of a saved folder, else found.
+        measure: time the models in turn and measure their memory, on the first batch.
+        progress: called after every batch.
+        checkpoint: where the sums of the batches are saved from time to time, and gone on from.
+
+    Raises:
+        BlockfitError: no image, outputs that are not finite or differ in shape, labels that the
+            head does not have, an original with other blocks.
+    """
+    small = as_saved(compressed) if _has_blocks(compressed) else None
+    model = _module(compressed) if small is None else small.model
+    where = small.blocks if blocks is None and small is not None else blocks
+    original = None if against is None else _module(against)
+    # The small model's own preprocessing; the original's where it has none.
+    own = source_of(model).preprocessing is not None or original is None
+    return evaluation.evaluate(
+        model,
+        _images(data, model if own else original),
+        against=original,
+        blocks=where,
+        measure=measure,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
+
+
+def analyze(
+    model: nn.Module | str | Path, images: Any, folder: str | Path | None = None, **options: Any
+) -> Analysis:
+    """Compare the hidden states of all pairs of block boundaries.
+
+    Args:
+        model: any module with blocks, or its name.
+        images: ``Images``, or whatever ``blockfit.images`` takes; labels are not used.
+        folder: new or empty; tables and a picture are written there. Nothing where ``None``.
+        options: of ``blockfit.evaluation.analysis.analyze``: ``blocks``, ``seed``, ``overwrite``,
+            ``say``, ``progress``, ``resume``, ``max_memory``.
+
+    Raises:
+        BlockfitError: no blocks, no images, NaN or infinite hidden states, a folder that is taken.
+    """
+    return analysis.analyze(_module(model), images, folder, **options)
+
+
+def bench(
+    original: nn.Module | str | Path,
+    smalls: Mapping[str, Any] | Sequence[str | Path],
+    settings: Settings | None = None,
+    *,
+    blocks: Mapping[str, Blocks] | None = None,
+    say: Say | None = None,
+    **changes: Any,
+) -> Bench:
+    """Time the original and compressed models in turn, in every setting.
+
+    Args:
+        original: what the models were made from, or its name; left as it is.
+        smalls: results, modules or names by the names to show; or a list of names.
+        settings: batch sizes, engines, dtypes, device, threads, rounds.
+        blocks: where the blocks of a compressed model are; known of results and saved folders.
+        say: called with one line on what is being done.
+        changes: of ``settings``, such as ``batch_sizes=[1, 8]``.
+
+    Raises:
+        BlockfitError: where a model does not say what images it takes, or cannot run.
+    """
+    named = smalls if isinstance(smalls, Mapping) else {str(small): small for small in smalls}
+    models: dict[str, nn.Module] = {}
+    where: dict[str, Blocks] = {}
+    for name, small in named.items():
+        if _has_blocks(small):
+            saved = as_saved(small)
+            models[name], where[name] = saved.model, saved.blocks
+        else:
+            models[name] = _module(small)
+    chosen = replace(settings or Settings(), **changes)
+    return benchmark.bench(
+        _module(original), models, chosen, blocks={**where, **(blocks or {})}, say=say
+    )
+
+
+def export_plain(
+    small: Result | Saved | str | Path,
+    folder: str | Path,
+    *,
+    images: Any = None,
+    overwrite: bool = False,
+) -> ExportedFolder:
+    """Write a compressed model as an ordinary checkpoint of its library, with fewer blocks.
+
+    Args:
+        small: what ``compress`` returned, or a folder that ``save`` wrote.
+        folder: new or empty; read back and compared with the model before it takes its name.
+        images: to compare on; two sample photographs by default.
+        overwrite: replace a checkpoint that lies there.
+
+    Raises:
+        BlockfitError: where the library's config cannot say what is left; nothing is written then.
+    """
+    saved = as_saved(small)
+    return plain.export_plain(saved, folder, images=_pictures(images, saved), overwrite=overwrite)
+
+
+def export_hub(
+    small: Result | Saved | str | Path,
+    folder: str | Path,
+    *,
+    images: Any = None,
+    overwrite: bool = False,
+) -> ExportedFolder:
+    """Write a compressed transformers model as a folder for the Hub, with code of its own.
+
+    Args:
+        small: as in ``export_plain``.
+        folder: as in ``export_plain``.
+        images: as in ``export_plain``.
+        overwrite: replace a folder that was exported there.
+
+    Raises:
+        BlockfitError: for a model of another library, or where the outputs differ.
+    """
+    saved = as_saved(small)
+    return hub_folder.export_hub(
+        saved, folder, images=_pictures(images, saved), overwrite=overwrite
+    )
+
+
+def export_onnx(
+    small: Result | Saved | nn.Module | str | Path, path: str | Path, **options: Any
+) -> ExportedOnnx:
+    """Write a model as an ONNX file; onnxruntime must give the same outputs before it is kept.
+
+    Args:
+        small: as in ``export_plain``, or any model.
+        path: ends in ``.onnx``.
+        options: of ``blockfit.formats.onnx_file.export_onnx``: ``images``, ``resolution``,
+            ``batch``, ``opset``, ``compare_levels``, ``overwrite``.
+
+    Raises:
+        BlockfitError: where it cannot be written or the outputs differ; nothing is left then.
+    """
+    saved = as_saved(small)
+    images = _pictures(options.pop("images", None), saved)
+    return onnx_file.export_onnx(saved, path, images=images, **options)
+
+
+def export_program(
+    small: Result | Saved | nn.Module | str | Path, path: str | Path, **options: Any
+) -> Exported:
+    """Write a model as a ``.pt2`` file that ``torch.export.load`` reads where blockfit is not.
+
+    Args:
+        small: as in ``export_onnx``.
+        path: ends in ``.pt2``.
+        options: of ``blockfit.formats.program.export_program``: ``images``, ``resolution``,
+            ``batch``, ``overwrite``.
+
+    Raises:
+        BlockfitError: where it cannot be written or the outputs differ; nothing is left then.
+    """
+    saved = as_saved(small)
+    images = _pictures(options.pop("images", None), saved)
+    return program.export_program(saved, path, images=images, **options)
+
+
+def report(
+    runs: str | Path | Iterable[str | Path],
+    path: str | Path = "report.html",
+    *,
+    pictures: str | Path | None = None,
+) -> Path:
+    """Explain runs on one HTML page that needs no network.
+
+    Args:
+        runs: folders of ``compress``, ``sweep``, ``analyze``, ``reproduce``; files that
+            ``blockfit evaluate --json`` printed.
+        path: new, or an earlier report.
+        pictures: folder for every plot as PNG and SVG.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        BlockfitError: for a run that cannot be read, or where ``path`` is taken.
+    """
+    check_report(path)
+    content = read_runs([runs] if isinstance(runs, (str, Path)) else runs)
+    write_report(content, path)
+    if pictures is not None:
+        write_pictures(content, pictures)
+    return Path(path).expanduser()
+
+
+def reproduce(
+    model: nn.Module | str | Path,
+    data: str | None,
+    folder: str | Path,
+    *,
+    train: str | None = None,
+    test: str | None = None,
+    transfer: Sequence[str] = (),
+    experiments: str | None = None,
+    quick: bool = False,
+    judge: str | None = None,
+    limit: int | None = None,
+    samples: Sequence[int] | None = None,
+    seeds: int | None = None,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    seed: int = 0,
+    blocks: str | None = None,
+    say: Say = lambda line: None,
+    progress: Progress = lambda done, total: None,
+    note: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None] = lambda line: None,
+    **reading: Any,
+) -> dict[str, Any]:
+    """Run the experiments of the paper: tables, pictures and an index page in ``folder``.
+
+    Args:
+        model: the original, or its name.
+        data: labelled images with a training and a test part; or ``None`` and both by themselves.
+        folder: new, empty, or of an earlier run about the same, which is gone on with.
+        train: the training part.
+        test: the test part.
+        transfer: other images to fit maps on.
+        experiments: some of them, with commas between; all by default.
+        quick: fewer images, spans and sizes.
+        judge: ``head``, ``probe-fixed`` or ``probe-new``; the head where it fits the labels.
+        limit: calibration images.
+        samples: numbers of calibration images to compare.
+        seeds: draws to average over.
+        train_limit: images that probes learn from.
+        test_limit: images that judge.
+        seed: of every draw.
+        blocks: dotted path of the list of blocks, where looking is not enough.
+        say: called with one line on what is being done.
+        progress: called with how many of how many are done of what was said last.
+        note: called with what the run works with.
+        warn: called with what the user should know.
+        reading: other options of ``blockfit.images``.
+
+    Returns:
+        What ``reproduction.json`` holds.
+
+    Raises:
+        BlockfitError: unknown names, a compressed model, images without labels, a folder that is
+            taken.
+    """
+    wanted = study.chosen(experiments)
+    settings = setup.settings_for(quick, limit, samples, seeds, seed)
+    target = Path(folder).expanduser()
+    study.earlier(target)  # refuses a folder that is taken before anything is loaded
+    sources = setup.Sources.of(
+        data,
+        train,
+        test,
+        quick=quick,
+        transfer=transfer,
+        train_limit=train_limit,
+        test_limit=test_limit,
+        reading=reading,
+    )
+    lab, about = setup.prepare(
+        _module(model), sources, settings, judge=judge, blocks=blocks, say=say, progress=progress
+    )
+    note(f"{lab.blocks.depth} blocks of width {lab.blocks.width}; judged by: {about['judge']}")
+    return study.reproduce(lab, target, about, wanted, warn)
+
+
+def _module(model: Any) -> nn.Module:
+    """The module of a result, of a name, or itself."""
+    if isinstance(model, (Result, Saved)):
+        return model.model
+    return model if isinstance(model, nn.Module) else load(model)
+
+
+def _has_blocks(model: Any) -> bool:
+    """Whether it is known where the blocks are, so that nobody has to look."""
+    if isinstance(model, (Result, Saved)):
+        return True
+    return isinstance(model, (str, Path)) and store.is_saved(model)
+
+
+def as_saved(model: Any) -> Saved:
+    """A compressed model with its plan; an original one has an empty plan."""
+    if isinstance(model, Saved):
+        return model
+    versions = installed_versions()
+    if isinstance(model, Result):
+        return Saved(model.model, model.blocks, model.plan, model.report, model.source, versions)
+    if _has_blocks(model):
+        return store.load_saved(model)
+    whole = _module(model)
+    return Saved(whole, find_blocks(whole), Plan(), {}, source_of(whole), versions)
+
+
+def _images(images: Any, model: nn.Module | None) -> Images:
+    return images if isinstance(images, Images) else open_images(images, model)
+
+
+def _pictures(images: Any, saved: Saved) -> Images | None:
+    return None if images is None else _images(images, saved.model)
+
+
+__all__ = [
+    "Result",
+    "analyze",
+    "bench",
+    "compress",
+    "evaluate",
+    "export_hub",
+    "export_onnx",
+    "export_plain",
+    "export_program",
+    "from_sweep",
+    "images",
+    "load",
+    "report",
+    "reproduce",
+    "save",
+    "sweep",
+]

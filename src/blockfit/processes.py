@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockfit.errors import BlockfitError
+
+if TYPE_CHECKING:  # torch is imported where it is used: the command line asks for ranks without it
+    import torch
+    from torch import Tensor
 
 TIMEOUT_S = 600.0
 """How long a process waits for another one that is there but says nothing."""
@@ -57,12 +57,20 @@ def launched() -> tuple[int, int]:
 
 def rank() -> int:
     """The number of this process; 0 alone."""
-    return dist.get_rank() if _joined else 0
+    if not _joined:
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
 
 
 def count() -> int:
     """How many processes share the run; 1 alone."""
-    return dist.get_world_size() if _joined else 1
+    if not _joined:
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size()
 
 
 def is_first() -> bool:
@@ -79,6 +87,8 @@ def own_device(name: str) -> str:
     local = os.environ.get("LOCAL_RANK", "")
     if name != "cuda" or count() == 1 or not local.isdecimal():
         return name
+    import torch
+
     if torch.cuda.is_available():
         _fast = torch.device("cuda", int(local))
     return f"cuda:{local}"
@@ -99,6 +109,9 @@ def joined(timeout_s: float | None = None) -> Iterator[None]:
     if launched()[1] == 1 or _joined:
         yield
         return
+    import torch
+    import torch.distributed as dist
+
     wait = timedelta(seconds=_timeout() if timeout_s is None else timeout_s)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _told_of_stops(), _reaching():
@@ -116,6 +129,8 @@ def reduce(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in place; the same bits on all."""
     if count() == 1:
         return
+    import torch.distributed as dist
+
     for tensor in tensors:
         assert tensor.is_contiguous()
         for piece in tensor.view(-1).split(_PIECE):
@@ -142,6 +157,9 @@ def gathered(value: Any) -> list[Any]:
     """A JSON value of every process, by rank, on all of them."""
     if count() == 1:
         return [value]
+    import torch
+    import torch.distributed as dist
+
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(count())]
     with _reaching():
@@ -162,6 +180,8 @@ def agreed(make: Callable[[], T]) -> T:
     """What ``make`` returns on the first process, on all; a JSON value. Others do not call it."""
     if count() == 1:
         return make()
+    import torch
+
     data = torch.empty(0, dtype=torch.uint8)
     if is_first():
         data = torch.frombuffer(bytearray(json.dumps(make()).encode()), dtype=torch.uint8)
@@ -196,6 +216,8 @@ def spread(
 
 
 def _share(tensor: Tensor) -> None:
+    import torch.distributed as dist
+
     with _reaching():
         dist.broadcast(tensor, src=0)
 

@@ -26,7 +26,8 @@ FLOORS = (
     "data",
     "search formats",
     "evaluation",
-    "reports api",
+    "reports",
+    "api",
     "commands",
 )
 """The tower: a package may import only from the floors below its own."""

@@ -18,9 +18,10 @@ from commandline import small as small
 from families import one_thread as one_thread
 
 import blockfit
-from blockfit.commands import app as cli
-from blockfit.commands.output import Output, amount
+from blockfit import api
+from blockfit.commands.output import Output
 from blockfit.models.demo import digits, load_demo
+from blockfit.units import amount
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append({"images": images, **options})
         raise blockfit.BlockfitError("seen")
 
-    monkeypatch.setattr(cli.api, "compress", stop)
+    monkeypatch.setattr(api, "compress", stop)
     return seen
 
 
@@ -208,7 +209,7 @@ def test_other_wrong_calls_say_one_sentence(
 def test_a_taken_folder_is_refused_before_the_long_work(
     small: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.api, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(api, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     (tmp_path / "diary.txt").write_text("mine")
     for folder, message in ((tmp_path, "not saved by blockfit"), (small[0], "--overwrite")):
         for command in (("compress", "demo", *FEW, "--remove", "2"), ("demo",)):
@@ -226,7 +227,7 @@ def test_an_unexpected_fault_exits_1_and_points_to_debug(monkeypatch: pytest.Mon
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(cli.api, "load", fail)
+    monkeypatch.setattr(api, "load", fail)
     done = blockfit_command("analyze", "demo", *FEW, "--json")
     assert (done.code, done.out) == (1, "")
     expected = "unexpected RuntimeError: first line; add --debug to see where"
@@ -239,21 +240,21 @@ def test_an_interrupted_run_says_so_and_exits_130(
     def interrupt(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.api, "compress", interrupt)
+    monkeypatch.setattr(api, "compress", interrupt)
     done = blockfit_command("compress", "demo", *FEW, "--remove", "2", "-o", tmp_path / "x", "-q")
     assert (done.code, done.out) == (130, "")
     assert done.err == "blockfit: interrupted; nothing unfinished was saved\n"
 
 
 def test_what_libraries_print_stays_off_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cli.api.load
+    real = api.load
 
     def chatty(*arguments: Any, **options: Any) -> Any:
         print("Loading weights: 100%")
         warnings.warn("a library is unhappy", stacklevel=1)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(cli.api, "load", chatty)
+    monkeypatch.setattr(api, "load", chatty)
     done = blockfit_command("analyze", "demo", *FEW, "--json")
     assert "similarity" in done.json
     assert "unhappy" not in done.err

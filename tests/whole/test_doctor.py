@@ -11,7 +11,7 @@ import torch
 from commandline import blockfit_command
 
 import blockfit
-from blockfit.commands import installed as doctor
+from blockfit.commands import doctor
 
 ASKED = [
     "torch>=2.4",

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from commandline import FEW, blockfit_command
 
-from blockfit.commands import app as cli
+from blockfit import api
 from blockfit.commands.output import Output, guarded
 from blockfit.search.span_search import Search
 
@@ -61,7 +61,7 @@ def test_a_sweep_that_is_stopped_at_once_says_that_there_is_nothing(
     def stops(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.api, "load", stops)
+    monkeypatch.setattr(api, "load", stops)
     done = blockfit_command("sweep", "demo", *FEW, "-o", tmp_path / "sweep")
     assert (done.code, done.err) == (130, "blockfit: interrupted; no plan was finished yet\n")
     assert not list(tmp_path.iterdir())

@@ -4,60 +4,45 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from blockfit import api
+import blockfit
 from blockfit.commands import options as opt
-from blockfit.commands.output import Output, show_images
-from blockfit.evaluation.precision import HALVES, Precision, check_precision
-from blockfit.formats import folder as store
-from blockfit.models.blocks import find_blocks
+from blockfit.commands.command import command
+from blockfit.commands.output import Output
+from blockfit.commands.tables import show_images
 from blockfit.units import number, percent
+
+if TYPE_CHECKING:
+    from blockfit.evaluation.precision import Precision
 
 Dtypes = Annotated[
     list[str] | None,
-    opt.option("--dtype", help=f"{', '.join(HALVES)}; both by default. Repeatable.", panel=opt.HOW),
+    opt.option("--dtype", help="bfloat16, float16; both by default. Repeatable.", panel=opt.HOW),
 ]
 
 
+@command
 def check(
-    context: typer.Context,
+    out: Output,
     small: opt.Small,
     images: opt.Pictures,
+    reading: opt.Reading,
+    loading: opt.Loading,
     dtype: Dtypes = None,
-    limit: opt.Limit = None,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 32,
-    image_column: opt.ImageColumn = None,
-    label_column: opt.LabelColumn = None,
-    workers: opt.Workers = 0,
-    max_pixels: opt.MaxPixels = None,
-    device: opt.Device = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
     blocks: opt.BlocksPath = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Compare a model in half precision with itself in float32, block by block."""
+    from blockfit.evaluation.precision import HALVES, check_precision
+
     started = time.perf_counter()
-    out = Output(as_json, quiet)
     with out.working():
         out.say(f"loading {small}")
-        where = None
-        if store.is_saved(small):
-            saved = store.load_saved(small, device=opt.device(device))
-            model, where = saved.model, saved.blocks
-        else:
-            model = api.load(small, device=opt.device(device), **opt.loading(context))
-        how = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
-        pictures = api.images(images, model, limit=limit, **how)
+        model, where = loading.load_small(small)
+        pictures = reading.open(images, model)
         show_images(out, pictures.description())
         if where is None or blocks is not None:
-            where = find_blocks(model, next(iter(pictures), None), blocks)
+            where = blockfit.find_blocks(model, next(iter(pictures), None), blocks)
         found = []
         for name in dict.fromkeys(dtype or HALVES):
             out.say(f"checking {name}")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from blockfit.commands import options as opt
-from blockfit.commands.installed import examine
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from blockfit.commands.command import command
 from blockfit.commands.output import Output
 
+NAME = "blockfit"
 
-def doctor(
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    debug: opt.Debug = False,
-) -> None:
+_REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?\s*([^;]*)")
+_EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
+
+
+@command
+def doctor(out: Output) -> None:
     """Show versions, devices, caches, and what is missing for each extra."""
-    out = Output(as_json, quiet)
     found = examine()
     out.line(f"Python {found.python} on {found.platform}")
     out.table(
@@ -36,3 +44,135 @@ def doctor(
     hub = "only cached files are used (HF_HUB_OFFLINE is set)" if found.offline else "may be asked"
     out.line(f"torch computes with {found.threads} threads; the Hub {hub}")
     out.result(found.to_json())
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that blockfit asks for: its name, what is asked, what is installed."""
+
+    name: str
+    wanted: str
+    installed: str | None
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An extra of blockfit, what it lacks, and what installs it."""
+
+    name: str
+    missing: tuple[str, ...]
+    command: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """What torch can compute on."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where files that were once fetched lie."""
+
+    what: str
+    path: str
+    exists: bool
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What ``examine`` found."""
+
+    python: str
+    platform: str
+    packages: tuple[Package, ...]
+    extras: tuple[Extra, ...]
+    devices: tuple[Device, ...]
+    threads: int
+    caches: tuple[Cache, ...]
+    offline: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def examine() -> Findings:
+    """Look at this machine; nothing is imported but torch, nothing fetched, nothing changed."""
+    import torch
+
+    needs = requirements()
+    names = {package for packages in needs.values() for package, _ in packages}
+    wanted = {name: text for packages in needs.values() for name, text in packages}
+    packages = [Package(NAME, "", installed(NAME))]
+    packages += [Package(n, wanted[n], installed(n)) for n in sorted(names, key=str.lower)]
+    extras = []
+    for extra, own in needs.items():
+        missing = tuple(name for name, _ in own if installed(name) is None)
+        if extra:
+            extras.append(Extra(extra, missing, f'pip install "{NAME}[{extra}]"'))
+    return Findings(
+        python=f"{platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        packages=tuple(packages),
+        extras=tuple(extras),
+        devices=devices(),
+        threads=torch.get_num_threads(),
+        caches=caches(),
+        offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+    )
+
+
+def requirements() -> dict[str, list[tuple[str, str]]]:
+    """Extra → packages with the versions asked for, from the package's own metadata.
+
+    ``""`` holds what is always needed. Extras that only collect others are left out.
+    """
+    try:
+        lines = metadata.requires(NAME) or []
+    except metadata.PackageNotFoundError:  # run from a folder, not installed
+        lines = []
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in lines:
+        parsed = _REQUIREMENT.match(line)
+        marker = _EXTRA.search(line)
+        if parsed is None or parsed[1].lower() == NAME:
+            continue
+        found.setdefault(marker[1] if marker else "", []).append((parsed[1], parsed[3].strip()))
+    return found
+
+
+def installed(name: str) -> str | None:
+    """The installed version of a package; ``None`` where there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def devices() -> tuple[Device, ...]:
+    """The CPU and whatever accelerator torch sees."""
+    import torch
+
+    out = [Device("cpu", f"{os.cpu_count()} cores, {platform.machine()}")]
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        out.append(Device(f"cuda:{number}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB"))
+    if torch.backends.mps.is_available():
+        out.append(Device("mps", "Apple GPU"))
+    return tuple(out)
+
+
+def caches() -> tuple[Cache, ...]:
+    """Where transformers, timm, torchvision and datasets keep what they fetched."""
+    import torch
+
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")).expanduser()
+    places = {
+        "models of the Hub (transformers, timm)": os.environ.get("HF_HUB_CACHE", home / "hub"),
+        "data sets of the Hub": os.environ.get("HF_DATASETS_CACHE", home / "datasets"),
+        "torchvision's weights": Path(torch.hub.get_dir()) / "checkpoints",
+    }
+    return tuple(Cache(what, str(path), Path(path).is_dir()) for what, path in places.items())

@@ -1,65 +1,104 @@
-"""The command ``export``: a model in a form that needs no blockfit."""
+"""``blockfit export``: a model in a form that needs no blockfit."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from blockfit import api
+import blockfit
 from blockfit.commands import options as opt
-from blockfit.commands.output import Output, show_images
+from blockfit.commands.command import command
+from blockfit.commands.output import Output
+from blockfit.commands.tables import show_images
 from blockfit.errors import BlockfitError
-from blockfit.fit.plan import Plan
-from blockfit.formats import folder as store
-from blockfit.formats.exported_folder import ExportedFolder
-from blockfit.formats.folder import Saved
-from blockfit.formats.hub_folder import export_hub
-from blockfit.formats.manifest import installed_versions
-from blockfit.formats.onnx_file import OPSET, ExportedOnnx, export_onnx
-from blockfit.formats.plain import export_plain
-from blockfit.formats.program import Exported, export_program
-from blockfit.formats.traced import Resolution
-from blockfit.models.blocks import find_blocks
-from blockfit.models.load import source_of
 from blockfit.units import amount
 
-FOLDERS = {"plain": export_plain, "hub": export_hub}
-"""Forms that are folders, by the functions that write them."""
+if TYPE_CHECKING:
+    from blockfit.formats.exported_folder import ExportedFolder
+    from blockfit.formats.folder import Saved
+    from blockfit.formats.onnx_file import ExportedOnnx
+    from blockfit.formats.program import Exported
+
+PlainCheckpoint = Annotated[
+    bool,
+    opt.option(
+        "--plain",
+        help="An ordinary transformers or timm checkpoint with fewer blocks.",
+        panel=opt.FORM,
+    ),
+]
+Onnx = Annotated[bool, opt.option("--onnx", help="An ONNX file.", panel=opt.FORM)]
+Pt2 = Annotated[bool, opt.option("--pt2", help="A torch.export program (.pt2).", panel=opt.FORM)]
+Hub = Annotated[
+    bool,
+    opt.option(
+        "--hub", help="A transformers folder with its own code, for any map.", panel=opt.FORM
+    ),
+]
+Target = Annotated[
+    Path, opt.option("--output", "-o", help="Folder or file to write.", panel=opt.OUT)
+]
+ResolutionText = Annotated[
+    str | None,
+    opt.option(
+        "--resolution",
+        help="Of the images: 224, 224x320 (height first) or dynamic; by default the model's own.",
+        panel=opt.HOW,
+    ),
+]
+FixedBatch = Annotated[
+    int | None,
+    opt.option(
+        "--fixed-batch",
+        help="Take this many images only, instead of any number.",
+        panel=opt.HOW,
+    ),
+]
+Opset = Annotated[
+    int | None, opt.option("--opset", help="Version of the ONNX operator set; 18.", panel=opt.HOW)
+]
+CompareLevels = Annotated[
+    bool,
+    opt.option(
+        "--compare-levels", help="Time onnxruntime's graph optimisation levels.", panel=opt.HOW
+    ),
+]
+Pictures = Annotated[
+    str | None,
+    opt.option(
+        "--images", help="To compare on; by default two sample photographs.", panel=opt.DATA
+    ),
+]
+
+FOLDERS = ("plain", "hub")
+"""Forms that are folders; the others are files."""
 
 
+@command
 def export(
-    context: typer.Context,
+    out: Output,
     model: opt.Small,
-    output: opt.Target,
-    plain: opt.PlainCheckpoint = False,
-    onnx: opt.Onnx = False,
-    pt2: opt.Pt2 = False,
-    hub: opt.Hub = False,
-    resolution: opt.ResolutionText = None,
-    fixed_batch: opt.FixedBatch = None,
-    opset: opt.Opset = None,
-    compare_levels: opt.CompareLevels = False,
-    images: opt.CheckPictures = None,
-    limit: opt.Limit = None,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 32,
-    image_column: opt.ImageColumn = None,
-    label_column: opt.LabelColumn = None,
-    workers: opt.Workers = 0,
-    max_pixels: opt.MaxPixels = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
+    output: Target,
+    reading: opt.Reading,
+    code: opt.Code,
+    plain: PlainCheckpoint = False,
+    onnx: Onnx = False,
+    pt2: Pt2 = False,
+    hub: Hub = False,
+    resolution: ResolutionText = None,
+    fixed_batch: FixedBatch = None,
+    opset: Opset = None,
+    compare_levels: CompareLevels = False,
+    images: Pictures = None,
     overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Write a model in a form that needs no blockfit, compared with it before it is kept."""
+    from blockfit.formats.onnx_file import OPSET
+    from blockfit.formats.traced import Resolution
+
     started = time.perf_counter()
-    out = Output(as_json, quiet)
     form = _form(plain=plain, onnx=onnx, pt2=pt2, hub=hub)
     traced = {"--resolution": resolution, "--fixed-batch": fixed_batch}
     if form in FOLDERS:
@@ -70,31 +109,30 @@ def export(
     shape = None if resolution is None else Resolution.parse(resolution)
     with out.working():
         out.say(f"loading {model}")
-        saved = store.load_saved(model) if form in FOLDERS else _opened(model, opt.loading(context))
+        saved = _saved(model, code, form)
         pictures = None
         if images is not None:
-            reading = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
-            pictures = api.images(images, saved.model, limit=limit, **reading)
+            pictures = reading.open(images, saved.model)
             show_images(out, pictures.description())
         out.say(f"writing {output} and comparing it with the model")
         how: dict[str, Any] = {"images": pictures, "overwrite": overwrite}
-        if form in FOLDERS:
-            done: Any = FOLDERS[form](saved, output, **how)
-        elif form == "pt2":
-            done = export_program(saved, output, resolution=shape, batch=fixed_batch, **how)
-        else:
-            done = export_onnx(
-                saved,
-                output,
-                resolution=shape,
-                batch=fixed_batch,
-                opset=OPSET if opset is None else opset,
-                compare_levels=compare_levels,
-                **how,
-            )
+        if form not in FOLDERS:
+            how |= {"resolution": shape, "batch": fixed_batch}
+        if form == "onnx":
+            how |= {"opset": OPSET if opset is None else opset, "compare_levels": compare_levels}
+        done = _WRITE[form](saved, output, **how)
     _SHOW[form](out, done)
     seconds = round(time.perf_counter() - started, 3)
     out.result({"form": form, **done.to_json(), "seconds": seconds, "output": str(output)})
+
+
+_WRITE: dict[str, Callable[..., Any]] = {
+    "plain": lambda *what, **how: blockfit.export_plain(*what, **how),
+    "hub": lambda *what, **how: blockfit.export_hub(*what, **how),
+    "pt2": lambda *what, **how: blockfit.export_program(*what, **how),
+    "onnx": lambda *what, **how: blockfit.export_onnx(*what, **how),
+}
+"""Forms by the functions that write them, looked up when they are called: they import torch."""
 
 
 def _form(**chosen: bool) -> str:
@@ -109,13 +147,14 @@ def _form(**chosen: bool) -> str:
     return given[0]
 
 
-def _opened(name: str, options: dict[str, Any]) -> Saved:
-    """A folder that blockfit saved; or an original model, of which nothing was removed."""
-    if store.is_saved(name):
-        return store.load_saved(name)
-    model = api.load(name, **options)
-    source = source_of(model)
-    return Saved(model, find_blocks(model), Plan(), {}, source, installed_versions())
+def _saved(name: str, code: opt.Code, form: str) -> Saved:
+    """A folder that blockfit saved; for files also an original, of which nothing was removed."""
+    from blockfit.api import as_saved
+    from blockfit.formats.folder import is_saved, load_saved
+
+    if form in FOLDERS or is_saved(name):
+        return load_saved(name)
+    return as_saved(code.load(name))
 
 
 def _show_folder(out: Output, done: ExportedFolder) -> None:

@@ -6,35 +6,34 @@ import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import nn
 
-from blockfit import api
+import blockfit
 from blockfit.commands import options as opt
-from blockfit.commands.output import Output, show_images
-from blockfit.data.images import Images
+from blockfit.commands.command import command
+from blockfit.commands.output import Output
+from blockfit.commands.tables import show_images
 from blockfit.errors import BlockfitError
-from blockfit.evaluation.stages import Stage, stages
-from blockfit.evaluation.stages import quantize as quantize_model
-from blockfit.files import check_file
-from blockfit.formats import folder as store
-from blockfit.formats.onnx_file import SUFFIX, Session
-from blockfit.formats.quantize_onnx import ONNX_KINDS, quantize_onnx
-from blockfit.models.cost import parameters, size_bytes
-from blockfit.models.tensors import INT8_KINDS
 from blockfit.units import amount, number, percent, share
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from blockfit.data.images import Images
+    from blockfit.evaluation.stages import Stage
+    from blockfit.formats.folder import Saved
 
 ORIGINAL, COMPRESSED = "original", "compressed"
 COLUMNS = (
     "", "top-1", "change", "agreement", "output error", "file", "of fp32", "ms", "images/s",
 )  # fmt: skip
 
-Saved = Annotated[str, typer.Argument(metavar="SMALL", help="A folder that compress wrote.")]
+Small = Annotated[str, typer.Argument(metavar="SMALL", help="A folder that compress wrote.")]
 Int8 = Annotated[
-    str, opt.option("--int8", help=f"{', '.join((*INT8_KINDS, *ONNX_KINDS))}.", panel=opt.HOW)
+    str,
+    opt.option("--int8", help="weight-only, dynamic, onnx-dynamic, onnx-static.", panel=opt.HOW),
 ]
 Target = Annotated[
     Path, opt.option("--output", "-o", help="Folder, or ONNX file, to write.", panel=opt.OUT)
@@ -52,66 +51,51 @@ Data = Annotated[
 ]
 
 
+@command
 def quantize(
-    context: typer.Context,
-    small: Saved,
+    out: Output,
+    small: Small,
     output: Target,
+    reading: opt.Reading,
+    code: opt.Code,
     int8: Int8 = "weight-only",
     images: Calibration = None,
     images_limit: CalibrationLimit = None,
     against: opt.Against = None,
     data: Data = None,
-    limit: opt.Limit = None,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 32,
-    image_column: opt.ImageColumn = None,
-    label_column: opt.LabelColumn = None,
-    workers: opt.Workers = 0,
-    max_pixels: opt.MaxPixels = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
     overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Bring the weights of a compressed model to int8; compare original, compressed and int8."""
+    from blockfit.evaluation.stages import quantize as quantize_model
+    from blockfit.evaluation.stages import stages
+    from blockfit.formats.folder import load_saved
+    from blockfit.formats.onnx_file import Session
+    from blockfit.formats.quantize_onnx import ONNX_KINDS, quantize_onnx
+    from blockfit.models.cost import parameters, size_bytes
+
     started = time.perf_counter()
-    out = Output(as_json, quiet)
-    if int8 not in (known := (*INT8_KINDS, *ONNX_KINDS)):
-        raise BlockfitError(f"unknown --int8 {int8!r}; choose one of {', '.join(known)}")
-    if int8 in ONNX_KINDS:
-        check_file(output, SUFFIX, overwrite)
-    else:
-        store.check_folder(output, overwrite)
-    if images is not None and int8 != "onnx-static":
-        raise BlockfitError(f"--images has no use with {int8}, which needs no calibration")
-    if (against is None) != (data is None):
-        raise BlockfitError(
-            "--against and --data go together: give the original and images to compare on"
-        )
-    how = {"seed": seed, "batch_size": batch_size, **opt.reading(context)}
+    _check(int8, output, overwrite, images, against, data)
     with out.working():
         out.say(f"loading {small}")
-        saved = store.load_saved(small)
+        saved = load_saved(small)
         out.say(f"writing {output}")
         if int8 in ONNX_KINDS:
-            used = _calibration(saved, images, images_limit, how) if "static" in int8 else None
+            used = _calibration(saved, images, images_limit, reading) if "static" in int8 else None
             quantize_onnx(saved, output, int8, used, overwrite=overwrite)
             tiny: nn.Module = Session(output)
             after = output.stat().st_size
         else:
             _save(quantize_model(saved, int8), output, overwrite)
-            tiny = store.load(output)
+            tiny = blockfit.load(output)
             after = size_bytes(tiny)
         before = size_bytes(saved.model)
         found: list[Stage] = []
         if against is not None and data is not None:
-            original = api.load(against, **opt.loading(context))
+            original = code.load(against)
             whole = 4 * parameters(original)
             models = {ORIGINAL: original, COMPRESSED: saved.model, f"+ int8 {int8}": tiny}
             sizes = dict(zip(models, (size_bytes(original), before, after), strict=True))
-            pictures = api.images(data, saved.model, limit=limit, **how)
+            pictures = reading.open(data, saved.model)
             show_images(out, pictures.description())
             out.say("comparing")
             found = stages(models, sizes, pictures, saved, progress=out.count)
@@ -125,32 +109,71 @@ def quantize(
             "size_bytes": after,
             "original_float32_bytes": whole if found else None,
             "stages": [stage.to_json() for stage in found],
-            "threads": torch.get_num_threads(),
+            "threads": _threads(),
             "seconds": round(time.perf_counter() - started, 3),
             "output": str(output),
         }
     )
 
 
-def _save(tiny: store.Saved, output: Path, overwrite: bool) -> None:
-    store.save(
+def _check(
+    int8: str,
+    output: Path,
+    overwrite: bool,
+    images: str | None,
+    against: str | None,
+    data: str | None,
+) -> None:
+    """Refuse what does not go together, before anything is loaded.
+
+    Raises:
+        BlockfitError: for the first that is wrong.
+    """
+    from blockfit.files import check_file
+    from blockfit.formats.folder import check_folder
+    from blockfit.formats.onnx_file import SUFFIX
+    from blockfit.formats.quantize_onnx import ONNX_KINDS
+    from blockfit.models.tensors import INT8_KINDS
+
+    if int8 not in (known := (*INT8_KINDS, *ONNX_KINDS)):
+        raise BlockfitError(f"unknown --int8 {int8!r}; choose one of {', '.join(known)}")
+    if int8 in ONNX_KINDS:
+        check_file(output, SUFFIX, overwrite)
+    else:
+        check_folder(output, overwrite)
+    if images is not None and int8 != "onnx-static":
+        raise BlockfitError(f"--images has no use with {int8}, which needs no calibration")
+    if (against is None) != (data is None):
+        raise BlockfitError(
+            "--against and --data go together: give the original and images to compare on"
+        )
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _save(tiny: Saved, output: Path, overwrite: bool) -> None:
+    from blockfit.formats.folder import save
+
+    save(
         output, tiny.model, tiny.blocks, tiny.plan,
         source=tiny.source, report=tiny.report, overwrite=overwrite,
     )  # fmt: skip
 
 
 def _calibration(
-    saved: store.Saved, images: str | None, limit: int | None, how: dict[str, Any]
+    saved: Saved, images: str | None, limit: int | None, reading: opt.Reading
 ) -> Images:
     """The images that were named, or else those that the model was compressed on."""
     if images is not None:
-        return api.images(images, saved.model, limit=limit, **how)
+        return reading.open(images, saved.model, limit=limit)
     told = saved.report.get("calibration", {})
     if not {"source", "used", "seed"} <= told.keys():
         raise BlockfitError("the folder does not say what it was calibrated on; give --images")
-    return api.images(
-        told["source"], saved.model, limit=limit or told["used"], **{**how, "seed": told["seed"]}
-    )
+    return reading.open(told["source"], saved.model, limit=limit or told["used"], seed=told["seed"])
 
 
 def _show(out: Output, found: Sequence[Stage], whole: int) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from blockfit.commands import options as opt
-from blockfit.commands.common import opened
+from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.reporter import LOOKED_AT, beside, small_model
 from blockfit.errors import BlockfitError
-from blockfit.reports.page import check_report, write_pictures, write_report
-from blockfit.reports.runs import read_runs
 
 Runs = Annotated[
     list[str],
@@ -34,38 +32,38 @@ Remove = Annotated[
     int | None,
     opt.option("--remove", help="Whose images of a sweep: this many blocks.", panel=opt.DATA),
 ]
-Limit = Annotated[int, opt.option("--limit", help="Draw this many images.", panel=opt.DATA)]
 Files = Annotated[
     Path | None,
     opt.option("--pictures", help="Folder for every plot as PNG and SVG.", panel=opt.OUT),
 ]
 
 
+@dataclass(frozen=True)
+class Reading(opt.Reading):
+    """Few images in small batches: each is looked at."""
+
+    limit: opt.Limit = opt.LOOKED_AT
+    batch_size: opt.BatchSize = 8
+
+
+@command
 def report(
-    context: typer.Context,
+    out: Output,
     runs: Runs,
+    reading: Reading,
+    loading: opt.Loading,
     output: Page = Path("report.html"),
     against: Against = None,
     images: Pictures = None,
     remove: Remove = None,
-    limit: Limit = LOOKED_AT,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 8,
-    image_column: opt.ImageColumn = None,
-    label_column: opt.LabelColumn = None,
-    workers: opt.Workers = 0,
-    max_pixels: opt.MaxPixels = None,
-    device: opt.Device = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
     pictures: Files = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Explain runs on one page: a single HTML file that needs no network."""
+    from blockfit.commands.reporter import beside, small_model
+    from blockfit.reports.page import check_report, write_pictures, write_report
+    from blockfit.reports.runs import read_runs
+
     started = time.perf_counter()
-    out = Output(as_json, quiet)
     check_report(output)
     if (against is None) != (images is None):
         raise BlockfitError(
@@ -75,18 +73,8 @@ def report(
     content = read_runs(runs)
     with out.working():
         if against is not None and images is not None:
-            original, shown = opened(
-                out,
-                against,
-                images,
-                limit,
-                seed,
-                batch_size,
-                device,
-                opt.loading(context),
-                **opt.reading(context),
-            )
-            small, blocks = small_model(runs, content, remove, original, device)
+            original, shown = opt.opened(out, against, images, reading, loading)
+            small, blocks = small_model(runs, content, remove, original, loading.place())
             content = beside(out, content, original, small, blocks, shown)
         elif remove is not None:
             raise BlockfitError("--remove has no use without --against and --images; add them")

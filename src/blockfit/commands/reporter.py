@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from blockfit import processes as ranks
+from blockfit.commands.options import LOOKED_AT
 from blockfit.commands.output import Output
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
@@ -26,9 +27,6 @@ from blockfit.search.budget import Budget
 from blockfit.search.run import Result
 from blockfit.search.sweep import from_sweep
 from blockfit.search.sweep_file import MARK as SWEEP_MARK
-
-LOOKED_AT = 64
-"""Images on which both models are compared where nobody says how many."""
 
 
 class Reporter:

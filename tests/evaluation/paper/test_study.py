@@ -17,8 +17,8 @@ from commandline import Done, blockfit_command
 from families import one_thread as one_thread
 from PIL import Image
 
-from blockfit.commands import reproduce as command_reproduce
 from blockfit.errors import BlockfitError
+from blockfit.evaluation.paper import setup
 from blockfit.evaluation.paper import study as reproduce
 from blockfit.evaluation.paper.lab import QUICK, Lab, Row
 from blockfit.evaluation.paper.study import ENDINGS, INDEX, MARK
@@ -55,7 +55,7 @@ def few_steps() -> object:
     """Trained translators take long, and what they learn is tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         quick = dataclasses.replace(QUICK, steps=3, compared=(1, 2), starts=2)
-        patch.setattr(command_reproduce, "QUICK", quick)
+        patch.setattr(setup, "QUICK", quick)
         yield
 
 

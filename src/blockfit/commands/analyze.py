@@ -1,0 +1,61 @@
+"""``blockfit analyze``: how alike the hidden states of all blocks are."""
+
+from __future__ import annotations
+
+import time
+
+import blockfit
+from blockfit.commands import options as opt
+from blockfit.commands.command import command
+from blockfit.commands.output import Output
+from blockfit.commands.tables import show_analysis
+
+
+@command
+def analyze(
+    out: Output,
+    model: opt.Model,
+    images: opt.Pictures,
+    reading: opt.Reading,
+    loading: opt.Loading,
+    running: opt.Running,
+    output: opt.MaybeFolder = None,
+    blocks: opt.BlocksPath = None,
+    report: opt.ReportFile = None,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Compare the hidden states of all blocks: MSE, cosine, angle, CKA and R²."""
+    from blockfit.commands.reporter import Reporter
+    from blockfit.evaluation.analysis import check_folder
+
+    started = time.perf_counter()
+    page = Reporter(report)
+    state = running.state(output)
+    if output is not None:
+        check_folder(output, overwrite)
+    with out.working():
+        original, pictures = opt.opened(out, model, images, reading, loading)
+        result = blockfit.analyze(
+            original,
+            pictures,
+            output,
+            blocks=blocks,
+            seed=reading.seed,
+            overwrite=overwrite,
+            say=out.say,
+            progress=out.count,
+            resume=state,
+            max_memory=running.max_memory,
+        )
+        page.analysed(out, result.to_json(), output)
+    show_analysis(out, result.tables, result.warnings)
+    if output is not None:
+        out.line(f"all pairs of states: {', '.join(str(output / name) for name in result.files)}")
+    page.tell(out)
+    out.result(
+        {
+            **result.to_json(),
+            "seconds": round(time.perf_counter() - started, 3),
+            "output": None if output is None else str(output),
+        }
+    )

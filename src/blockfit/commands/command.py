@@ -1,0 +1,77 @@
+"""How a command is declared: groups of options become options, and what all commands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from blockfit import processes
+from blockfit.commands import options as opt
+from blockfit.commands.output import Output, start_logging
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options of every command."""
+
+    as_json: opt.Json = False
+    quiet: opt.Quiet = False
+    verbose: opt.Verbose = False
+    debug: opt.Debug = False
+
+
+def command(body: Callable[..., None]) -> Callable[..., None]:
+    """Make a function one that typer reads: its options flat, groups among them.
+
+    A parameter whose type is a dataclass stands for one option per field. The first parameter is
+    the ``Output``, made from the options that all commands share. Several processes join for the
+    duration; help and refused options come before that, and without torch.
+    """
+    hints = get_type_hints(body, include_extras=True)
+    own = list(inspect.signature(body).parameters.values())[1:]
+    groups = {p.name: hints[p.name] for p in own if is_dataclass(hints[p.name])}
+    flat: list[inspect.Parameter] = []
+    for parameter in own:
+        if parameter.name in groups:
+            flat += _options(groups[parameter.name])
+        else:
+            flat.append(
+                parameter.replace(
+                    annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY
+                )
+            )
+    flat += _options(Common)
+
+    def run(**values: Any) -> None:
+        common = _taken(Common, values)
+        whole = {name: _taken(group, values) for name, group in groups.items()}
+        if common.verbose:
+            start_logging()
+        with processes.joined():
+            body(Output(common.as_json, common.quiet), **values, **whole)
+
+    run.__name__, run.__doc__, run.__module__ = body.__name__, body.__doc__, body.__module__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    run.__dict__["__signature__"] = inspect.Signature(flat)
+    return run
+
+
+def _options(group: Any) -> list[inspect.Parameter]:
+    """One keyword per field of a group, with the field's default."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
+def _taken(group: Any, values: dict[str, Any]) -> Any:
+    """The group's value, its fields taken out of ``values``."""
+    return group(**{field.name: values.pop(field.name) for field in fields(group)})

@@ -1,0 +1,130 @@
+"""``blockfit compress``: redundant blocks replaced by closed-form maps."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import blockfit
+from blockfit import processes
+from blockfit.commands import options as opt
+from blockfit.commands.command import command
+from blockfit.commands.output import Output, keeping
+from blockfit.commands.tables import show_compression
+from blockfit.errors import BlockfitError
+
+if TYPE_CHECKING:
+    from blockfit.commands.reporter import Reporter
+    from blockfit.search.run import Result
+
+
+@command
+def compress(
+    out: Output,
+    output: opt.Folder,
+    reading: opt.Reading,
+    loading: opt.Loading,
+    amount: opt.Amount,
+    method: opt.Method,
+    judging: opt.Judging,
+    running: opt.Running,
+    model: opt.MaybeModel = None,
+    images: opt.MaybePictures = None,
+    blocks: opt.BlocksPath = None,
+    span: opt.Spans = None,
+    sweep_folder: opt.FromSweep = None,
+    report: opt.ReportFile = None,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Replace redundant blocks by closed-form maps and save the small model."""
+    from blockfit.checkpoint import forget
+    from blockfit.commands.reporter import Reporter
+    from blockfit.formats.folder import check_folder
+
+    check_folder(output, overwrite)
+    page = Reporter(report)
+    if sweep_folder is not None:
+        unused = opt.given(
+            method, judging, running,
+            images=images, limit=reading.limit, span=span, blocks=blocks,
+        )  # fmt: skip
+        opt.refuse(unused, "cannot be used with --from: the sweep has settled it")
+        with out.working():
+            result = _from_sweep(out, sweep_folder, amount, model, loading)
+            blockfit.save(result, output, overwrite=overwrite)
+            page.compressed(out, result, output, sweep=sweep_folder)
+        _show(out, page, result, model or result.source.name, output)
+        return
+    if model is None or images is None:
+        raise BlockfitError(
+            "give a model and --images (or --from a sweep): "
+            "blockfit compress MODEL --images DATA --remove 3 -o OUTPUT"
+        )
+    if span:
+        opt.refuse(
+            {"--select": method.select, "--contiguous": method.contiguous},
+            "has no use with --span: the spans are chosen already",
+        )
+    amount.budget()  # refuses two budgets before anything is loaded
+    how: dict[str, Any] = {
+        **asdict(amount),
+        **method.changes(),
+        "recipe": method.named(),
+        "protect": judging.protected(),
+        "hold_out": judging.part(),
+        "seed": reading.seed,
+        "max_memory": running.max_memory,
+        "resume": running.state(output),
+    }
+    with out.working(), keeping(lambda: _unfinished(how["resume"])):
+        original, pictures = opt.opened(out, model, images, reading, loading)
+        result = blockfit.compress(
+            page.kept(original),
+            pictures,
+            spans=span or None,
+            blocks=blocks,
+            inplace=True,
+            say=out.say,
+            progress=out.count,
+            **how,
+        )
+        if processes.is_first():
+            out.say(f"saving to {output}")
+            blockfit.save(result, output, overwrite=overwrite)
+        held_out = pictures.split(how["hold_out"], reading.seed)[1]
+        page.compressed(out, result, output, original, pictures, held_out)
+        if how["resume"] is not None:
+            forget(how["resume"])
+    _show(out, page, result, model, output)
+
+
+def _from_sweep(
+    out: Output, folder: Path, amount: opt.Amount, model: str | None, loading: opt.Loading
+) -> Result:
+    """The model of a sweep's plan, made without images."""
+    budget = amount.budget()
+    if budget is None:
+        raise BlockfitError(
+            "say how small: --from needs a budget, such as --remove 3 or --params 62%"
+        )
+    out.say("making the sweep's model")
+    original = None if model is None else loading.load(model)
+    return blockfit.from_sweep(folder, budget, original)
+
+
+def _unfinished(state: Path | None) -> str:
+    """What a stopped compression has kept: its state, where ``--resume`` was given."""
+    if state is None or not state.exists():
+        return "nothing unfinished was saved"
+    return f"what is done is kept in {state}, and the same command goes on from there"
+
+
+def _show(out: Output, page: Reporter, result: Result, model: str, output: Path) -> None:
+    show_compression(out, result.report, result.blocks.depth)
+    out.line(f"saved to {output} in {result.report['seconds']:.1f} s")
+    words = ["blockfit", "evaluate", str(output), "--against", model, "--data", "TEST_IMAGES"]
+    out.line(f"next: {shlex.join(words)}")
+    page.tell(out)
+    out.result({"plan": result.plan.to_json(), **result.report, "output": str(output)})

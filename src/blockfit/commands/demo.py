@@ -1,0 +1,59 @@
+"""``blockfit demo``: the shipped model made smaller, and what it was worth."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import blockfit
+from blockfit.commands import options as opt
+from blockfit.commands.command import command
+from blockfit.commands.output import Output
+from blockfit.commands.tables import show_compression, show_evaluation
+
+IMAGES = 512
+"""Calibration images."""
+
+Remove = Annotated[int, opt.option("--remove", help="This many blocks.", panel=opt.REMOVE)]
+
+
+@command
+def demo(
+    out: Output,
+    remove: Remove = 4,
+    output: opt.MaybeFolder = None,
+    seed: opt.Seed = 0,
+    report: opt.ReportFile = None,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Compress the model that is shipped with blockfit, and show what it was worth."""
+    from blockfit.commands.reporter import Reporter
+    from blockfit.formats.folder import check_folder
+
+    page = Reporter(report)
+    if output is not None:
+        check_folder(output, overwrite)
+    with out.working():
+        reading = opt.Reading(limit=IMAGES, seed=seed, batch_size=64)
+        original, pictures = opt.opened(out, "demo", "digits", reading, opt.Loading())
+        result = blockfit.compress(
+            original, pictures, remove=remove, seed=seed, say=out.say, progress=out.count
+        )
+        if output is not None:
+            blockfit.save(result, output, overwrite=overwrite)
+        out.say("evaluating on the test digits")
+        test = blockfit.images("digits:test", original, batch_size=64)
+        worth = blockfit.evaluate(
+            result.model, test, against=original, blocks=result.blocks, progress=out.count
+        ).to_json()
+        page.compressed(out, result, output, original, pictures, test, evaluation=worth)
+    show_compression(out, result.report, result.blocks.depth)
+    show_evaluation(out, worth)
+    if output is not None:
+        out.line(f"saved to {output}")
+    page.tell(out)
+    made = {
+        "plan": result.plan.to_json(),
+        **result.report,
+        "output": None if output is None else str(output),
+    }
+    out.result({"compress": made, "evaluate": worth})

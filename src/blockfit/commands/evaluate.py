@@ -1,0 +1,118 @@
+"""``blockfit evaluate``: what a model is worth, beside the original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import blockfit
+from blockfit.commands import options as opt
+from blockfit.commands.command import command
+from blockfit.commands.output import Output
+from blockfit.commands.tables import show_evaluation, show_images
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from blockfit.checkpoint import Checkpoint
+    from blockfit.data.images import Images
+
+Protocol = Annotated[
+    list[str] | None,
+    opt.option(
+        "--protocol",
+        help="Judge as well by knn, probe, probe-sgd, retrieval, zero-shot, dense. Repeatable.",
+        panel=opt.HOW,
+    ),
+]
+Train = Annotated[
+    str | None,
+    opt.option("--train", help="Labelled images that --protocol learns from.", panel=opt.DATA),
+]
+TrainLimit = Annotated[
+    int | None, opt.option("--train-limit", help="Draw this many of --train.", panel=opt.DATA)
+]
+Classes = Annotated[
+    Path | None,
+    opt.option("--classes", help="Class names for zero-shot, one per line.", panel=opt.DATA),
+]
+Prompts = Annotated[
+    list[str] | None,
+    opt.option("--prompt", help="For zero-shot, {} is the class name. Repeatable.", panel=opt.HOW),
+]
+Masks = Annotated[
+    str | None,
+    opt.option(
+        "--masks", help="For dense: a folder of masks, or a column of --data.", panel=opt.DATA
+    ),
+]
+
+
+@command
+def evaluate(
+    out: Output,
+    small: opt.Small,
+    data: opt.TestData,
+    reading: opt.Reading,
+    loading: opt.Loading,
+    against: opt.Against = None,
+    protocol: Protocol = None,
+    train: Train = None,
+    train_limit: TrainLimit = None,
+    classes: Classes = None,
+    prompt: Prompts = None,
+    masks: Masks = None,
+    blocks: opt.BlocksPath = None,
+    resume: opt.Resume = False,
+) -> None:
+    """Measure a model's accuracy, size and speed, and its fidelity to the original."""
+    from blockfit.commands.protocols import Wanted
+    from blockfit.models.load import source_of
+
+    wanted = Wanted(tuple(dict.fromkeys(protocol or ())), train, classes, prompt, masks)
+    wanted.check()
+    with out.working():
+        out.say(f"loading {small}")
+        compressed, where = loading.load_small(small)
+        original = None if against is None else loading.load(against)
+        # The small model's own preprocessing; the original's where it has none.
+        own = source_of(compressed).preprocessing is not None or original is None
+        prepared = compressed if own else original
+        pictures = reading.open(data, prepared)
+        show_images(out, pictures.description())
+        if blocks is not None:
+            where = blockfit.find_blocks(compressed, next(iter(pictures), None), blocks)
+        out.say("evaluating")
+        models = {"original": original, "compressed": compressed}
+        checkpoint = _checkpoint(small, models, pictures) if resume else None
+        worth = blockfit.evaluate(
+            compressed,
+            pictures,
+            against=original,
+            blocks=where,
+            progress=out.count,
+            checkpoint=checkpoint,
+        ).to_json()
+        if wanted.protocols:
+            learn = reading.open(train, prepared, limit=train_limit) if train else None
+            worth["protocols"] = wanted.judge(out, models, where, learn, pictures, data)
+        if checkpoint is not None:
+            checkpoint.forget()
+    show_evaluation(out, worth)
+    out.result(worth)
+
+
+def _checkpoint(name: str, models: Mapping[str, nn.Module | None], images: Images) -> Checkpoint:
+    """Where the progress of an evaluation lies: beside the model, or here where it is no file."""
+    from blockfit.checkpoint import Checkpoint, place_beside, settled
+    from blockfit.models.tensors import fingerprint
+
+    path = Path(name)
+    target = path if path.exists() else Path(name.replace("/", "_"))
+    run = {
+        "models": {k: None if m is None else fingerprint(m) for k, m in models.items()},
+        "images": settled(images.description()),
+        "batch_size": images.batch_size,
+    }
+    return Checkpoint(place_beside(target.with_name(f"{target.name}.evaluate")), run)

@@ -1,0 +1,91 @@
+"""``blockfit sweep``: the best plan for every size."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated
+
+import blockfit
+from blockfit.commands import options as opt
+from blockfit.commands.command import command
+from blockfit.commands.output import Output, keeping
+from blockfit.commands.tables import show_frontier
+from blockfit.errors import BlockfitError
+
+MeasureLatency = Annotated[
+    int | None,
+    opt.option(
+        "--measure-latency",
+        help="Time every plan against the original, this many images per forward.",
+        panel=opt.HOW,
+    ),
+]
+
+
+@command
+def sweep(
+    out: Output,
+    model: opt.Model,
+    images: opt.Pictures,
+    output: opt.Folder,
+    reading: opt.Reading,
+    loading: opt.Loading,
+    method: opt.Method,
+    judging: opt.Judging,
+    running: opt.Running,
+    blocks: opt.BlocksPath = None,
+    measure_latency: MeasureLatency = None,
+    report: opt.ReportFile = None,
+) -> None:
+    """Find the best plan for every size; a sweep that was stopped goes on where it was."""
+    from blockfit.commands.reporter import Reporter
+    from blockfit.search.recipes import recipe_for
+
+    started = time.perf_counter()
+    page = Reporter(report)
+    chosen = recipe_for(method.named(), **method.changes())
+    protected, hold_out = judging.protected(), judging.part()
+    with out.working(), keeping(lambda: _finished(output)):
+        original, pictures = opt.opened(out, model, images, reading, loading)
+        frontier = blockfit.sweep(
+            original,
+            pictures,
+            output,
+            recipe=chosen,
+            protect=protected,
+            blocks=blocks,
+            hold_out=hold_out,
+            seed=reading.seed,
+            say=out.say,
+            progress=out.count,
+            resume=running.state(output),
+            max_memory=running.max_memory,
+            latency_images=measure_latency,
+        )
+        page.swept(out, output, original, pictures, pictures.split(hold_out, reading.seed)[1])
+    before = frontier.data["original"]
+    show_frontier(out, frontier.points, before)
+    out.line(f"next: blockfit compress --from {shlex.quote(str(output))} --params 62% -o small/")
+    page.tell(out)
+    out.result(
+        {
+            "original": before,
+            "points": frontier.points,
+            "seconds": round(time.perf_counter() - started, 3),
+            "output": str(output),
+        }
+    )
+
+
+def _finished(folder: Path) -> str:
+    """What a stopped sweep has kept."""
+    from blockfit.search.sweep import read_sweep
+
+    try:
+        count = len(read_sweep(folder).points)
+    except BlockfitError:
+        return "no plan was finished yet"
+    plans = "1 plan is" if count == 1 else f"{count} plans are"
+    return f"{plans} kept in {folder}, and the same command goes on from there"

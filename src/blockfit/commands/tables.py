@@ -1,0 +1,169 @@
+"""Results as tables for people; every figure is in the JSON too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from blockfit.units import amount, number, percent, share
+
+if TYPE_CHECKING:
+    from blockfit.commands.output import Output
+    from blockfit.fit.similarity import Tables
+
+BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
+
+
+def show_images(out: Output, told: Mapping[str, Any]) -> None:
+    """Which images are used and how they are prepared, from ``Images.description``."""
+    drawn = "" if told["used"] == told["total"] else f", drawn with seed {told['seed']}"
+    out.note(f"images: {told['used']} of {told['total']} from {told['source']}{drawn}")
+    out.note(f"preprocessing: {told['preprocessing']}")
+
+
+def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None:
+    """Sizes before and after, every map's held-out error beside identity's, fidelity, warnings."""
+    kept = depth - report["removed_blocks"]
+    sizes = [("blocks", str(depth), str(kept), share(kept, depth))]
+    for name, key in (("parameters", "parameters"), ("FLOPs per image", "flops")):
+        before, after = report[f"{key}_before"], report[f"{key}_after"]
+        sizes.append((name, amount(before), amount(after), share(after, before)))
+    out.table(BEFORE_AFTER, sizes)
+    header = ["span", "map"]
+    for name in ("error", "prefix", "patch"):
+        header += [name, "identity"]
+    keys = ("error", "identity_error", "prefix", "identity_prefix", "patch", "identity_patch")
+    out.table(
+        header,
+        [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in report["maps"]],
+        "Held-out error of each map, beside identity's: all tokens, prefix, patch",
+    )
+    held_out = report["held_out"]
+    words = []
+    if held_out["kl"] is not None:
+        words = [f"KL {held_out['kl']:.4f}", f"agreement {held_out['agreement']:.2%}"]
+    if report["top1_after"] is not None:
+        before, after = percent(report["top1_before"]), percent(report["top1_after"])
+        words.append(f"top-1 {after} (original {before})")
+    words += [
+        f"feature cosine {held_out['feature_cosine']:.4f}",
+        f"relative error {held_out['feature_relative_error']:.4f}",
+    ]
+    out.line(f"on {held_out['images']} held-out images: {', '.join(words)}")
+    out.warn(report["warnings"])
+
+
+def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
+    """What ``Evaluation.to_json`` holds, one row per figure."""
+    before, after = worth["original"] or {}, worth["compressed"]
+
+    def row(name: str, key: str, show: Callable[[Any], str], *inner: str) -> tuple[str, ...]:
+        old, new = before.get(key), after.get(key)
+        shown = (name, show(old), show(new))
+        for step in inner:
+            old, new = (old or {}).get(step), (new or {}).get(step)
+        return (*shown, share(new, old))
+
+    top1 = [before.get("top1"), after["top1"]]
+    change = "–" if None in top1 else f"{100 * (top1[1] - top1[0]):+.2f} points"
+    rows = [
+        ("top-1", *map(percent, top1), change),
+        row("parameters", "parameters", amount),
+        row("FLOPs per image", "flops", amount),
+        row("file", "size_bytes", _bytes),
+        (*row("images per second", "images_per_second", _rate)[:3], percent(after.get("speedup"))),
+        row("latency, ms", "latency_ms", _timing, "median"),
+        row("peak memory", "peak_memory_bytes", _bytes),
+    ]
+    if (fidelity := worth["fidelity"]) is not None:
+        rows += [
+            ("KL from the original", "", number(fidelity["kl"]), ""),
+            ("top-1 agreement", "", percent(fidelity["agreement"]), ""),
+            ("feature cosine", "", number(fidelity["feature_cosine"]), ""),
+            ("feature relative error", "", number(fidelity["feature_relative_error"]), ""),
+        ]
+    for protocol, models in worth.get("protocols", {}).items():
+        rows += _protocol_rows(protocol, models)
+    header = BEFORE_AFTER
+    if worth["original"] is None:
+        header, rows = ("", "model"), [(name, value) for name, _, value, _ in rows]
+    out.table(header, rows, f"On {worth['images']} images")
+
+
+def _protocol_rows(protocol: str, models: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One figure per model (accuracy), or several (recall by how many are looked at, mIoU)."""
+    if isinstance(models["compressed"], Mapping):
+        before, after = models.get("original", {}), models["compressed"]
+        return [
+            (f"{protocol} {key}", percent(before.get(key)), percent(value), "")
+            for key, value in after.items()
+        ]
+    rows: list[tuple[str, ...]] = [
+        (protocol, percent(models.get("original")), percent(models["compressed"]), "")
+    ]
+    if (fixed := models.get("compressed_with_original_head")) is not None:
+        rows.append((f"{protocol}, learnt from the original", "", percent(fixed), ""))
+    return rows
+
+
+def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:
+    """The input of every block beside its output."""
+    out.table(
+        ("block", *tables.values),
+        [
+            (str(start), *(_digits(tables.at(metric, start, stop)) for metric in tables.values))
+            for start, stop in zip(tables.boundaries, tables.boundaries[1:], strict=False)
+        ],
+        "Input and output of each block, all tokens",
+    )
+    out.warn(warnings)
+
+
+def show_frontier(
+    out: Output, points: Iterable[Mapping[str, Any]], original: Mapping[str, Any]
+) -> None:
+    """The points of a sweep: size, what remains, held-out fidelity, plan.
+
+    Latency and top-1 have a column where the sweep knows them.
+    """
+    known = list(points)
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "removed": lambda point: str(point["removed"]),
+        "parameters": lambda point: share(point["parameters"], original["parameters"]),
+        "FLOPs": lambda point: share(point["flops"], original["flops"]),
+    }
+    if any("latency" in point for point in known):
+        columns["latency"] = lambda point: share(point.get("latency", {}).get("ratio"), 1)
+    columns |= {
+        "KL": lambda point: number(point["held_out"]["kl"]),
+        "agreement": lambda point: percent(point["held_out"]["agreement"]),
+    }
+    if any(point.get("top1") is not None for point in known):
+        columns["top-1"] = lambda point: percent(point.get("top1"))
+    columns |= {
+        "feature error": lambda point: number(point["held_out"]["feature_relative_error"]),
+        "plan": lambda point: ", ".join(
+            f"{entry['start']}:{entry['stop']} {entry['map']}" for entry in point["plan"]
+        ),
+    }
+    title = "The best plan for every size, on held-out images"
+    if original.get("top1") is not None:
+        title += f"; the original's top-1 is {percent(original['top1'])}"
+    rows = [tuple(shown(point) for shown in columns.values()) for point in known]
+    out.table(tuple(columns), rows, title)
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _bytes(value: float | None) -> str:
+    return amount(value, "B")
+
+
+def _rate(value: float | None) -> str:
+    return number(value, 1)
+
+
+def _timing(value: Mapping[str, float] | None) -> str:
+    return "–" if value is None else f"{value['median']:.2f} ± {value['spread'] / 2:.2f}"
