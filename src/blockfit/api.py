@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, images
 from blockfit.data.images import images as open_images
@@ -45,6 +46,7 @@ from blockfit.search.sweep import sweep
 from blockfit.units import bytes_of
 
 
+@checked
 def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) -> nn.Module:
     """A model by name, or a compressed model from a folder that ``save`` wrote.
 
@@ -68,11 +70,12 @@ def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) ->
     return load_model(str(name), **options)
 
 
+@checked
 def compress(
     model: nn.Module | str | Path,
     images: Any,
     *,
-    spans: Iterable[Span | str] | None = None,
+    spans: Iterable[Span | str | tuple[int, int]] | None = None,
     remove: int | None = None,
     params: float | str | None = None,
     flops: float | str | None = None,
@@ -104,7 +107,7 @@ def compress(
     Args:
         model: any module whose blocks map (batch, tokens, width) to the same shape, or a name.
         images: ``Images``, or whatever ``blockfit.images`` takes.
-        spans: what goes, by hand: ``["2:4", "9:11"]``.
+        spans: what goes, by hand: ``["2:4", "9:11"]`` or ``[(2, 4), (9, 11)]``.
         remove: how many blocks go.
         params: the part of the parameters that may remain: ``0.62`` or ``"62%"``.
         flops: the same of the floating-point operations of one forward.
@@ -139,10 +142,14 @@ def compress(
         BlockfitError: for anything that cannot be done; ``model`` is then unchanged.
     """
     started = time.perf_counter()
+    at_least(0, seed=seed)
+    room = None if max_memory is None else bytes_of(str(max_memory), "max_memory")
     budget = Budget.of(
         remove=remove, params=params, flops=flops, latency=latency, max_kl=max_kl, max_drop=max_drop
     )
     spans = None if spans is None else list(spans)
+    if spans == []:
+        raise BlockfitError("spans is empty; name what goes, such as ['2:4']")
     if (spans is None) == (budget is None):
         raise BlockfitError(
             "say what to remove: spans by hand or one budget (remove, params, flops, latency, "
@@ -174,7 +181,6 @@ def compress(
     setting = Setting.of(model, images, blocks, hold_out, seed)
     if plan is not None:
         plan.check(setting.blocks.depth, protect)
-    room = None if max_memory is None else bytes_of(str(max_memory))
     run = run_json(model, images, chosen, protect, hold_out, seed)
     checkpoint = checkpoint_of(resume, run, images, setting.blocks)
     session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
@@ -191,6 +197,7 @@ def compress(
     return Result(small, point.solution.plan, report, setting.blocks, source)
 
 
+@checked
 def save(result: Result, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a result to a folder that ``load`` reads: JSON and safetensors, whole or not at all.
 

@@ -17,7 +17,7 @@ def amount(value: float | None, unit: str = "") -> str:
     return f"{value:.0f} {unit}".rstrip()
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, name: str = "memory") -> int:
     """``2GB``, ``512 MB``, ``1.5GiB`` or a plain number of bytes.
 
     Raises:
@@ -29,7 +29,7 @@ def bytes_of(text: str) -> int:
         power = " kmgt".index(found[2].lower() or " ")
         size = float(found[1]) * (1024 if found[3] else 1000) ** power
     if size < 1:
-        raise BlockfitError(f"cannot read {text!r} as memory; write it as 2GB or 500MB")
+        raise BlockfitError(f"cannot read {text!r} as {name}; write it as 2GB or 500MB")
     return int(size)
 
 

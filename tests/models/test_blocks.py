@@ -177,7 +177,7 @@ def test_a_convolutional_model_is_refused() -> None:
         (torch.zeros(0, 3, 32, 32), "empty"),
         (torch.zeros(2, 1, 32, 32), r"cannot be run on the example \(\(2, 1, 32, 32\)\)"),
         ({"pictures": torch.zeros(2, 3, 32, 32)}, r"pictures \(2, 3, 32, 32\).*unexpected keyword"),
-        ([1, 2], "a tensor or a mapping"),
+        ([1, 2], "example must be a Tensor of torch, a mapping"),
     ],
 )
 def test_bad_examples_are_refused(model: nn.Module, example: Any, message: str) -> None:

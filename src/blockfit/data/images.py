@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from blockfit import processes as ranks
+from blockfit.arguments import at_least, checked
 from blockfit.data.decode import Unreadable, decode
 from blockfit.data.labels import model_labels
 from blockfit.data.loaders import Stream, stream_of
@@ -145,7 +146,7 @@ class Images:
             BlockfitError: where ``fraction`` is not between 0 and 1 or a part would be empty.
         """
         count = len(self.positions)
-        held_out = round(fraction * count)
+        held_out = round(fraction * count) if 0 < fraction < 1 else 0
         if not 0 < held_out < count:
             raise BlockfitError(
                 f"cannot hold out a share of {fraction:g} of {count} images; "
@@ -261,6 +262,7 @@ class Images:
         return torch.tensor(numbers, dtype=torch.int64)
 
 
+@checked
 def images(
     source: Any,
     model: nn.Module | None = None,
@@ -309,10 +311,8 @@ def images(
     Raises:
         BlockfitError: where there are no images, or it is not clear how to prepare them.
     """
-    if batch_size < 1 or min(limit or 1, max_pixels or 1) < 1 or 0 in (limit, max_pixels):
-        raise BlockfitError("batch_size, limit and max_pixels must be at least 1")
-    if workers < 0:
-        raise BlockfitError("workers must be at least 0")
+    at_least(1, batch_size=batch_size, limit=limit, max_pixels=max_pixels)
+    at_least(0, workers=workers, seed=seed)
     records = _records(source, image_column, label_column, split)
     if records.size == 0:
         raise BlockfitError(f"{records.source} holds no images; give one that holds some")

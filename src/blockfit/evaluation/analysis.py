@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from blockfit import processes as ranks
+from blockfit.arguments import checked
 from blockfit.checkpoint import Checkpoint, settled
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
@@ -75,6 +76,7 @@ def check_folder(folder: str | Path, overwrite: bool = False) -> None:
     check_target(Path(folder).expanduser(), MARK, FILES, overwrite)
 
 
+@checked
 def analyze(
     model: nn.Module,
     images: Any,

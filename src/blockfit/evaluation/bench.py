@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blockfit.arguments import checked
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.engines import Engine, compiling, noise_for, onnx_files, ready, unable
 from blockfit.evaluation.shortfall import block_shares, remarks
@@ -27,6 +28,7 @@ from blockfit.models.forward import Batch, first_images
 Say = Callable[[str], None]
 
 
+@checked
 def bench(
     original: nn.Module,
     smalls: Mapping[str, nn.Module],

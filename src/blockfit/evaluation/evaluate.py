@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
+from blockfit.arguments import checked
 from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, LabelledBatch
 from blockfit.errors import BlockfitError
@@ -152,6 +153,7 @@ class Accuracy:
         return self.right / self.labelled if self.labelled else None
 
 
+@checked
 def evaluate(
     compressed: nn.Module,
     data: Images,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
+from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Blocks
@@ -58,6 +59,7 @@ class Features:
         return len(self.labels)
 
 
+@checked
 def extract(
     model: nn.Module, blocks: Blocks, images: Images, progress: Progress | None = None
 ) -> Features:
@@ -187,6 +189,7 @@ def recall(train: Features, test: Features, at: Sequence[int] = RECALL_AT) -> di
     return {f"recall@{k}": float(hit[:, :k].any(1).mean()) for k in at}
 
 
+@checked
 def judge(
     protocols: Sequence[str],
     train: dict[str, Features],

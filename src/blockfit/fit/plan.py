@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from blockfit.arguments import check_fields, fitted
 from blockfit.errors import BlockfitError
 
 MAP_KINDS = ("identity", "scale", "orthogonal", "linear", "affine", "low-rank", "folded")
@@ -60,6 +61,15 @@ class Span:
         if len(parts) != 2 or not all(p.strip().isdigit() and p.isascii() for p in parts):
             raise BlockfitError(f"cannot read {text!r} as a span; write start:stop, as in 9:11")
         return cls(int(parts[0]), int(parts[1]))
+
+    @classmethod
+    def read(cls, value: str | tuple[int, int]) -> Span:
+        """A span from ``"9:11"`` or ``(9, 11)``."""
+        if isinstance(value, str):
+            return cls.parse(value)
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise BlockfitError(f"a span is written as '9:11' or (9, 11), got {value!r:.60}")
+        return cls(*(fitted(bound, int, "a bound of a span") for bound in value))
 
 
 def spans_up_to(depth: int, longest: int, protected: Iterable[int] = ()) -> list[Span]:
@@ -175,6 +185,7 @@ class Plan:
     replacements: tuple[Replacement, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         ordered = tuple(sorted(self.replacements, key=lambda r: r.span))
         object.__setattr__(self, "replacements", ordered)
         for left, right in pairwise(ordered):
@@ -199,9 +210,9 @@ class Plan:
         return ", ".join(map(str, self.replacements)) or "nothing removed"
 
     @classmethod
-    def of(cls, spans: Iterable[Span | str], map: str, **options: Any) -> Plan:
-        """One kind of map for all ``spans``; spans may be written as ``"9:11"``."""
-        parsed = [Span.parse(s) if isinstance(s, str) else s for s in spans]
+    def of(cls, spans: Iterable[Span | str | tuple[int, int]], map: str, **options: Any) -> Plan:
+        """One kind of map for all ``spans``; spans may be written as ``"9:11"`` or ``(9, 11)``."""
+        parsed = [s if isinstance(s, Span) else Span.read(s) for s in spans]
         return cls(tuple(Replacement(span, map, **options) for span in parsed))
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line
 from blockfit.formats.folder import WEIGHTS, Saved
@@ -106,6 +107,7 @@ def compared(saved: Saved, again: nn.Module, images: Images | None, what: str) -
     return parity
 
 
+@checked
 def push_folder(
     folder: Path, repository: str, *, private: bool = False, overwrite: bool = False
 ) -> str:

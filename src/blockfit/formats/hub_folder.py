@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.files import check_target, new_folder
@@ -109,6 +110,7 @@ class {made}{stock}({stock}):
 '''
 
 
+@checked
 def export_hub(
     saved: Saved, folder: str | Path, *, images: Images | None = None, overwrite: bool = False
 ) -> ExportedFolder:

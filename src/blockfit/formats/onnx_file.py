@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line
 from blockfit.files import check_file, new_file
@@ -87,6 +88,7 @@ class ExportedOnnx(Exported):
         return {**super().to_json(), "opset": self.opset, "input": self.input, "levels": levels}
 
 
+@checked
 def export_onnx(
     saved: Saved,
     path: str | Path,

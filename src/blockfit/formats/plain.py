@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.files import check_target, new_folder
@@ -40,6 +41,7 @@ _OF_STAGES = ("stage_names", "out_features", "out_indices")
 """Keys by which a transformers config numbers the blocks for use as a backbone."""
 
 
+@checked
 def export_plain(
     saved: Saved, folder: str | Path, *, images: Images | None = None, overwrite: bool = False
 ) -> ExportedFolder:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.files import check_file, new_file
@@ -168,6 +169,7 @@ class Setting:
         return Exported(path, kept, self.size, self.batch, self.outputs, parity)
 
 
+@checked
 def export_program(
     saved: Saved,
     path: str | Path,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blockfit.arguments import checked
 from blockfit.errors import BlockfitError
 from blockfit.fields import check_keys, object_of
 from blockfit.models.forward import (
@@ -157,6 +158,7 @@ def overridden(
         yield
 
 
+@checked
 def find_blocks(
     model: nn.Module,
     example: Batch | None = None,

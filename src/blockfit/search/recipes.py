@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from blockfit.arguments import check_fields
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import MAP_KINDS, Replacement, Span
 from blockfit.search.solve import Options
@@ -44,6 +45,7 @@ class Recipe:
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for kind in self.maps:
             if kind not in MAP_KINDS:
                 raise BlockfitError(f"unknown map {kind!r}; choose one of {', '.join(MAP_KINDS)}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
+from blockfit.arguments import check_fields
 from blockfit.errors import BlockfitError
 from blockfit.fit.closed_form import RIDGE, choose_ridge, fit_affine, fit_map
 from blockfit.fit.maps import empty_map
@@ -58,6 +59,7 @@ class Options:
     repair_ridge: float = REPAIR_RIDGE
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.repair not in REPAIRS:
             raise BlockfitError(
                 f"unknown repair {self.repair!r}; choose one of {', '.join(REPAIRS)}"

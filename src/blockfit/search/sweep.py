@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
+from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import forget
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
@@ -122,6 +123,7 @@ def loss_of(point: dict[str, Any]) -> float:
     return float(held_out["feature_relative_error"] if kl is None else kl)
 
 
+@checked
 def sweep(
     model: nn.Module | str | Path,
     images: Any,
@@ -164,14 +166,14 @@ def sweep(
         BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
     """
     target = Path(folder).expanduser()
-    if latency_images is not None and latency_images < 1:
-        raise BlockfitError(f"latency is measured on 1 image or more, got {latency_images}")
+    at_least(0, seed=seed)
+    at_least(1, latency_images=latency_images)
+    room = None if max_memory is None else bytes_of(str(max_memory), "max_memory")
     if not isinstance(model, nn.Module):
         model = load_model(model)
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
     chosen = recipe_for(recipe)
-    room = None if max_memory is None else bytes_of(str(max_memory))
     run = run_json(model, images, chosen, protect, hold_out, seed)
     before = ranks.agreed(lambda: _resume(target, run))
     setting = Setting.of(model, images, blocks, hold_out, seed)
@@ -267,6 +269,7 @@ def read_sweep(folder: str | Path) -> Frontier:
     return Frontier(target, data)
 
 
+@checked
 def from_sweep(
     folder: str | Path,
     budget: Budget,

@@ -1,0 +1,153 @@
+"""Case 21: every argument of the public functions, given something of another type."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import one_thread  # noqa: F401
+from small import small_images, small_pictures, small_vit
+
+import blockfit
+from blockfit.evaluation.evaluate import evaluate
+from blockfit.search.budget import Budget
+from blockfit.search.sweep import from_sweep, sweep
+
+TEXT, WHOLE, NUMBER, FLAG, LIST, PATH, CODE, THING = (
+    ["text"], [2.5, "a", True, [3], -1], ["a", [1], None, float("nan")], ["yes", 1, None],
+    ["3,6", 3, ["a"], [2.5], None, {"a": 1}], [3, b"x", None, ["a"]], ["print", 3],
+    [None, 3, "x", [1], object()],
+)  # fmt: skip
+"""What is no text, no whole number, … as wrong values."""
+
+COMMON: dict[str, list[Any]] = {
+    "model": [None, 3, object(), [1], int],
+    "images": [None, 3, object(), {}, lambda: None],
+    "recipe": [3, None, ["default"], "unknown"],
+    "protect": LIST,
+    "blocks": [3, ["a"], b"x"],
+    "hold_out": [*NUMBER, 0, 1, -0.5],
+    "seed": [*WHOLE, None],
+    "say": CODE,
+    "progress": CODE,
+    "resume": [3, b"x", ["a"]],
+    "max_memory": [2.5, [3], "much", -1],
+}
+WRONG: dict[str, dict[str, list[Any]]] = {
+    "compress": COMMON | {
+        "spans": ["2:4", 3, [3], [(1,)], [("a", 2)], [(2, 1)], [(1, 2, 3)], [None], [], {"a": 1}],
+        "remove": ["a", [1], {}, 1.5, -1, 0, 99],
+        "params": ["a", [1], {}, 0, -1, 62],
+        "flops": ["a", [1], {}, 0, -1, 62],
+        "latency": ["a", [1], {}, 0, -1, 62],
+        "max_kl": ["a", [1], {}, -1, float("nan")],
+        "max_drop": ["a", [1], {}, -1, float("nan")],
+        "map": [3, ["affine"], "unknown"],
+        "rank": [2.5, "a", [3], 0, -1],
+        "per_token_type": ["yes", 1, [True]],
+        "ridge": ["a", [1], -1, float("nan")],
+        "prefix_weight": ["a", [1], 0, -1, float("nan")],
+        "repair": [3, True, "unknown", ["mlp"]],
+        "repair_ridge": ["a", [1], -1, float("nan")],
+        "inplace": FLAG,
+    },
+    "sweep": COMMON | {"folder": PATH, "latency_images": [2.5, "a", [3], 0, -1]},
+    "from_sweep": {"folder": PATH, "budget": THING, "model": [3, object(), [1], int]},
+    "evaluate": {
+        "compressed": THING, "data": [None, 3, "x", [1], torch.zeros(2, 3, 12, 12)],
+        "against": [3, "x", [1]], "blocks": [3, "blocks", [1]], "measure": FLAG,
+        "progress": CODE, "checkpoint": [3, "x", [1]],
+    },
+    "save": {"result": THING, "folder": PATH, "overwrite": FLAG},
+    "load": {"name": PATH, "model": [3, "x", [1]]},
+    "images": {
+        "source": [None, 3, object(), {}, lambda: None], "model": [3, "x", [1]],
+        "limit": [2.5, "a", [3], 0, -1], "seed": [*WHOLE, None],
+        "batch_size": [*WHOLE, 0, None], "preprocessing": [3, "x", [1]],
+        "image_column": [3, ["a"]], "label_column": [3, ["a"]], "split": [3, ["a"]],
+        "workers": [*WHOLE, None], "max_pixels": [2.5, "a", [3], 0, -1],
+    },
+    "find_blocks": {
+        "model": [None, 3, "x", [1]], "example": [3, "x", [1]], "path": [3, ["a"]],
+        "prefix_tokens": [2.5, "a", [1], -1, 99],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Every function with arguments that are right."""
+    folder = tmp_path_factory.mktemp("right")
+    model, images = small_vit(3), small_images(16)
+    small = blockfit.compress(model, images, spans=["1:2"])
+    sweep(model, images, folder / "sweep")
+    blockfit.save(small, folder / "small")
+    right: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "compress": (blockfit.compress, {"model": model, "images": images, "spans": [(1, 2)]}),
+        "sweep": (sweep, {"model": model, "images": images, "folder": folder / "sweep"}),
+        "from_sweep": (
+            from_sweep,
+            {"folder": folder / "sweep", "budget": Budget("remove", 1), "model": model},
+        ),
+        "evaluate": (evaluate, {"compressed": small.model, "data": images, "measure": False}),
+        "save": (blockfit.save, {"result": small, "folder": folder / "small"}),
+        "load": (blockfit.load, {"name": folder / "small", "model": model}),
+        "images": (blockfit.images, {"source": small_pictures(8)}),
+        "find_blocks": (blockfit.find_blocks, {"model": model, "example": small_pictures(2)}),
+    }
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    yield right
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_types_are_refused_by_the_name_of_their_parameter(
+    name: str, calls: dict[str, Any]
+) -> None:
+    function, right = calls[name]
+    parameters = inspect.signature(function).parameters.values()
+    named = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    assert sorted(WRONG[name]) == sorted(named)
+    quiet: list[str] = []
+    for parameter, values in WRONG[name].items():
+        for value in values:
+            given = {**right, parameter: value}
+            if parameter in ("remove", "params", "flops", "latency", "max_kl", "max_drop"):
+                given.pop("spans", None)
+            what = f"{parameter}={value!r:.40}"
+            try:
+                function(**given)
+            except blockfit.BlockfitError as refused:
+                said = str(refused).replace("_", " ")
+                if parameter.replace("_", " ").removesuffix("s") not in said:
+                    quiet.append(f"{what}: {refused}")
+            else:
+                quiet.append(f"{what} is taken")
+    assert quiet == []
+
+
+def test_spans_may_be_pairs_and_numbers_numpys() -> None:
+    model, images = small_vit(6), small_images(16)
+    by_pair, by_text = (
+        blockfit.compress(model, images, spans=spans, seed=np.int64(3), protect=np.array([5]))
+        for spans in ([(3, 5)], ["3:5"])
+    )  # fmt: skip
+    assert by_pair.plan == by_text.plan
+    assert str(by_pair.plan) == "3:5 affine"
+    pictures = small_pictures(4)
+    assert torch.equal(by_pair.model(pictures), by_text.model(pictures))
+
+
+def test_protected_blocks_that_come_from_a_generator_are_kept(tmp_path: Path) -> None:
+    """An iterator is used up where it is read first; the others must not find it empty."""
+    model, images = small_vit(4), small_images(16)
+    small = blockfit.compress(model, images, remove=1, protect=(n for n in (0, 1, 2)))
+    assert small.report["protect"] == [0, 1, 2]
+    assert small.plan.removed_blocks == (3,)
+    found = sweep(model, images, tmp_path / "sweep", protect=iter([0, 1, 2]))
+    assert {tuple(p["plan"][0].values())[:2] for p in found.points} == {(3, 4)}
