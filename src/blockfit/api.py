@@ -220,6 +220,7 @@ def save(result: Result, folder: str | Path, *, overwrite: bool = False) -> None
     )
 
 
+@checked
 def from_sweep(
     folder: str | Path,
     budget: Budget | None = None,
@@ -258,6 +259,7 @@ def from_sweep(
     return sweeps.from_sweep(folder, wanted, model)
 
 
+@checked
 def evaluate(
     compressed: Result | Saved | nn.Module | str | Path,
     data: Any,
@@ -303,6 +305,7 @@ def evaluate(
     )
 
 
+@checked
 def analyze(
     model: nn.Module | str | Path, images: Any, folder: str | Path | None = None, **options: Any
 ) -> Analysis:
@@ -321,6 +324,7 @@ def analyze(
     return analysis.analyze(_module(model), images, folder, **options)
 
 
+@checked
 def bench(
     original: nn.Module | str | Path,
     smalls: Mapping[str, Any] | Sequence[str | Path],
@@ -358,6 +362,7 @@ def bench(
     )
 
 
+@checked
 def export_plain(
     small: Result | Saved | str | Path,
     folder: str | Path,
@@ -380,6 +385,7 @@ def export_plain(
     return plain.export_plain(saved, folder, images=_pictures(images, saved), overwrite=overwrite)
 
 
+@checked
 def export_hub(
     small: Result | Saved | str | Path,
     folder: str | Path,
@@ -404,6 +410,7 @@ def export_hub(
     )
 
 
+@checked
 def export_onnx(
     small: Result | Saved | nn.Module | str | Path, path: str | Path, **options: Any
 ) -> ExportedOnnx:
@@ -423,6 +430,7 @@ def export_onnx(
     return onnx_file.export_onnx(saved, path, images=images, **options)
 
 
+@checked
 def export_program(
     small: Result | Saved | nn.Module | str | Path, path: str | Path, **options: Any
 ) -> Exported:
@@ -442,6 +450,7 @@ def export_program(
     return program.export_program(saved, path, images=images, **options)
 
 
+@checked
 def report(
     runs: str | Path | Iterable[str | Path],
     path: str | Path = "report.html",
@@ -470,6 +479,7 @@ def report(
     return Path(path).expanduser()
 
 
+@checked
 def reproduce(
     model: nn.Module | str | Path,
     data: str | None,

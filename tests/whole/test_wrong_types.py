@@ -14,9 +14,7 @@ from families import one_thread  # noqa: F401
 from small import small_images, small_pictures, small_vit
 
 import blockfit
-from blockfit.evaluation.evaluate import evaluate
 from blockfit.search.budget import Budget
-from blockfit.search.sweep import from_sweep, sweep
 
 TEXT, WHOLE, NUMBER, FLAG, LIST, PATH, CODE, THING = (
     ["text"], [2.5, "a", True, [3], -1], ["a", [1], None, float("nan")], ["yes", 1, None],
@@ -38,15 +36,19 @@ COMMON: dict[str, list[Any]] = {
     "resume": [3, b"x", ["a"]],
     "max_memory": [2.5, [3], "much", -1],
 }
+BUDGETS: dict[str, list[Any]] = {
+    "remove": ["a", [1], {}, 1.5, -1, 0, 99],
+    "params": ["a", [1], {}, 0, -1, 62],
+    "flops": ["a", [1], {}, 0, -1, 62],
+    "latency": ["a", [1], {}, 0, -1, 62],
+    "max_kl": ["a", [1], {}, -1, float("nan")],
+    "max_drop": ["a", [1], {}, -1, float("nan")],
+}
+NAME = [None, 3, object(), [1], b"x"]
+EXPORT = {"small": NAME, "folder": PATH, "images": [3, object(), {}], "overwrite": FLAG}
 WRONG: dict[str, dict[str, list[Any]]] = {
-    "compress": COMMON | {
+    "compress": COMMON | BUDGETS | {
         "spans": ["2:4", 3, [3], [(1,)], [("a", 2)], [(2, 1)], [(1, 2, 3)], [None], [], {"a": 1}],
-        "remove": ["a", [1], {}, 1.5, -1, 0, 99],
-        "params": ["a", [1], {}, 0, -1, 62],
-        "flops": ["a", [1], {}, 0, -1, 62],
-        "latency": ["a", [1], {}, 0, -1, 62],
-        "max_kl": ["a", [1], {}, -1, float("nan")],
-        "max_drop": ["a", [1], {}, -1, float("nan")],
         "map": [3, ["affine"], "unknown"],
         "rank": [2.5, "a", [3], 0, -1],
         "per_token_type": ["yes", 1, [True]],
@@ -57,11 +59,29 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "inplace": FLAG,
     },
     "sweep": COMMON | {"folder": PATH, "latency_images": [2.5, "a", [3], 0, -1]},
-    "from_sweep": {"folder": PATH, "budget": THING, "model": [3, object(), [1], int]},
+    "from_sweep": BUDGETS | {
+        "folder": PATH, "budget": ["remove", 3, object()], "model": [3, object(), [1], int],
+    },
     "evaluate": {
-        "compressed": THING, "data": [None, 3, "x", [1], torch.zeros(2, 3, 12, 12)],
-        "against": [3, "x", [1]], "blocks": [3, "blocks", [1]], "measure": FLAG,
-        "progress": CODE, "checkpoint": [3, "x", [1]],
+        "compressed": NAME, "data": [None, 3, object(), {}], "against": [3, b"x", [1]],
+        "blocks": [3, "blocks", [1]], "measure": FLAG, "progress": CODE,
+        "checkpoint": [3, "x", [1]],
+    },
+    "analyze": {"model": NAME, "images": [None, 3, object(), {}], "folder": [3, b"x"]},
+    "bench": {
+        "original": NAME, "smalls": [None, 3, "x", [3]], "settings": [3, {}], "blocks": [3, []],
+        "say": CODE,
+    },
+    "export_plain": EXPORT, "export_hub": EXPORT,
+    "export_onnx": {"small": NAME, "path": PATH}, "export_program": {"small": NAME, "path": PATH},
+    "report": {"runs": [3, None, [3]], "path": PATH, "pictures": [3, b"x"]},
+    "reproduce": {
+        "model": NAME, "data": [3, b"x", ["a"]], "folder": PATH, "train": [3], "test": [3],
+        "transfer": ["a", 3, [3]], "experiments": [3, ["a"]], "quick": FLAG, "judge": [3, ["a"]],
+        "limit": [2.5, "a"], "samples": [3, "a", ["a"]], "seeds": [2.5, "a"],
+        "train_limit": [2.5, "a"], "test_limit": [2.5, "a"], "seed": [2.5, "a", None],
+        "blocks": [3, ["a"]], "say": ["print", 3, None], "progress": ["print", 3, None],
+        "note": ["print", 3, None], "warn": ["print", 3, None],
     },
     "save": {"result": THING, "folder": PATH, "overwrite": FLAG},
     "load": {"name": PATH, "model": [3, "x", [1]]},
@@ -85,21 +105,31 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("right")
     model, images = small_vit(3), small_images(16)
     small = blockfit.compress(model, images, spans=["1:2"])
-    sweep(model, images, folder / "sweep")
+    blockfit.sweep(model, images, folder / "sweep")
     blockfit.save(small, folder / "small")
     right: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "compress": (blockfit.compress, {"model": model, "images": images, "spans": [(1, 2)]}),
-        "sweep": (sweep, {"model": model, "images": images, "folder": folder / "sweep"}),
+        "sweep": (blockfit.sweep, {"model": model, "images": images, "folder": folder / "sweep"}),
         "from_sweep": (
-            from_sweep,
+            blockfit.from_sweep,
             {"folder": folder / "sweep", "budget": Budget("remove", 1), "model": model},
         ),
-        "evaluate": (evaluate, {"compressed": small.model, "data": images, "measure": False}),
+        "evaluate": (blockfit.evaluate, {"compressed": small, "data": images, "measure": False}),
+        "analyze": (blockfit.analyze, {"model": model, "images": images}),
+        "bench": (blockfit.bench, {"original": model, "smalls": {"small": small}}),
+        "export_plain": (blockfit.export_plain, {"small": small, "folder": folder / "plain"}),
+        "export_hub": (blockfit.export_hub, {"small": small, "folder": folder / "hub"}),
+        "export_onnx": (blockfit.export_onnx, {"small": small, "path": folder / "x.onnx"}),
+        "export_program": (blockfit.export_program, {"small": small, "path": folder / "x.pt2"}),
+        "report": (blockfit.report, {"runs": folder / "sweep", "path": folder / "report.html"}),
+        "reproduce": (
+            blockfit.reproduce, {"model": model, "data": "digits", "folder": folder / "paper"},
+        ),
         "save": (blockfit.save, {"result": small, "folder": folder / "small"}),
         "load": (blockfit.load, {"name": folder / "small", "model": model}),
         "images": (blockfit.images, {"source": small_pictures(8)}),
         "find_blocks": (blockfit.find_blocks, {"model": model, "example": small_pictures(2)}),
-    }
+    }  # fmt: skip
     before = {name: value.clone() for name, value in model.state_dict().items()}
     yield right
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -119,6 +149,7 @@ def test_wrong_types_are_refused_by_the_name_of_their_parameter(
             given = {**right, parameter: value}
             if parameter in ("remove", "params", "flops", "latency", "max_kl", "max_drop"):
                 given.pop("spans", None)
+                given.pop("budget", None)
             what = f"{parameter}={value!r:.40}"
             try:
                 function(**given)
@@ -149,5 +180,10 @@ def test_protected_blocks_that_come_from_a_generator_are_kept(tmp_path: Path) ->
     small = blockfit.compress(model, images, remove=1, protect=(n for n in (0, 1, 2)))
     assert small.report["protect"] == [0, 1, 2]
     assert small.plan.removed_blocks == (3,)
-    found = sweep(model, images, tmp_path / "sweep", protect=iter([0, 1, 2]))
+    found = blockfit.sweep(model, images, tmp_path / "sweep", protect=iter([0, 1, 2]))
     assert {tuple(p["plan"][0].values())[:2] for p in found.points} == {(3, 4)}
+
+
+def test_every_public_function_is_here() -> None:
+    functions = {n for n in blockfit.__all__ if inspect.isfunction(getattr(blockfit, n))}
+    assert functions == set(WRONG)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from blockfit.arguments import check_fields
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.engines import DTYPES, ENGINES
 from blockfit.models.cost import ROUNDS, Timing, paired_ratios
@@ -55,6 +56,7 @@ class Settings:
     rounds: int = ROUNDS
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, known, given in (
             ("engine", ENGINES, self.engines),
             ("dtype", DTYPES, self.dtypes),
