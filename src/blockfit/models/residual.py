@@ -237,11 +237,14 @@ def find_writers(block: nn.Module, run: RunBlock, hidden: Tensor) -> list[Writer
     """
     width = hidden.shape[-1]
     order: list[tuple[str, Tensor]] = []
+    solvable: set[str] = set()
 
     def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Linear, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.shape == hidden.shape:
                 order.append((name, output.detach().clone()))
+                if _solvable(module) and _is_product(module, args, output):
+                    solvable.add(name)
 
         return hook
 
@@ -262,11 +265,29 @@ def find_writers(block: nn.Module, run: RunBlock, hidden: Tensor) -> list[Writer
             continue
         gain = _gain(block, run, hidden, name, output, silenced)
         if gain is not None:
-            found.insert(0, Writer(name, gain))
             silenced[name] = 0.0
+            found = [Writer(name, gain), *found] if name in solvable else found
             if len(found) == 2:
                 break
     return found
+
+
+def _solvable(linear: nn.Linear) -> bool:
+    """Whether its weight is its own parameter, and of a rank that the block's size asks for.
+
+    The second factor of a low-rank correction (LoRA) adds to the hidden state, too, but the layer
+    that it corrects is the one to solve.
+    """
+    return "weight" in linear._parameters and 2 * linear.in_features >= linear.out_features
+
+
+def _is_product(linear: nn.Linear, args: tuple[Any, ...], output: Tensor) -> bool:
+    """Whether a layer returned the product with its weight, and nothing that was added to it."""
+    if len(args) != 1 or not isinstance(args[0], Tensor):
+        return False
+    product = nn.functional.linear(args[0], linear.weight, linear.bias)
+    tolerance = 1e-3 if output.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((product - output).abs().max() <= tolerance * output.abs().max())
 
 
 def _gain(

@@ -15,6 +15,7 @@ from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Plan, Span, spans_up_to
+from blockfit.models.adapters import check_merged
 from blockfit.models.blocks import Batch, Blocks, find_blocks, named_blocks
 from blockfit.models.forward import evaluating, first_images, offloaded
 from blockfit.models.surgery import removed_plan
@@ -91,6 +92,7 @@ class Setting:
             raise BlockfitError(
                 f"the model is compressed already ({done}); compress the original again instead"
             )
+        check_merged(model)
         fit, held_out = images.split(hold_out, seed)
         fit = replace(fit, batch_size=_fit_batch(fit.batch_size))
         return cls(model, blocks, fit, replace(held_out, batch_size=JUDGE_BATCH), example)
