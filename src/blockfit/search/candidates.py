@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from blockfit.fit.plan import Replacement, Span
+from blockfit.fit.plan import Plan, Replacement, Span
 from blockfit.search.held_out import HeldOut
 from blockfit.search.solve import Solution
 
@@ -13,7 +13,10 @@ RACE_PASSES = 8.0
 
 
 def race(
-    held_out: HeldOut, candidates: Sequence[Solution], passes: float = RACE_PASSES
+    held_out: HeldOut,
+    candidates: Sequence[Solution],
+    passes: float = RACE_PASSES,
+    failed: dict[Plan, str] | None = None,
 ) -> dict[Replacement, float]:
     """Score single-span solutions by their effect on the output, spending most on the best.
 
@@ -21,10 +24,17 @@ def race(
     better half of each span length goes on to the next batches, until ``passes`` plain passes
     over the held-out images are spent. A candidate runs only the blocks behind its span.
 
+    Args:
+        held_out: the judge.
+        candidates: one span each.
+        passes: what may be spent.
+        failed: the plans of candidates that cannot be run are put here, with the reason.
+
     Returns:
         replacement → effect (``Fidelity.effect``) on the images that it was run on, for every
-        candidate.
+        candidate that can be run.
     """
+    failed = {} if failed is None else failed
     left = passes * len(held_out)
     entries = {c.plan.replacements[0]: c for c in candidates}
     totals: dict[Replacement, tuple[float, int]] = dict.fromkeys(entries, (0.0, 0))
@@ -41,10 +51,14 @@ def race(
                 return _effects(totals)
             alive = halved
             cost = sum(images * price[e] for e in alive)
-        scores = held_out.scores([entries[entry] for entry in alive], [batch])
+        scores = held_out.trials([entries[entry] for entry in alive], failed, [batch])
         for entry, score in zip(alive, scores, strict=True):
+            if score is None:
+                del totals[entry]
+                continue
             total, n = totals[entry]
             totals[entry] = (total + score.feature_relative_error * images, n + images)
+        alive = [entry for entry in alive if entry in totals]
         left -= cost
         batch += 1
         if len(alive) > 2 * depth:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from blockfit import processes as ranks
 from blockfit.data.images import Images
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, first_line
 from blockfit.fit.numerics import exact
 from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Blocks, overridden
-from blockfit.models.forward import evaluating
+from blockfit.models.forward import FORWARD_ERRORS, evaluating
 from blockfit.models.head import Observation, observe
 from blockfit.models.surgery import swapped
 from blockfit.models.trace import Trace, trace
@@ -142,18 +142,46 @@ class HeldOut:
     def scores(
         self, solutions: Sequence[Solution], batches: Sequence[int] | None = None
     ) -> list[Fidelity]:
-        """``score`` of several solutions; the processes of a run share the work."""
+        """``score`` of several solutions; the processes of a run share the work.
+
+        Raises:
+            BlockfitError: where one of them cannot be run.
+        """
+        failed: dict[Plan, str] = {}
+        found = self.trials(solutions, failed, batches)
+        for plan, reason in failed.items():
+            raise BlockfitError(f"the model cannot be run with {plan}: {reason}")
+        return [fidelity for fidelity in found if fidelity is not None]
+
+    def trials(
+        self,
+        solutions: Sequence[Solution],
+        failed: dict[Plan, str],
+        batches: Sequence[int] | None = None,
+    ) -> list[Fidelity | None]:
+        """``scores``, with ``None`` for one that cannot be run; why is written into ``failed``."""
         numbers = list(range(len(self.sizes))) if batches is None else list(batches)
         tasks = [(number, i) for i in range(len(solutions)) for number in numbers]
-        found = self._spread(tasks, lambda number, i: self._compared(number, solutions[i]))
-        out = []
+        found = self._spread(tasks, lambda number, i: self._tried(number, solutions[i]))
+        out: list[Fidelity | None] = []
         for i, solution in enumerate(solutions):
-            meter = FidelityMeter()
-            for sums in found[i * len(numbers) : (i + 1) * len(numbers)]:
-                meter.add_sums(sums)
+            meter, sums = FidelityMeter(), found[i * len(numbers) : (i + 1) * len(numbers)]
+            if reasons := [reason for reason in sums if isinstance(reason, str)]:
+                failed[solution.plan] = reasons[0]
+                out.append(None)
+                continue
+            for values in sums:
+                meter.add_sums(values)
             self.passes += meter.images * self.cost(solution)
             out.append(meter.result())
         return out
+
+    def _tried(self, number: int, solution: Solution) -> Sums | str:
+        """What was compared; or in one line why it could not be, for all processes to know."""
+        try:
+            return self._compared(number, solution)
+        except FORWARD_ERRORS as error:
+            return first_line(error)
 
     def _compared(self, number: int, solution: Solution) -> Sums:
         return compared(self.original[self._at[number]], self._observe(number, solution))

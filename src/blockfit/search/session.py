@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from blockfit import processes as ranks
 from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, first_line
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Plan, Span, spans_up_to
 from blockfit.models.adapters import check_merged
 from blockfit.models.blocks import Batch, Blocks, find_blocks, named_blocks
-from blockfit.models.forward import evaluating, first_images, offloaded
+from blockfit.models.forward import FORWARD_ERRORS, evaluating, first_images, offloaded
 from blockfit.models.surgery import removed_plan
 from blockfit.models.tensors import narrowest
 from blockfit.models.trace import trace
@@ -241,7 +241,14 @@ class Session:
             progress=self._progress,
             precision=self.precision,
         )
-        return judge.point(plan)
+        try:
+            return judge.point(plan)
+        except BlockfitError:
+            raise
+        except FORWARD_ERRORS as error:
+            raise BlockfitError(
+                f"the model cannot be run with {plan}: {first_line(error)}; choose other spans"
+            ) from error
 
     def reach(self, budget: Budget) -> Point:
         """The plan of smallest held-out loss that meets ``budget``.
@@ -368,8 +375,8 @@ class Session:
 
     def warnings(self, point: Point) -> list[str]:
         """What the user should know: a costly budget, and the nearest safe one."""
-        out = self.sizes.warnings()
         loss, search = point.fidelity.loss, self._search
+        out = self.sizes.warnings() + ([] if search is None else search.warnings())
         if loss > SAFE_LOSS:
             what = "KL" if point.fidelity.kl is not None else "relative feature error"
             line = (

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from blockfit.errors import BlockfitError
+from blockfit import processes as ranks
+from blockfit.errors import BlockfitError, first_line
 from blockfit.fit.closed_form import RIDGE, fit_map, identity_error
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Plan, Replacement, Span, runs_of, spans_up_to
+from blockfit.models.forward import FORWARD_ERRORS
 from blockfit.search.candidates import cheapest, race
 from blockfit.search.fidelity import Fidelity
 from blockfit.search.held_out import HeldOut, MapError
 from blockfit.search.prefixes import Beginnings
 from blockfit.search.recipes import Recipe
-from blockfit.search.solve import Solution, solve
+from blockfit.search.solve import Options, Solution, solve
 from blockfit.search.spill import GroupedMoments
 from blockfit.search.states import Originals
 
@@ -34,6 +37,9 @@ images those that quick refits have not seen."""
 
 QUICK_IMAGES = 128
 """Images on which proposals are refitted; the best is solved on all, repair included."""
+
+NAMED = 3
+"""Candidates that a warning names."""
 
 RANK_SLACK = 0.05
 """How much worse than the best rank a smaller one may score and still be taken."""
@@ -102,6 +108,8 @@ class Search:
         self.tried: dict[Plan, float] = {}
         self.effects: dict[Plan, float] = {}
         self.best: dict[int, list[Plan]] = {}
+        self.failed: dict[Plan, str] = {}
+        """Candidates that were left out because they cannot be run, and why."""
         self.keep: Callable[[], None] = lambda: None
         """Called whenever ``state`` has something new."""
         self._say, self._progress = say or (lambda line: None), progress
@@ -133,8 +141,11 @@ class Search:
         proposals = [p for p in self.proposals(size) if fits is None or fits(p)]
         if not proposals:
             return None
-        self._say(f"{size} blocks: solving {proposals[0]}")
-        return self.point(proposals[0])
+        for plan in proposals:
+            self._say(f"{size} blocks: solving {plan}")
+            with self._leaving_out(plan):
+                return self.point(plan)
+        raise self._none_left()
 
     def check(self, size: int) -> None:
         """Refuse a number of blocks that cannot go."""
@@ -201,7 +212,8 @@ class Search:
         return self.best[size]
 
     def _kinds(self, span: Span) -> list[Replacement]:
-        return self.recipe.replacements(span, self.originals.blocks.width)
+        every = self.recipe.replacements(span, self.originals.blocks.width)
+        return [entry for entry in every if Plan((entry,)) not in self.failed]
 
     def _spans(self, longest: int) -> list[Span]:
         spans = spans_up_to(self.depth, longest, self.protected)
@@ -215,14 +227,48 @@ class Search:
                 if entry in self.scores:
                     continue
                 plan = Plan((entry,))
-                if entry.map == "folded":
-                    candidates.append(solve(self.quick, plan, options))
-                else:
-                    ridge = RIDGE if options.ridge is None else options.ridge
-                    fitted = fit_map(entry, self.moments.of(span), ridge, options.prefix_weight)
-                    candidates.append(Solution(plan, (fitted,)))
+                with self._leaving_out(plan):
+                    candidates.append(self._single(entry, options))
         if candidates:
-            self.scores.update(race(self.held_out, candidates))
+            self.scores.update(race(self.held_out, candidates, failed=self.failed))
+
+    def _single(self, entry: Replacement, options: Options) -> Solution:
+        """A candidate of one span."""
+        if entry.map == "folded":
+            return solve(self.quick, Plan((entry,)), options)
+        ridge = RIDGE if options.ridge is None else options.ridge
+        moments = self.moments.of(entry.span)
+        return Solution(Plan((entry,)), (fit_map(entry, moments, ridge, options.prefix_weight),))
+
+    @contextmanager
+    def _leaving_out(self, plan: Plan) -> Iterator[None]:
+        """Note why a plan cannot be tried, and go on without it.
+
+        Only where one process does all: the others would wait for what this one leaves out.
+        """
+        try:
+            yield
+        except FORWARD_ERRORS as error:
+            if ranks.count() > 1:
+                raise
+            self.failed[plan] = first_line(error)
+
+    def warnings(self) -> list[str]:
+        """Which candidates were left out because they cannot be run, and why."""
+        if not self.failed:
+            return []
+        told = [f"{plan} ({reason})" for plan, reason in [*self.failed.items()][:NAMED]]
+        more = len(self.failed) - len(told)
+        rest = f"; and {more} more" if more else ""
+        return [f"left out, because the model cannot be run with them: {'; '.join(told)}{rest}"]
+
+    def _none_left(self) -> BlockfitError:
+        """Why no candidate is left."""
+        plan, reason = next(iter(self.failed.items()))
+        return BlockfitError(
+            f"no candidate can be run; the first was {plan}: {reason}; name the blocks that must "
+            "stay with protect"
+        )
 
     def _plan(self, spans: Iterable[Span]) -> Plan:
         """The best scored kind of map for each span."""
@@ -268,7 +314,9 @@ class Search:
         solved, beginnings = {}, Beginnings(pool)
         for number, plan in enumerate(pool):
             self._say(f"{size} blocks: trying plan {number + 1} of {len(pool)}")
-            solved[plan] = solve(self.quick, plan, options, beginnings=beginnings)
+            with self._leaving_out(plan):
+                solved[plan] = solve(self.quick, plan, options, beginnings=beginnings)
+        pool = list(solved)
         first: list[int] = []
         others: list[int] = []
         count = 0
@@ -278,8 +326,11 @@ class Search:
         totals = {plan: [0.0, 0.0, 0.0] for plan in pool}  # images, feature error, loss
 
         def run(plans: list[Plan], judge: HeldOut, batches: list[int] | None) -> None:
-            scores = judge.scores([solved[plan] for plan in plans], batches)
-            for plan, found in zip(plans, scores, strict=True):
+            scores = judge.trials([solved[plan] for plan in plans], self.failed, batches)
+            for plan, found in zip(plans.copy(), scores, strict=True):
+                if found is None:
+                    plans.remove(plan)
+                    continue
                 total = totals[plan]
                 total[0] += found.images
                 total[1] += found.images * found.feature_relative_error
@@ -295,6 +346,8 @@ class Search:
         best, rest = better[:2], better[2:] + rest
         if len(best) > 1 and (more := self._judges()) is not None:
             run(best, more, None)
+        if not best + rest:
+            raise self._none_left()
         return best + rest
 
     def _judges(self) -> HeldOut | None:
@@ -325,6 +378,8 @@ class Search:
             if len(pool) >= most:
                 break
             pool.setdefault(plan)
+        if not pool and self.failed:
+            raise self._none_left()
         if not pool:
             raise BlockfitError(
                 f"no plan removes {size} blocks with the maps {', '.join(self.recipe.maps)}; "
