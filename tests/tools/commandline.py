@@ -14,6 +14,8 @@ import pytest
 from blockfit.commands import app as cli
 
 FEW = ("--images", "digits", "--limit", "40")
+TOLD = ("images: ", "preprocessing: ", "device: ", "[")
+"""How lines begin on standard error that say what a command works with and does."""
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Done:
         assert self.code == 2, self.err
         assert self.out == ""
         *told, sentence = self.err.splitlines()
-        assert all(line.startswith(("images: ", "preprocessing: ")) for line in told)
+        assert all(line.startswith(TOLD) for line in told)
         assert sentence.startswith("blockfit: error: ")
         return sentence.removeprefix("blockfit: error: ")
 

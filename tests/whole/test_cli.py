@@ -68,16 +68,17 @@ def test_compress_shows_people_the_result_on_standard_output(tmp_path: Path) -> 
     folder = tmp_path / "a folder"
     done = blockfit_command("compress", "demo", *FEW, "--span", "9:11", "-o", folder)
     assert done.code == 0
-    assert done.err.splitlines()[:2] == [
+    assert [line for line in done.err.splitlines() if line[0] != "["] == [
         "images: 40 of 1198 from digits, drawn with seed 0",
         "preprocessing: none, tensors as given",
+        "device: cpu",
     ]
     for text in (
         "602.06 k",
         "9:11",
         "on 8 held-out images: KL ",
         f"saved to {folder} in ",
-        f"next: blockfit evaluate '{folder}' --against demo --data TEST_IMAGES",
+        f"next: blockfit evaluate '{folder}' --against demo --images TEST_IMAGES",
     ):
         assert text in done.out
 

@@ -19,7 +19,7 @@ from blockfit.models.demo import digits, load_demo
 
 def test_evaluate_prints_the_promised_keys_as_fractions(small: tuple[Path, Done]) -> None:
     done = blockfit_command(
-        "evaluate", small[0], "--against", "demo", "--data", "digits:test", "--json"
+        "evaluate", small[0], "--against", "demo", "--images", "digits:test", "--json"
     )
     told = done.json
     assert told["images"] == 599
@@ -39,7 +39,7 @@ def test_evaluate_prints_the_promised_keys_as_fractions(small: tuple[Path, Done]
 
 
 def test_evaluate_of_a_single_model_has_no_original(small: tuple[Path, Done]) -> None:
-    done = blockfit_command("evaluate", "demo", "--data", "digits:test", "--limit", "30")
+    done = blockfit_command("evaluate", "demo", "--images", "digits:test", "--limit", "30")
     assert done.code == 0
     assert "On 30 images" in done.out
     assert "original" not in done.out

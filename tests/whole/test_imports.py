@@ -77,13 +77,11 @@ def test_completion_loads_nothing_slow(words: str) -> None:
 
 @pytest.mark.parametrize("module", ["blockfit", "blockfit.commands.app"])
 def test_the_import_takes_less_than_a_third_of_a_second(module: str) -> None:
-    def seconds() -> float:
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-c", f"import {module}"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        (own,) = re.findall(rf"\|\s+(\d+) \|\s*{re.escape(module)}$", done.stderr, re.MULTILINE)
-        return int(own) / 1e6
+    code = f"import time; a = time.process_time(); import {module}; print(time.process_time() - a)"
+
+    def seconds() -> float:  # of the processor, for others may keep it busy
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        return float(run.stdout)
 
     assert min(seconds() for _ in range(3)) < LONGEST_S
 

@@ -62,7 +62,7 @@ def test_a_sweep_that_is_stopped_at_once_says_that_there_is_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "load", stops)
-    done = blockfit_command("sweep", "demo", *FEW, "-o", tmp_path / "sweep")
+    done = blockfit_command("sweep", "demo", *FEW, "-o", tmp_path / "sweep", "-q")
     assert (done.code, done.err) == (130, "blockfit: interrupted; no plan was finished yet\n")
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ from blockfit.commands.output import Output
 from blockfit.commands.tables import show_analysis
 
 
-@command
+@command("Look", "blockfit analyze MODEL --images PHOTOS -o analysis/")
 def analyze(
     out: Output,
     model: opt.Model,
@@ -24,7 +24,7 @@ def analyze(
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Compare the hidden states of all blocks: MSE, cosine, angle, CKA and R²."""
+    """Compare the hidden states of all blocks (MSE, cosine, CKA …)."""
     from blockfit.commands.reporter import Reporter
     from blockfit.evaluation.analysis import check_folder
 

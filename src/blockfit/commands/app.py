@@ -19,6 +19,7 @@ from blockfit.commands.demo import demo
 from blockfit.commands.doctor import doctor
 from blockfit.commands.evaluate import evaluate
 from blockfit.commands.export import export
+from blockfit.commands.help import Command, Group
 from blockfit.commands.output import guarded, stop_logging
 from blockfit.commands.push import push
 from blockfit.commands.quantize import quantize
@@ -38,14 +39,18 @@ QUIET_LOGGERS = ("torch.utils._pytree", "torch.utils.cpp_extension")
 """Warn of what no user of this command can change, when torchao or a compiler is loaded."""
 
 COMMANDS = (
-    compress, evaluate, analyze, export, push, report, reproduce, bench, quantize, check, doctor,
-    sweep, demo,
+    demo, compress, sweep, doctor,
+    evaluate, analyze, bench, check, report,
+    export, quantize, push,
+    reproduce,
 )  # fmt: skip
 """In the order of ``blockfit --help``."""
 
 app = typer.Typer(
     name="blockfit",
+    cls=Group,
     help="Make a pretrained vision transformer smaller and faster without training it.",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -67,7 +72,7 @@ def _root(
 
 
 for _command in COMMANDS:
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -21,36 +21,48 @@ if TYPE_CHECKING:
 Smalls = Annotated[
     list[str], typer.Argument(metavar="SMALL...", help="Folders that compress wrote, or models.")
 ]
-Original = Annotated[str, opt.option("--against", help="The original model.", panel=opt.DATA)]
+Original = Annotated[
+    str, opt.option("--against", help="The original.", panel=opt.DATA, metavar="MODEL")
+]
 BatchSizes = Annotated[
     list[int] | None,
     opt.option(
         "--batch-size",
-        help="Images per pass. Repeatable; 1 and 32 by default.",
+        help="Images per pass; 1 and 32. Repeatable.",
         panel=opt.HOW,
+        metavar="N",
     ),
 ]
 Engines = Annotated[
     list[str] | None,
-    opt.option("--engine", help="eager, compiled, onnx. Repeatable.", panel=opt.HOW),
+    opt.option(
+        "--engine", help="eager, compiled, onnx. Repeatable.", panel=opt.HOW, metavar="NAME"
+    ),
 ]
 Dtypes = Annotated[
     list[str] | None,
-    opt.option("--dtype", help="float32, bfloat16, float16. Repeatable.", panel=opt.HOW),
+    opt.option(
+        "--dtype", help="float32, bfloat16, float16. Repeatable.", panel=opt.HOW, metavar="NAME"
+    ),
 ]
 Threads = Annotated[
-    int | None, opt.option("--threads", help="On the CPU; torch's own by default.", panel=opt.HOW)
+    int | None,
+    opt.option("--threads", help="On the CPU; torch's own by default.", panel=opt.HOW, metavar="N"),
 ]
-Rounds = Annotated[int, opt.option("--rounds", help="Timed passes of each model.", panel=opt.HOW)]
+Rounds = Annotated[
+    int, opt.option("--rounds", help="Timed passes of each model.", panel=opt.HOW, metavar="N")
+]
 MarkdownFile = Annotated[
-    Path | None, opt.option("--markdown", help="Write the tables to this file.", panel=opt.OUT)
+    Path | None,
+    opt.option("--markdown", help="Write the tables to this file.", panel=opt.OUT, metavar="FILE"),
 ]
 PictureFile = Annotated[
-    Path | None, opt.option("--picture", help="Draw the speed-ups as a PNG.", panel=opt.OUT)
+    Path | None,
+    opt.option("--picture", help="Draw the speed-ups as a PNG.", panel=opt.OUT, metavar="FILE"),
 ]
 
 
-@command
+@command("Look", "blockfit bench small/ --against MODEL --markdown bench.md")
 def bench(
     out: Output,
     smalls: Smalls,
@@ -65,7 +77,7 @@ def bench(
     picture: PictureFile = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Time compressed models and their original in turn: is the promised speed-up there?"""
+    """Time compressed models against their original, in turn."""
     import torch
 
     from blockfit.evaluation.engines import DTYPES, ENGINES
@@ -81,7 +93,7 @@ def bench(
         batch_sizes=batch_size or BATCH_SIZES,
         engines=engine or ENGINES[:1],
         dtypes=dtype or DTYPES[:1],
-        device=loading.place() or "cpu",
+        device=loading.place(),
         threads=torch.get_num_threads() if threads is None else threads,
         rounds=rounds,
     )

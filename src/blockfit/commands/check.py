@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 
 Dtypes = Annotated[
     list[str] | None,
-    opt.option("--dtype", help="bfloat16, float16; both by default. Repeatable.", panel=opt.HOW),
+    opt.option(
+        "--dtype",
+        help="bfloat16, float16; both by default. Repeatable.",
+        panel=opt.HOW,
+        metavar="NAME",
+    ),
 ]
 
 
-@command
+@command("Look", "blockfit check small/ --images PHOTOS")
 def check(
     out: Output,
     small: opt.Small,
@@ -32,7 +37,7 @@ def check(
     dtype: Dtypes = None,
     blocks: opt.BlocksPath = None,
 ) -> None:
-    """Compare a model in half precision with itself in float32, block by block."""
+    """Compare a model in half precision with itself in float32."""
     from blockfit.evaluation.precision import HALVES, check_precision
 
     started = time.perf_counter()
@@ -40,7 +45,7 @@ def check(
         out.say(f"loading {small}")
         model, where = loading.load_small(small)
         pictures = reading.open(images, model)
-        show_images(out, pictures.description())
+        show_images(out, pictures.description(), loading.place())
         if where is None or blocks is not None:
             where = blockfit.find_blocks(model, next(iter(pictures), None), blocks)
         found = []

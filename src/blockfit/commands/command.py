@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from blockfit import processes
 from blockfit.commands import options as opt
+from blockfit.commands.help import Declared, HelpAll
 from blockfit.commands.output import Output, start_logging
 
 
@@ -20,15 +21,28 @@ class Common:
     quiet: opt.Quiet = False
     verbose: opt.Verbose = False
     debug: opt.Debug = False
+    help_all: Annotated[bool, HelpAll] = False
 
 
-def command(body: Callable[..., None]) -> Callable[..., None]:
+def command(
+    group: str, example: str, old: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function one that typer reads: its options flat, groups among them.
 
     A parameter whose type is a dataclass stands for one option per field. The first parameter is
     the ``Output``, made from the options that all commands share. Several processes join for the
     duration; help and refused options come before that, and without torch.
+
+    Args:
+        group: in which ``blockfit --help`` shows it.
+        example: a whole command line, shown below its help.
+        old: names that options had before, by their names now; "" is an argument.
     """
+    declared = Declared(group, example, old or {})
+    return lambda body: _flat(body, declared)
+
+
+def _flat(body: Callable[..., None], declared: Declared) -> Callable[..., None]:
     hints = get_type_hints(body, include_extras=True)
     own = list(inspect.signature(body).parameters.values())[1:]
     groups = {p.name: hints[p.name] for p in own if is_dataclass(hints[p.name])}
@@ -50,11 +64,12 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
         if common.verbose:
             start_logging()
         with processes.joined():
-            body(Output(common.as_json, common.quiet), **values, **whole)
+            body(Output(common.as_json, common.quiet, common.verbose), **values, **whole)
 
     run.__name__, run.__doc__, run.__module__ = body.__name__, body.__doc__, body.__module__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
     run.__dict__["__signature__"] = inspect.Signature(flat)
+    run.__dict__["declared"] = declared
     return run
 
 

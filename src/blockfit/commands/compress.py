@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from blockfit.search.run import Result
 
 
-@command
+@command("Start", "blockfit compress MODEL --images PHOTOS --params 62% -o small/")
 def compress(
     out: Output,
     output: opt.Folder,
@@ -38,7 +38,7 @@ def compress(
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Replace redundant blocks by closed-form maps and save the small model."""
+    """Make a model smaller: redundant blocks become closed-form maps."""
     from blockfit.checkpoint import forget
     from blockfit.commands.reporter import Reporter
     from blockfit.formats.folder import check_folder
@@ -124,7 +124,7 @@ def _unfinished(state: Path | None) -> str:
 def _show(out: Output, page: Reporter, result: Result, model: str, output: Path) -> None:
     show_compression(out, result.report, result.blocks.depth)
     out.line(f"saved to {output} in {result.report['seconds']:.1f} s")
-    words = ["blockfit", "evaluate", str(output), "--against", model, "--data", "TEST_IMAGES"]
+    words = ["blockfit", "evaluate", str(output), "--against", model, "--images", "TEST_IMAGES"]
     out.line(f"next: {shlex.join(words)}")
     page.tell(out)
     out.result({"plan": result.plan.to_json(), **result.report, "output": str(output)})

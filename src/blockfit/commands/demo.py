@@ -13,10 +13,12 @@ from blockfit.commands.tables import show_compression, show_evaluation
 IMAGES = 512
 """Calibration images."""
 
-Remove = Annotated[int, opt.option("--remove", help="This many blocks.", panel=opt.REMOVE)]
+Remove = Annotated[
+    int, opt.option("--remove", help="Remove so many blocks.", panel=opt.REMOVE, metavar="N")
+]
 
 
-@command
+@command("Start", "blockfit demo")
 def demo(
     out: Output,
     remove: Remove = 4,
@@ -25,7 +27,7 @@ def demo(
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Compress the model that is shipped with blockfit, and show what it was worth."""
+    """Compress a shipped model and show what it was worth."""
     from blockfit.commands.reporter import Reporter
     from blockfit.formats.folder import check_folder
 

@@ -20,9 +20,9 @@ _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?\s*([^;]*)")
 _EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 
 
-@command
+@command("Start", "blockfit doctor")
 def doctor(out: Output) -> None:
-    """Show versions, devices, caches, and what is missing for each extra."""
+    """Show versions, devices, caches and what is missing."""
     found = examine()
     out.line(f"Python {found.python} on {found.platform}")
     out.table(

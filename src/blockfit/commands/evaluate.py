@@ -24,36 +24,67 @@ Protocol = Annotated[
         "--protocol",
         help="Judge as well by knn, probe, probe-sgd, retrieval, zero-shot, dense. Repeatable.",
         panel=opt.HOW,
+        metavar="NAME",
     ),
 ]
 Train = Annotated[
     str | None,
-    opt.option("--train", help="Labelled images that --protocol learns from.", panel=opt.DATA),
+    opt.option(
+        "--train", help="Labelled, for --protocol to learn from.", panel=opt.DATA, metavar="DATA"
+    ),
 ]
 TrainLimit = Annotated[
-    int | None, opt.option("--train-limit", help="Draw this many of --train.", panel=opt.DATA)
+    int | None,
+    opt.option(
+        "--train-limit", help="Draw so many of --train.", panel=opt.DATA, metavar="N", rare=True
+    ),
 ]
 Classes = Annotated[
     Path | None,
-    opt.option("--classes", help="Class names for zero-shot, one per line.", panel=opt.DATA),
+    opt.option(
+        "--classes",
+        help="Class names for zero-shot, one per line.",
+        panel=opt.DATA,
+        metavar="FILE",
+        rare=True,
+    ),
 ]
 Prompts = Annotated[
     list[str] | None,
-    opt.option("--prompt", help="For zero-shot, {} is the class name. Repeatable.", panel=opt.HOW),
+    opt.option(
+        "--prompt",
+        help="For zero-shot, {} is the class name. Repeatable.",
+        panel=opt.HOW,
+        metavar="TEXT",
+        rare=True,
+    ),
 ]
 Masks = Annotated[
     str | None,
     opt.option(
-        "--masks", help="For dense: a folder of masks, or a column of --data.", panel=opt.DATA
+        "--masks",
+        help="For dense: a folder, or a column of --images.",
+        panel=opt.DATA,
+        metavar="NAME",
+        rare=True,
     ),
 ]
 
 
-@command
+NoSpeed = Annotated[
+    bool, opt.option("--no-speed", help="Leave time and memory unmeasured.", panel=opt.HOW)
+]
+
+
+@command(
+    "Look",
+    "blockfit evaluate small/ --against MODEL --images TEST_IMAGES",
+    {"--data": "--images"},
+)
 def evaluate(
     out: Output,
     small: opt.Small,
-    data: opt.TestData,
+    images: opt.Pictures,
     reading: opt.Reading,
     loading: opt.Loading,
     against: opt.Against = None,
@@ -63,10 +94,11 @@ def evaluate(
     classes: Classes = None,
     prompt: Prompts = None,
     masks: Masks = None,
+    no_speed: NoSpeed = False,
     blocks: opt.BlocksPath = None,
     resume: opt.Resume = False,
 ) -> None:
-    """Measure a model's accuracy, size and speed, and its fidelity to the original."""
+    """Measure accuracy, size, speed and fidelity to the original."""
     from blockfit.commands.protocols import Wanted
     from blockfit.models.load import source_of
 
@@ -79,8 +111,8 @@ def evaluate(
         # The small model's own preprocessing; the original's where it has none.
         own = source_of(compressed).preprocessing is not None or original is None
         prepared = compressed if own else original
-        pictures = reading.open(data, prepared)
-        show_images(out, pictures.description())
+        pictures = reading.open(images, prepared)
+        show_images(out, pictures.description(), loading.place())
         if blocks is not None:
             where = blockfit.find_blocks(compressed, next(iter(pictures), None), blocks)
         out.say("evaluating")
@@ -91,12 +123,13 @@ def evaluate(
             pictures,
             against=original,
             blocks=where,
+            measure=not no_speed,
             progress=out.count,
             checkpoint=checkpoint,
         ).to_json()
         if wanted.protocols:
             learn = reading.open(train, prepared, limit=train_limit) if train else None
-            worth["protocols"] = wanted.judge(out, models, where, learn, pictures, data)
+            worth["protocols"] = wanted.judge(out, models, where, learn, pictures, images)
         if checkpoint is not None:
             checkpoint.forget()
     show_evaluation(out, worth)

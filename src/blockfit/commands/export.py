@@ -25,7 +25,7 @@ PlainCheckpoint = Annotated[
     bool,
     opt.option(
         "--plain",
-        help="An ordinary transformers or timm checkpoint with fewer blocks.",
+        help="A stock transformers or timm checkpoint, fewer blocks.",
         panel=opt.FORM,
     ),
 ]
@@ -33,31 +33,33 @@ Onnx = Annotated[bool, opt.option("--onnx", help="An ONNX file.", panel=opt.FORM
 Pt2 = Annotated[bool, opt.option("--pt2", help="A torch.export program (.pt2).", panel=opt.FORM)]
 Hub = Annotated[
     bool,
-    opt.option(
-        "--hub", help="A transformers folder with its own code, for any map.", panel=opt.FORM
-    ),
+    opt.option("--hub", help="A transformers folder with its own code.", panel=opt.FORM),
 ]
 Target = Annotated[
-    Path, opt.option("--output", "-o", help="Folder or file to write.", panel=opt.OUT)
+    Path,
+    opt.option("--output", "-o", help="Folder or file to write.", panel=opt.OUT, metavar="PATH"),
 ]
 ResolutionText = Annotated[
     str | None,
     opt.option(
         "--resolution",
-        help="Of the images: 224, 224x320 (height first) or dynamic; by default the model's own.",
+        help="224, 224x320 (height first) or dynamic; else the model's.",
         panel=opt.HOW,
+        metavar="SIZE",
     ),
 ]
 FixedBatch = Annotated[
     int | None,
     opt.option(
         "--fixed-batch",
-        help="Take this many images only, instead of any number.",
+        help="Take so many images only, not any number.",
         panel=opt.HOW,
+        metavar="N",
     ),
 ]
 Opset = Annotated[
-    int | None, opt.option("--opset", help="Version of the ONNX operator set; 18.", panel=opt.HOW)
+    int | None,
+    opt.option("--opset", help="Version of the ONNX operator set; 18.", panel=opt.HOW, metavar="N"),
 ]
 CompareLevels = Annotated[
     bool,
@@ -68,7 +70,10 @@ CompareLevels = Annotated[
 Pictures = Annotated[
     str | None,
     opt.option(
-        "--images", help="To compare on; by default two sample photographs.", panel=opt.DATA
+        "--images",
+        help="To compare on; else two sample photographs.",
+        panel=opt.DATA,
+        metavar="DATA",
     ),
 ]
 
@@ -76,7 +81,7 @@ FOLDERS = ("plain", "hub")
 """Forms that are folders; the others are files."""
 
 
-@command
+@command("Deploy", "blockfit export small/ --onnx -o small.onnx")
 def export(
     out: Output,
     model: opt.Small,
@@ -94,7 +99,10 @@ def export(
     images: Pictures = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Write a model in a form that needs no blockfit, compared with it before it is kept."""
+    """Write a model in a form that needs no blockfit.
+
+    It is compared with the model before it is kept.
+    """
     from blockfit.formats.onnx_file import OPSET
     from blockfit.formats.traced import Resolution
 

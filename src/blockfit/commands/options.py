@@ -34,157 +34,297 @@ LOOKED_AT = 64
 """Images on which a report compares both models where nobody says how many."""
 
 
-def option(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
-    """An option in one of the panels of ``--help``."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+class Rare(str):
+    """The panel of an option that ``--help`` leaves out and ``--help-all`` shows."""
+
+
+def option(
+    *names: str,
+    help: str,
+    panel: str = OUT,
+    metavar: str | None = None,
+    rare: bool = False,
+    **more: Any,
+) -> Any:
+    """An option in one of the panels of ``--help``; a rare one shows with ``--help-all`` only."""
+    shown = Rare(panel) if rare else panel
+    return typer.Option(*names, help=help, rich_help_panel=shown, metavar=metavar, **more)
 
 
 # -- models and images --------------------------------------------------------------------------
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A model folder, a Hub id, timm/, torchvision/ or open_clip/NAME, or demo."
-    ),
-]
-MaybeModel = Annotated[
-    str | None,
-    typer.Argument(
-        help="A model folder, a Hub id, timm/, torchvision/ or open_clip/NAME, or demo."
-    ),
-]
+MODEL_HELP = "A folder, a Hub id, timm/, torchvision/ or open_clip/NAME, or demo."
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+MaybeModel = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
 Small = Annotated[str, typer.Argument(help="A folder that compress wrote, or any model.")]
-TestData = Annotated[
-    str,
-    option("--data", help="A folder, file, pattern, data set or digits:test.", panel=DATA),
-]
 Against = Annotated[
-    str | None, option("--against", help="The original model, to compare with.", panel=DATA)
+    str | None,
+    option("--against", help="The original, to compare with.", panel=DATA, metavar="MODEL"),
 ]
 Pictures = Annotated[
     str,
-    option("--images", help="A folder, file, pattern, data set or digits.", panel=DATA),
+    option(
+        "--images", help="Folder, file, pattern, data set or digits.", panel=DATA, metavar="DATA"
+    ),
 ]
 MaybePictures = Annotated[
     str | None,
-    option("--images", help="A folder, file, pattern, data set or digits.", panel=DATA),
+    option(
+        "--images", help="Folder, file, pattern, data set or digits.", panel=DATA, metavar="DATA"
+    ),
 ]
 Limit = Annotated[
-    int | None, option("--limit", help="Draw this many images over the whole set.", panel=DATA)
+    int | None,
+    option("--limit", help="Draw so many over the whole set; else all.", panel=DATA, metavar="N"),
 ]
-Seed = Annotated[int, option("--seed", help="Of every draw.", panel=DATA)]
-BatchSize = Annotated[int, option("--batch-size", help="Images per forward.", panel=DATA)]
+Seed = Annotated[int, option("--seed", help="Of every draw.", panel=DATA, metavar="N", rare=True)]
+BatchSize = Annotated[
+    int, option("--batch-size", help="Images per forward.", panel=DATA, metavar="N", rare=True)
+]
 ImageColumn = Annotated[
-    str | None, option("--image-column", help="Of a table; found by its type.", panel=DATA)
+    str | None,
+    option(
+        "--image-column",
+        help="Of a table; found by its type.",
+        panel=DATA,
+        metavar="NAME",
+        rare=True,
+    ),
 ]
 LabelColumn = Annotated[
-    str | None, option("--label-column", help="Of a table; found by its type.", panel=DATA)
+    str | None,
+    option(
+        "--label-column",
+        help="Of a table; found by its type.",
+        panel=DATA,
+        metavar="NAME",
+        rare=True,
+    ),
 ]
 Workers = Annotated[
-    int, option("--workers", help="Processes that decode; 0 decodes in this one.", panel=DATA)
+    int,
+    option(
+        "--workers",
+        help="Processes that decode; 0: this one.",
+        panel=DATA,
+        metavar="N",
+        rare=True,
+    ),
 ]
 MaxPixels = Annotated[
     int | None,
-    option("--max-pixels", help="Pictures of more are unreadable; 178956970.", panel=DATA),
+    option(
+        "--max-pixels",
+        help="Pictures of more are unreadable; 178956970.",
+        panel=DATA,
+        metavar="N",
+        rare=True,
+    ),
 ]
 Device = Annotated[
-    str | None, option("--device", help="cpu (default), cuda, cuda:1, mps.", panel=DATA)
+    str, option("--device", help="auto (cuda, mps, cpu), cuda:1, …", panel=DATA, metavar="NAME")
 ]
 TrustRemoteCode = Annotated[
     bool,
-    option("--trust-remote-code", help="Run code that comes with a Hub checkpoint.", panel=DATA),
+    option(
+        "--trust-remote-code",
+        help="Run code that comes with a Hub checkpoint.",
+        panel=DATA,
+        rare=True,
+    ),
 ]
 BlocksPath = Annotated[
     str | None,
-    option("--blocks", help="Dotted path of the list of blocks; found by default.", panel=DATA),
+    option(
+        "--blocks",
+        help="Dotted path of the list of blocks; else found.",
+        panel=DATA,
+        metavar="PATH",
+        rare=True,
+    ),
 ]
 
 # -- what to remove, and how --------------------------------------------------------------------
 
-Spans = Annotated[
-    list[str] | None,
-    option("--span", help="By hand: 9:11 removes blocks 9 and 10. Repeatable.", panel=REMOVE),
-]
-Remove = Annotated[int | None, option("--remove", help="This many blocks.", panel=REMOVE)]
 Params = Annotated[
     str | None,
-    option("--params", help="Until at most this part remains, such as 62%.", panel=REMOVE),
+    option("--params", help="Keep at most this part: 62% or 0.62.", panel=REMOVE, metavar="PART"),
 ]
-Flops = Annotated[str | None, option("--flops", help="The same of the FLOPs.", panel=REMOVE)]
+Remove = Annotated[
+    int | None, option("--remove", help="Remove so many blocks.", panel=REMOVE, metavar="N")
+]
+Flops = Annotated[
+    str | None,
+    option(
+        "--flops", help="Keep at most this part of them.", panel=REMOVE, metavar="PART", rare=True
+    ),
+]
 Latency = Annotated[
-    str | None, option("--latency", help="The same of the latency on this machine.", panel=REMOVE)
-]
-MaxKl = Annotated[
-    float | None, option("--max-kl", help="As much as this KL allows, in nats.", panel=REMOVE)
+    str | None,
+    option(
+        "--latency", help="At most this part of it, on this machine.", panel=REMOVE, metavar="PART"
+    ),
 ]
 MaxDrop = Annotated[
     float | None,
-    option("--max-drop", help="As much as this loss of top-1 allows, in points.", panel=REMOVE),
+    option("--max-drop", help="Lose at most so many points of top-1.", panel=REMOVE, metavar="X"),
+]
+MaxKl = Annotated[
+    float | None,
+    option(
+        "--max-kl",
+        help="At most this KL divergence, in nats.",
+        panel=REMOVE,
+        metavar="X",
+        rare=True,
+    ),
 ]
 FromSweep = Annotated[
-    Path | None, option("--from", help="A sweep's folder; needs a budget, no images.", panel=REMOVE)
+    Path | None,
+    option("--from", help="A sweep; needs a budget, no images.", panel=REMOVE, metavar="FOLDER"),
+]
+Spans = Annotated[
+    list[str] | None,
+    option(
+        "--span",
+        help="By hand: 9:11 removes blocks 9, 10. Repeatable.",
+        panel=REMOVE,
+        metavar="A:B",
+        rare=True,
+    ),
 ]
 RecipeName = Annotated[
-    str | None, option("--recipe", help="default, paper, plain.", panel=HOW, show_default=False)
+    str | None,
+    option(
+        "--recipe",
+        help="default, paper, plain.",
+        panel=HOW,
+        metavar="NAME",
+        rare=True,
+        show_default=False,
+    ),
 ]
 Plain = Annotated[
-    bool, option("--plain", help="The same as --recipe plain: adds no module.", panel=HOW)
+    bool, option("--plain", help="As --recipe plain: adds no module.", panel=HOW, rare=True)
 ]
-Map = Annotated[str | None, option("--map", help=f"{', '.join(MAP_KINDS)}.", panel=HOW)]
-Rank = Annotated[int | None, option("--rank", help="Of low-rank maps.", panel=HOW)]
-Repair = Annotated[str | None, option("--repair", help="none, mlp, mlp+attention.", panel=HOW)]
+Map = Annotated[
+    str | None,
+    option("--map", help=f"{', '.join(MAP_KINDS)}.", panel=HOW, metavar="KIND", rare=True),
+]
+Rank = Annotated[
+    int | None, option("--rank", help="Of low-rank maps.", panel=HOW, metavar="N", rare=True)
+]
+Repair = Annotated[
+    str | None,
+    option("--repair", help="none, mlp, mlp+attention.", panel=HOW, metavar="WHAT", rare=True),
+]
 Ridge = Annotated[
     str | None,
-    option("--ridge", help="λ of the maps: a number (0: plain least squares) or auto.", panel=HOW),
+    option(
+        "--ridge",
+        help="λ of the maps (0: least squares) or auto.",
+        panel=HOW,
+        metavar="X",
+        rare=True,
+    ),
 ]
 RepairRidge = Annotated[
     float | None,
-    option("--repair-ridge", help="λ of the repairs, towards the original weights.", panel=HOW),
+    option(
+        "--repair-ridge",
+        help="λ of the repairs, towards the original weights.",
+        panel=HOW,
+        metavar="X",
+        rare=True,
+    ),
 ]
 PrefixWeight = Annotated[
     float | None,
-    option("--prefix-weight", help="Of a prefix token in every fit; patch tokens: 1.", panel=HOW),
+    option(
+        "--prefix-weight",
+        help="Of a prefix token in fits; patch tokens: 1.",
+        panel=HOW,
+        metavar="X",
+        rare=True,
+    ),
 ]
 PerTokenType = Annotated[
-    bool, option("--per-token-type", help="One map for prefix and one for patch tokens.", panel=HOW)
+    bool,
+    option(
+        "--per-token-type",
+        help="One map for prefix, one for patch tokens.",
+        panel=HOW,
+        rare=True,
+    ),
 ]
 Select = Annotated[
     str | None,
     option(
-        "--select", help="Choose spans by effect, mse, angular, first, last, random.", panel=HOW
+        "--select",
+        help="Choose spans by effect, mse, angular, first, last, random.",
+        panel=HOW,
+        metavar="HOW",
+        rare=True,
     ),
 ]
-Contiguous = Annotated[bool, option("--contiguous", help="One span only.", panel=HOW)]
+Contiguous = Annotated[bool, option("--contiguous", help="One span only.", panel=HOW, rare=True)]
 Protect = Annotated[
-    str | None, option("--protect", help="Blocks that must stay, such as 3,6,9.", panel=HOW)
+    str | None,
+    option(
+        "--protect",
+        help="Blocks that must stay, such as 3,6,9.",
+        panel=HOW,
+        metavar="LIST",
+        rare=True,
+    ),
 ]
 HoldOut = Annotated[
     float | None,
-    option("--hold-out", help="Part of the images that judges: 0.2.", panel=HOW),
+    option(
+        "--hold-out",
+        help="Part of the images that judges: 0.2.",
+        panel=HOW,
+        metavar="PART",
+        rare=True,
+    ),
 ]
 MaxMemory = Annotated[
     str | None,
-    option("--max-memory", help="For sums and hidden states above the model: 2GB.", panel=HOW),
+    option(
+        "--max-memory",
+        help="For sums and states above the model: 2GB.",
+        panel=HOW,
+        metavar="SIZE",
+        rare=True,
+    ),
 ]
 
 # -- what is written and said -------------------------------------------------------------------
 
-Folder = Annotated[Path, option("--output", "-o", help="Folder to write.", panel=OUT)]
-MaybeFolder = Annotated[Path | None, option("--output", "-o", help="Folder to write.", panel=OUT)]
+Folder = Annotated[
+    Path, option("--output", "-o", help="Folder to write.", panel=OUT, metavar="FOLDER")
+]
+MaybeFolder = Annotated[
+    Path | None, option("--output", "-o", help="Folder to write.", panel=OUT, metavar="FOLDER")
+]
 Overwrite = Annotated[
     bool, option("--overwrite", help="Replace what an earlier run wrote.", panel=OUT)
 ]
 ReportFile = Annotated[
-    Path | None, option("--report", help="Explain the run on one HTML page.", panel=OUT)
+    Path | None,
+    option("--report", help="Explain the run on one HTML page.", panel=OUT, metavar="FILE"),
 ]
 Resume = Annotated[
     bool,
-    option("--resume", help="Save progress beside the output, and go on from it.", panel=OUT),
+    option("--resume", help="Save progress, and go on from it.", panel=OUT, rare=True),
 ]
 Json = Annotated[bool, option("--json", help="One JSON object on standard output.", panel=OUT)]
-Quiet = Annotated[bool, option("--quiet", "-q", help="Errors only.", panel=OUT)]
-Verbose = Annotated[bool, option("--verbose", "-v", help="Log what is done.", panel=OUT)]
-Debug = Annotated[bool, option("--debug", help="Show tracebacks.", panel=OUT)]
+Quiet = Annotated[bool, option("--quiet", "-q", help="Errors only.", panel=OUT, rare=True)]
+Verbose = Annotated[
+    bool, option("--verbose", "-v", help="Log what is done; more tables.", panel=OUT)
+]
+Debug = Annotated[bool, option("--debug", help="Show tracebacks.", panel=OUT, rare=True)]
 
 
 # -- groups: a parameter of such a type becomes the options of its fields --------------------------
@@ -232,7 +372,7 @@ class Code:
 class Loading:
     """How a model is loaded."""
 
-    device: Device = None
+    device: Device = "auto"
     trust_remote_code: TrustRemoteCode = False
 
     def load(self, name: str) -> nn.Module:
@@ -243,23 +383,30 @@ class Loading:
         """A model, and where its blocks are, where it was saved by blockfit."""
         return Code(self.trust_remote_code).load_small(name, self.place())
 
-    def place(self) -> str | None:
+    def place(self) -> str:
         """The torch device, which is there.
 
         Raises:
             BlockfitError: where it is not.
         """
-        if self.device is None:
-            return None
         import torch
 
-        name = processes.own_device(self.device)
+        name = processes.own_device(best_device() if self.device == "auto" else self.device)
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise BlockfitError(f"cannot use --device {name}: {reason}") from error
         return name
+
+
+def best_device() -> str:
+    """What ``--device auto`` means here: a CUDA device, Apple's GPU, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -384,5 +531,5 @@ def opened(
     out.say(f"loading {model}")
     loaded = loading.load(model)
     pictures = reading.open(images, loaded)
-    show_images(out, pictures.description())
+    show_images(out, pictures.description(), loading.place())
     return loaded, pictures

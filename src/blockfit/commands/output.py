@@ -30,6 +30,9 @@ WIDTH = 110
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes."""
 
+STEP_S = 1.0
+"""Least time between two lines on what is being done, where there is no terminal."""
+
 TURN_S = 4.0
 """How long other processes than the first wait before they say what went wrong."""
 
@@ -49,17 +52,20 @@ class Output:
     """Where a command's words go.
 
     Standard output gets the result: tables, or one JSON object and nothing else with ``--json``.
-    Progress, notes and warnings go to standard error; progress shows on a terminal only.
+    Progress, notes and warnings go to standard error: one bar on a terminal, a line per step where
+    there is none (at most one every ``STEP_S``, and none beside ``--json``).
 
     Of several processes only the first one says anything but errors.
 
     Args:
         as_json: ``--json`` was given; tables are left out.
         quiet: ``--quiet`` was given; errors alone are shown.
+        verbose: ``--verbose`` was given; tables that most runs do without are shown too.
     """
 
-    def __init__(self, as_json: bool, quiet: bool) -> None:
+    def __init__(self, as_json: bool, quiet: bool, verbose: bool = False) -> None:
         first = ranks.is_first()
+        self.verbose = verbose
         self.as_json, self.quiet = as_json and first, quiet or not first
         self._console, self._page = (
             Console(
@@ -68,10 +74,14 @@ class Output:
             )
             for file in (sys.stderr, sys.stdout)
         )  # fmt: skip
+        self._started = time.monotonic()
+        self._next_line = self._started
         logged = LOG.isEnabledFor(logging.INFO)  # log lines and a bar would run into one another
         self._shown = self._console.is_terminal and not self.quiet and not logged
+        self._in_lines = not (self._console.is_terminal or self.quiet or as_json or logged)
         self._bars = Bars(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Count(),
+            _Clock(self._started),
             console=self._console, transient=True, disable=not self._shown,
         )  # fmt: skip
         self._task = self._bars.add_task("starting", total=None)
@@ -92,6 +102,9 @@ class Output:
         heed()
         LOG.info(line)
         self._bars.reset(self._task, total=None, description=line)
+        if self._in_lines and time.monotonic() >= self._next_line:
+            self._console.print(f"[{clock(self._started)}] {line}", soft_wrap=True)
+            self._next_line = time.monotonic() + STEP_S
 
     def count(self, done: int, total: int) -> None:
         """How many images of all are done; a smaller number than before starts anew."""
@@ -133,12 +146,29 @@ class Output:
             typer.echo(json.dumps(value, allow_nan=False))
 
 
+def clock(started: float) -> str:
+    """Minutes and seconds since ``started``, of ``time.monotonic``."""
+    minutes, seconds = divmod(int(time.monotonic() - started), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+class _Clock(ProgressColumn):
+    """The time since the command began, whatever the step."""
+
+    def __init__(self, started: float) -> None:
+        super().__init__()
+        self.started = started
+
+    def render(self, task: Task) -> Text:
+        return Text(f"[{clock(self.started)}]")
+
+
 class _Count(ProgressColumn):
-    """Done, all, rate and time left, where there is a count; the time so far otherwise."""
+    """Done, all, rate and time left of a step, where there is a count."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:
-            return Text(f"{task.elapsed or 0:.0f} s")
+            return Text("")
         text = f"{task.completed:.0f}/{task.total:.0f}"
         if task.speed:
             text += f", {task.speed:.0f}/s"

@@ -47,7 +47,7 @@ class Wanted:
         if (self.masks is None) == ("dense" in self.protocols):
             raise BlockfitError(
                 "--protocol dense and --masks go together: give the folder with one mask per "
-                "image, or the column of --data that holds them"
+                "image, or the column of --images that holds them"
             )
 
     @property

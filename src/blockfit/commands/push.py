@@ -11,14 +11,14 @@ from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
 
-Exported = Annotated[Path, typer.Argument(help="A folder that export --plain or --hub wrote.")]
+Exported = Annotated[Path, typer.Argument(help="That export --plain or --hub wrote.")]
 Repository = Annotated[str, typer.Argument(help="Where to, as owner/name.")]
 Private = Annotated[
     bool, opt.option("--private", help="Where the repository is new.", panel=opt.OUT)
 ]
 
 
-@command
+@command("Deploy", "blockfit push stock/ OWNER/NAME")
 def push(
     out: Output,
     folder: Exported,
@@ -26,7 +26,7 @@ def push(
     private: Private = False,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Upload a folder that export --plain or --hub wrote to the Hugging Face Hub."""
+    """Upload an exported folder to the Hugging Face Hub."""
     from blockfit.formats.exported_folder import push_folder
 
     with out.working():

@@ -33,25 +33,38 @@ COLUMNS = (
 Small = Annotated[str, typer.Argument(metavar="SMALL", help="A folder that compress wrote.")]
 Int8 = Annotated[
     str,
-    opt.option("--int8", help="weight-only, dynamic, onnx-dynamic, onnx-static.", panel=opt.HOW),
+    opt.option(
+        "--int8",
+        help="weight-only, dynamic, onnx-dynamic, onnx-static.",
+        panel=opt.HOW,
+        metavar="KIND",
+    ),
 ]
 Target = Annotated[
-    Path, opt.option("--output", "-o", help="Folder, or ONNX file, to write.", panel=opt.OUT)
+    Path,
+    opt.option(
+        "--output", "-o", help="Folder, or ONNX file, to write.", panel=opt.OUT, metavar="PATH"
+    ),
 ]
 Calibration = Annotated[
     str | None,
-    opt.option("--images", help="For onnx-static; by default those of compress.", panel=opt.DATA),
+    opt.option(
+        "--images", help="For onnx-static; else those of compress.", panel=opt.DATA, metavar="DATA"
+    ),
 ]
 CalibrationLimit = Annotated[
     int | None,
-    opt.option("--images-limit", help="Draw this many of --images.", panel=opt.DATA),
+    opt.option(
+        "--images-limit", help="Draw so many of --images.", panel=opt.DATA, metavar="N", rare=True
+    ),
 ]
-Data = Annotated[
-    str | None, opt.option("--data", help="Images to compare all stages on.", panel=opt.DATA)
+TestData = Annotated[
+    str | None,
+    opt.option("--test", help="Images to compare all stages on.", panel=opt.DATA, metavar="DATA"),
 ]
 
 
-@command
+@command("Deploy", "blockfit quantize small/ -o tiny/", {"--data": "--test"})
 def quantize(
     out: Output,
     small: Small,
@@ -62,10 +75,10 @@ def quantize(
     images: Calibration = None,
     images_limit: CalibrationLimit = None,
     against: opt.Against = None,
-    data: Data = None,
+    test: TestData = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Bring the weights of a compressed model to int8; compare original, compressed and int8."""
+    """Bring the weights of a compressed model to int8."""
     from blockfit.evaluation.stages import quantize as quantize_model
     from blockfit.evaluation.stages import stages
     from blockfit.formats.folder import load_saved
@@ -74,7 +87,7 @@ def quantize(
     from blockfit.models.cost import parameters, size_bytes
 
     started = time.perf_counter()
-    _check(int8, output, overwrite, images, against, data)
+    _check(int8, output, overwrite, images, against, test)
     with out.working():
         out.say(f"loading {small}")
         saved = load_saved(small)
@@ -90,12 +103,12 @@ def quantize(
             after = size_bytes(tiny)
         before = size_bytes(saved.model)
         found: list[Stage] = []
-        if against is not None and data is not None:
+        if against is not None and test is not None:
             original = code.load(against)
             whole = 4 * parameters(original)
             models = {ORIGINAL: original, COMPRESSED: saved.model, f"+ int8 {int8}": tiny}
             sizes = dict(zip(models, (size_bytes(original), before, after), strict=True))
-            pictures = reading.open(data, saved.model)
+            pictures = reading.open(test, saved.model)
             show_images(out, pictures.description())
             out.say("comparing")
             found = stages(models, sizes, pictures, saved, progress=out.count)
@@ -122,7 +135,7 @@ def _check(
     overwrite: bool,
     images: str | None,
     against: str | None,
-    data: str | None,
+    test: str | None,
 ) -> None:
     """Refuse what does not go together, before anything is loaded.
 
@@ -143,9 +156,9 @@ def _check(
         check_folder(output, overwrite)
     if images is not None and int8 != "onnx-static":
         raise BlockfitError(f"--images has no use with {int8}, which needs no calibration")
-    if (against is None) != (data is None):
+    if (against is None) != (test is None):
         raise BlockfitError(
-            "--against and --data go together: give the original and images to compare on"
+            "--against and --test go together: give the original and images to compare on"
         )
 
 

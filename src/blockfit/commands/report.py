@@ -20,21 +20,33 @@ Runs = Annotated[
         help="Folders of compress, sweep, analyze, reproduce; files of evaluate --json."
     ),
 ]
-Page = Annotated[Path, opt.option("--output", "-o", help="File to write.", panel=opt.OUT)]
+Page = Annotated[
+    Path, opt.option("--output", "-o", help="File to write.", panel=opt.OUT, metavar="FILE")
+]
 Against = Annotated[
     str | None,
-    opt.option("--against", help="The original, to show images side by side.", panel=opt.DATA),
+    opt.option(
+        "--against",
+        help="The original, to show images side by side.",
+        panel=opt.DATA,
+        metavar="MODEL",
+    ),
 ]
 Pictures = Annotated[
-    str | None, opt.option("--images", help="What both models are shown.", panel=opt.DATA)
+    str | None,
+    opt.option("--images", help="What both models are shown.", panel=opt.DATA, metavar="DATA"),
 ]
 Remove = Annotated[
     int | None,
-    opt.option("--remove", help="Whose images of a sweep: this many blocks.", panel=opt.DATA),
+    opt.option(
+        "--remove", help="Which plan of a sweep: so many blocks less.", panel=opt.DATA, metavar="N"
+    ),
 ]
 Files = Annotated[
     Path | None,
-    opt.option("--pictures", help="Folder for every plot as PNG and SVG.", panel=opt.OUT),
+    opt.option(
+        "--pictures", help="Folder for every plot as PNG and SVG.", panel=opt.OUT, metavar="FOLDER"
+    ),
 ]
 
 
@@ -46,7 +58,7 @@ class Reading(opt.Reading):
     batch_size: opt.BatchSize = 8
 
 
-@command
+@command("Look", "blockfit report sweep/ small/ -o report.html")
 def report(
     out: Output,
     runs: Runs,
@@ -58,7 +70,7 @@ def report(
     remove: Remove = None,
     pictures: Files = None,
 ) -> None:
-    """Explain runs on one page: a single HTML file that needs no network."""
+    """Explain runs on one HTML page that needs no network."""
     from blockfit.commands.reporter import beside, small_model
     from blockfit.reports.page import check_report, write_pictures, write_report
     from blockfit.reports.runs import read_runs

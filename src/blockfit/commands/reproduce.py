@@ -12,30 +12,46 @@ from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
 from blockfit.errors import BlockfitError
 
-ModelName = Annotated[
-    str,
-    opt.option("--model", help="A model folder, a Hub id, timm/NAME, …, or demo.", panel=opt.DATA),
-]
 Data = Annotated[
     str | None,
-    opt.option("--data", help="Labelled images with a training and a test part.", panel=opt.DATA),
+    opt.option("--images", help="Labelled, with both parts.", panel=opt.DATA, metavar="DATA"),
 ]
 TrainData = Annotated[
-    str | None, opt.option("--train", help="The training part, by itself.", panel=opt.DATA)
+    str | None,
+    opt.option("--train", help="The training part by itself.", panel=opt.DATA, metavar="DATA"),
 ]
 TestPart = Annotated[
-    str | None, opt.option("--test", help="The test part, by itself.", panel=opt.DATA)
+    str | None,
+    opt.option("--test", help="The test part by itself.", panel=opt.DATA, metavar="DATA"),
 ]
 Transfer = Annotated[
     list[str] | None,
-    opt.option("--transfer", help="Other images to fit maps on. Repeatable.", panel=opt.DATA),
+    opt.option(
+        "--transfer",
+        help="Others to fit maps on. Repeatable.",
+        panel=opt.DATA,
+        metavar="DATA",
+    ),
 ]
 TrainLimit = Annotated[
     int | None,
-    opt.option("--train-limit", help="Draw this many images for probes.", panel=opt.DATA),
+    opt.option(
+        "--train-limit",
+        help="Draw so many images for probes.",
+        panel=opt.DATA,
+        metavar="N",
+        rare=True,
+    ),
 ]
 TestLimit = Annotated[
-    int | None, opt.option("--test-limit", help="Draw this many test images.", panel=opt.DATA)
+    int | None,
+    opt.option(
+        "--test-limit",
+        help="Draw so many test images.",
+        panel=opt.DATA,
+        metavar="N",
+        rare=True,
+    ),
 ]
 Names = Annotated[
     str | None,
@@ -43,33 +59,42 @@ Names = Annotated[
         "--experiments",
         help="Some of similarity,spans,several,translators,samples,positions,transfer,seeds.",
         panel=opt.HOW,
+        metavar="LIST",
     ),
 ]
 Quick = Annotated[
-    bool,
-    opt.option("--quick", help="Fewer images, spans and sizes: minutes on a CPU.", panel=opt.HOW),
+    bool, opt.option("--quick", help="Minutes on a CPU: less of everything.", panel=opt.HOW)
 ]
 JudgeName = Annotated[
     str | None,
     opt.option(
         "--judge",
-        help="head, probe-fixed, probe-new; head where it fits the labels.",
+        help="head, probe-fixed, probe-new; head where it fits.",
         panel=opt.HOW,
+        metavar="NAME",
     ),
 ]
 Calibration = Annotated[
     int | None,
-    opt.option("--limit", help="Calibration images: 500.", panel=opt.HOW),
+    opt.option("--limit", help="Calibration images: 500.", panel=opt.HOW, metavar="N"),
 ]
 Samples = Annotated[
     str | None,
-    opt.option("--samples", help="Numbers of images to compare, such as 50,500.", panel=opt.HOW),
+    opt.option(
+        "--samples",
+        help="Numbers of images to compare: 50,500.",
+        panel=opt.HOW,
+        metavar="LIST",
+        rare=True,
+    ),
 ]
 Seeds = Annotated[
     int | None,
-    opt.option("--seeds", help="Draws to average over: 3.", panel=opt.HOW),
+    opt.option("--seeds", help="Draws to average over: 3.", panel=opt.HOW, metavar="N", rare=True),
 ]
-Output_ = Annotated[Path, opt.option("--output", "-o", help="Folder to write.", panel=opt.OUT)]
+Output_ = Annotated[
+    Path, opt.option("--output", "-o", help="Folder to write.", panel=opt.OUT, metavar="FOLDER")
+]
 
 
 @dataclass(frozen=True)
@@ -79,13 +104,17 @@ class Reading(opt.Reading):
     limit: Calibration = None
 
 
-@command
+@command(
+    "Research",
+    "blockfit reproduce MODEL --images DATA --quick -o paper/",
+    {"--data": "--images", "--model": ""},
+)
 def reproduce(
     out: Output,
-    model: ModelName,
+    model: opt.Model,
     reading: Reading,
     loading: opt.Loading,
-    data: Data = None,
+    images: Data = None,
     train: TrainData = None,
     test: TestPart = None,
     transfer: Transfer = None,
@@ -100,23 +129,24 @@ def reproduce(
     output: Output_ = Path("reproduction"),
     report: opt.ReportFile = None,
 ) -> None:
-    """Run the paper's experiments: tables, pictures and an index page."""
+    """Run the paper's experiments: tables, pictures, an index."""
     from blockfit.commands.reporter import Reporter
     from blockfit.evaluation.paper.study import INDEX, chosen, earlier
 
     page = Reporter(report)
     chosen(experiments)
     numbers = _numbers(samples)
-    if (data is None) == (train is None or test is None):
-        raise BlockfitError("give --data, or both --train and --test")
-    if data is not None and (train is not None or test is not None):
-        raise BlockfitError("give --data, or --train and --test, not both")
+    if (images is None) == (train is None or test is None):
+        raise BlockfitError("give --images, or both --train and --test")
+    if images is not None and (train is not None or test is not None):
+        raise BlockfitError("give --images, or --train and --test, not both")
     earlier(output)  # refuses a folder that is taken before anything is loaded
     with out.working(), keeping(lambda: f"the experiments that were finished are in {output}"):
         out.say(f"loading {model}")
+        out.note(f"device: {loading.place()}")
         result = blockfit.reproduce(
             loading.load(model),
-            data,
+            images,
             output,
             train=train,
             test=test,

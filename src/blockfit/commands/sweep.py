@@ -18,13 +18,14 @@ MeasureLatency = Annotated[
     int | None,
     opt.option(
         "--measure-latency",
-        help="Time every plan against the original, this many images per forward.",
+        help="Time every plan, so many images per forward.",
         panel=opt.HOW,
+        metavar="N",
     ),
 ]
 
 
-@command
+@command("Start", "blockfit sweep MODEL --images PHOTOS -o sweep/")
 def sweep(
     out: Output,
     model: opt.Model,
@@ -39,7 +40,10 @@ def sweep(
     measure_latency: MeasureLatency = None,
     report: opt.ReportFile = None,
 ) -> None:
-    """Find the best plan for every size; a sweep that was stopped goes on where it was."""
+    """Find the best plan for every size.
+
+    A sweep that was stopped goes on where it was.
+    """
     from blockfit.commands.reporter import Reporter
     from blockfit.search.recipes import recipe_for
 

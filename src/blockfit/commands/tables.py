@@ -14,30 +14,25 @@ if TYPE_CHECKING:
 BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
 
 
-def show_images(out: Output, told: Mapping[str, Any]) -> None:
-    """Which images are used and how they are prepared, from ``Images.description``."""
+def show_images(out: Output, told: Mapping[str, Any], device: str | None = None) -> None:
+    """Which images are used and how they are prepared, from ``Images.description``; and where."""
     drawn = "" if told["used"] == told["total"] else f", drawn with seed {told['seed']}"
     out.note(f"images: {told['used']} of {told['total']} from {told['source']}{drawn}")
     out.note(f"preprocessing: {told['preprocessing']}")
+    if device is not None:
+        out.note(f"device: {device}")
 
 
 def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None:
-    """Sizes before and after, every map's held-out error beside identity's, fidelity, warnings."""
+    """Sizes before and after, fidelity, a verdict, warnings; every map's error with ``-v``."""
     kept = depth - report["removed_blocks"]
     sizes = [("blocks", str(depth), str(kept), share(kept, depth))]
     for name, key in (("parameters", "parameters"), ("FLOPs per image", "flops")):
         before, after = report[f"{key}_before"], report[f"{key}_after"]
         sizes.append((name, amount(before), amount(after), share(after, before)))
     out.table(BEFORE_AFTER, sizes)
-    header = ["span", "map"]
-    for name in ("error", "prefix", "patch"):
-        header += [name, "identity"]
-    keys = ("error", "identity_error", "prefix", "identity_prefix", "patch", "identity_patch")
-    out.table(
-        header,
-        [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in report["maps"]],
-        "Held-out error of each map, beside identity's: all tokens, prefix, patch",
-    )
+    if out.verbose:
+        _show_maps(out, report["maps"])
     held_out = report["held_out"]
     words = []
     if held_out["kl"] is not None:
@@ -50,7 +45,40 @@ def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None
         f"relative error {held_out['feature_relative_error']:.4f}",
     ]
     out.line(f"on {held_out['images']} held-out images: {', '.join(words)}")
+    out.line(f"verdict: {verdict(report)}")
     out.warn(report["warnings"])
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """Whether the small model can be used as it is, and what its maps are worth, in one line."""
+    from blockfit.search.session import SAFE_LOSS
+    from blockfit.search.sweep import loss_of
+
+    loss = loss_of(dict(report))
+    name = "KL" if report["held_out"]["kl"] is not None else "feature error"
+    close = (
+        f"close to the original ({name} {loss:.3f}, at most {SAFE_LOSS} is)"
+        if loss <= SAFE_LOSS
+        else f"not close to the original ({name} {loss:.3f}, above {SAFE_LOSS})"
+    )
+    worst = max(report["maps"], key=lambda entry: entry["error"], default=None)
+    if worst is None or not worst["identity_error"]:
+        return close
+    left = share(worst["error"], worst["identity_error"])
+    return f"{close}; the weakest map, of {worst['span']}, leaves {left} of the error without it"
+
+
+def _show_maps(out: Output, maps: Iterable[Mapping[str, Any]]) -> None:
+    """The held-out error of every map beside identity's."""
+    header = ["span", "map"]
+    for name in ("error", "prefix", "patch"):
+        header += [name, "identity"]
+    keys = ("error", "identity_error", "prefix", "identity_prefix", "patch", "identity_patch")
+    out.table(
+        header,
+        [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in maps],
+        "Held-out error of each map, beside identity's: all tokens, prefix, patch",
+    )
 
 
 def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:

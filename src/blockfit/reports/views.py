@@ -305,7 +305,16 @@ def missing(content: Content) -> list[Mapping[str, str]]:
         out.append(
             _gap(
                 "Accuracy, speed and memory on test images; report the file beside this run.",
-                ["blockfit", "evaluate", "small/", "--against", model, "--data", "DATA", "--json"],
+                [
+                    "blockfit",
+                    "evaluate",
+                    "small/",
+                    "--against",
+                    model,
+                    "--images",
+                    "DATA",
+                    "--json",
+                ],
                 " > evaluation.json",
             )
         )

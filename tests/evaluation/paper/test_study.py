@@ -222,9 +222,9 @@ def test_bad_input_is_refused_before_anything_is_loaded(
 ) -> None:
     data = ("--data", "digits")
     assert "unknown experiment 'span'" in run(tmp_path / "a", *data, "--experiments", "span").error
-    assert "give --data" in run(tmp_path / "a").error
+    assert "give --images" in run(tmp_path / "a").error
     assert "not both" in run(tmp_path / "a", *data, "--train", "digits").error
-    assert "give --data" in run(tmp_path / "a", "--train", "digits").error
+    assert "give --images" in run(tmp_path / "a", "--train", "digits").error
     assert "cannot read --samples" in run(tmp_path / "a", *data, "--samples", "few").error
     assert "seeds must be" in run(tmp_path / "a", *data, "--seeds", "0").error
     assert not (tmp_path / "a").exists()
