@@ -108,6 +108,54 @@ class Regression:
         )
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Count, sum and second moments of rows, of every head of an attention, in float64.
+
+    Args:
+        count: number of rows, weighted.
+        sum: Σx, shape (heads, m).
+        xx: Σxxᵀ, shape (heads, m, m).
+    """
+
+    count: float
+    sum: Tensor
+    xx: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, heads: int) -> Spread:
+        """The sums of ``rows``, shape (…, heads · m); products in float32, sums in float64."""
+        x = rows.reshape(-1, heads, rows.shape[-1] // heads).transpose(0, 1).float()
+        with full_float32(x.device):
+            xx = _square(x[0], x[0])[None] if heads == 1 else x.transpose(1, 2) @ x
+        return cls(float(x.shape[1]), x.sum(1).cpu().double(), xx.cpu().double())
+
+    def __add__(self, other: Spread) -> Spread:
+        return Spread(self.count + other.count, self.sum + other.sum, self.xx + other.xx)
+
+    def over_ranks(self) -> Spread:
+        """The sums over all processes of the run."""
+        if ranks.count() == 1:
+            return self
+        count = torch.tensor([self.count], dtype=torch.float64)
+        total, xx = self.sum.contiguous().clone(), self.xx.contiguous().clone()
+        ranks.reduce([count, total, xx])
+        return Spread(float(count), total, xx)
+
+    @property
+    def mean(self) -> Tensor:
+        """Shape (heads, m)."""
+        return self.sum / self.count
+
+    def second(self) -> Tensor:
+        """Second moments about zero, shape (heads, m, m)."""
+        return self.xx / self.count
+
+    def covariance(self) -> Tensor:
+        """Second moments about the mean, shape (heads, m, m)."""
+        return self.second() - self.mean[:, :, None] * self.mean[:, None, :]
+
+
 def _square(left: Tensor, x: Tensor) -> Tensor:
     """``leftᵀ x``, which is symmetric: what lies below the diagonal is not multiplied."""
     width = x.shape[1]

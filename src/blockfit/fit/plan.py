@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from blockfit.arguments import check_fields, fitted
 from blockfit.errors import BlockfitError
+from blockfit.fields import check_keys
 
 MAP_KINDS = ("identity", "scale", "orthogonal", "linear", "affine", "low-rank", "folded")
 """The kinds of map that can stand where a span stood, from nothing to most (``maps.py``)."""
@@ -172,17 +173,110 @@ class Replacement:
         return cls(span, value["map"], value.get("rank"), split)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Non-overlapping spans, each with the kind of its map: what a compressed model left out.
+PARTS = ("mlp", "values", "keys")
+"""What can be narrowed in a block: its MLP's neurons, the dimensions of its heads' values (V/O),
+and those of their queries and keys (Q/K)."""
 
-    Replacements are kept in the order of their spans, whatever the order they are given in.
+
+@dataclass(frozen=True, order=True)
+class Rows:
+    """A run of output rows of a linear layer that belong to a part.
+
+    Args:
+        layer: dotted path inside the block.
+        start: the first row.
+    """
+
+    layer: str
+    start: int = 0
+
+
+@dataclass(frozen=True, order=True)
+class Narrowing:
+    """One part of one block that keeps fewer dimensions.
+
+    Args:
+        block: the number of the block.
+        part: one of ``PARTS``.
+        kept: dimensions that stay, of each head where the part has heads.
+        size: how many there were.
+        heads: heads of the attention; 1 for an MLP.
+        rows: what produces the part's dimensions: ``heads · size`` rows each.
+        reader: the linear layer that reads them, dotted path inside the block; empty for keys.
 
     Raises:
-        BlockfitError: where two spans share a block.
+        BlockfitError: for an unknown part or sizes that are impossible.
+    """
+
+    block: int
+    part: str
+    kept: int
+    size: int
+    heads: int = 1
+    rows: tuple[Rows, ...] = ()
+    reader: str = ""
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise BlockfitError(f"unknown part {self.part!r}; choose one of {', '.join(PARTS)}")
+        for name, least in (("block", 0), ("kept", 1), ("size", 1), ("heads", 1)):
+            if _whole(getattr(self, name), f"{name} of a narrowing") < least:
+                raise BlockfitError(f"{name} of a narrowing must be at least {least}")
+        if self.kept > self.size:
+            raise BlockfitError(
+                f"block {self.block}: {self.part} cannot keep {self.kept} of {self.size} dimensions"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.block} {self.part} {self.kept}/{self.size}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The narrowing as plain JSON values."""
+        return {
+            "block": self.block,
+            "part": self.part,
+            "kept": self.kept,
+            "size": self.size,
+            "heads": self.heads,
+            "rows": [[rows.layer, rows.start] for rows in self.rows],
+            "reader": self.reader,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str = "plan") -> Narrowing:
+        """Read what ``to_json`` wrote; ``where`` names the place in messages."""
+        names = ("block", "part", "kept", "size", "heads", "rows", "reader")
+        check_keys(value, names, where)
+        rows, reader = value["rows"], value["reader"]
+        if not isinstance(reader, str) or not isinstance(rows, list):
+            raise BlockfitError(f"{where}: reader must be a text and rows a list")
+        pairs = []
+        for pair in rows:
+            whole = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+            if not whole or type(pair[1]) is not int or pair[1] < 0:
+                raise BlockfitError(f"{where}: rows: expected [layer, first row], got {pair!r}")
+            pairs.append(Rows(pair[0], pair[1]))
+        sizes = [_whole(value[name], f"{where}: {name}") for name in ("block", "kept", "size")]
+        heads = _whole(value["heads"], f"{where}: heads")
+        if not isinstance(value["part"], str):
+            raise BlockfitError(f"{where}: part must be a text, got {value['part']!r}")
+        return cls(sizes[0], value["part"], sizes[1], sizes[2], heads, tuple(pairs), reader)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compressed model left out: spans with the kinds of their maps, and narrowed parts.
+
+    Replacements are kept in the order of their spans and narrowings in that of their blocks,
+    whatever the order they are given in. Iteration and ``len`` are over the replacements.
+
+    Raises:
+        BlockfitError: where two spans share a block, a part is narrowed twice or in a block that
+            a span removes.
     """
 
     replacements: tuple[Replacement, ...] = ()
+    narrowings: tuple[Narrowing, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -199,6 +293,20 @@ class Plan:
                     f"span {right.span} cannot be folded: the block before it is removed by span "
                     f"{left.span}; join the two spans or choose another map"
                 )
+        cuts = tuple(sorted(self.narrowings, key=lambda n: (n.block, PARTS.index(n.part))))
+        object.__setattr__(self, "narrowings", cuts)
+        removed = set(self.removed_blocks)
+        for one, other in pairwise(cuts):
+            if (one.block, one.part) == (other.block, other.part):
+                raise BlockfitError(f"{one.part} of block {one.block} is narrowed twice")
+        for cut in cuts:
+            if cut.block in removed:
+                raise BlockfitError(
+                    f"block {cut.block} is removed, so {cut.part} cannot be narrowed"
+                )
+
+    def __bool__(self) -> bool:
+        return bool(self.replacements or self.narrowings)
 
     def __iter__(self) -> Iterator[Replacement]:
         return iter(self.replacements)
@@ -207,7 +315,11 @@ class Plan:
         return len(self.replacements)
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.replacements)) or "nothing removed"
+        narrowed = [
+            f"{block}: " + " ".join(f"{cut.part} {cut.kept}/{cut.size}" for cut in cuts)
+            for block, cuts in groupby(self.narrowings, key=lambda cut: cut.block)
+        ]
+        return ", ".join([*map(str, self.replacements), *narrowed]) or "nothing removed"
 
     @classmethod
     def of(cls, spans: Iterable[Span | str | tuple[int, int]], map: str, **options: Any) -> Plan:
@@ -228,7 +340,8 @@ class Plan:
     @property
     def plain(self) -> bool:
         """Whether a stock checkpoint with fewer layers can express it: identity and folded only."""
-        return all(r.map in ("identity", "folded") for r in self.replacements)
+        stock = all(r.map in ("identity", "folded") for r in self.replacements)
+        return stock and not self.narrowings
 
     def check(self, depth: int, protected: Iterable[int] = ()) -> None:
         """Refuse a plan that does not fit a model of ``depth`` blocks.
@@ -247,16 +360,32 @@ class Plan:
             hit = sorted(kept.intersection(r.span.blocks))
             if hit:
                 raise BlockfitError(f"span {r.span} removes block {hit[0]}, which is protected")
+        for cut in self.narrowings:
+            if cut.block >= depth:
+                raise BlockfitError(
+                    f"block {cut.block} does not exist; the model has blocks 0–{depth - 1}"
+                )
         if len(self.removed_blocks) >= depth:
             raise BlockfitError(f"the plan removes all {depth} blocks; keep at least one")
 
     def to_json(self) -> list[dict[str, Any]]:
         """The plan as plain JSON values."""
-        return [r.to_json() for r in self.replacements]
+        return [r.to_json() for r in self.replacements] + [n.to_json() for n in self.narrowings]
 
     @classmethod
     def from_json(cls, value: object, where: str = "plan") -> Plan:
         """Read what ``to_json`` wrote. Unknown keys are refused."""
         if not isinstance(value, list):
             raise BlockfitError(f"{where}: expected a list of replacements, got {value!r}")
-        return cls(tuple(Replacement.from_json(v, f"{where}[{i}]") for i, v in enumerate(value)))
+        spans: list[Replacement] = []
+        narrowings: list[Narrowing] = []
+        for number, cut in enumerate(value):
+            if isinstance(cut, Mapping) and "part" in cut:
+                narrowings.append(Narrowing.from_json(cut, f"{where}[{number}]"))
+            else:
+                spans.append(Replacement.from_json(cut, f"{where}[{number}]"))
+        return cls(tuple(spans), tuple(narrowings))
+
+    def at(self, block: int) -> dict[str, Narrowing]:
+        """The narrowings of one block, by their part."""
+        return {cut.part: cut for cut in self.narrowings if cut.block == block}

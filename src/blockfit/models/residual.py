@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,8 @@ class Writer:
         usable = gain.abs() > 1e-6 * gain.abs().max()
         safe = torch.where(usable, gain, torch.ones_like(gain))
         old = linear.weight.detach()
+        if old.shape != weight.shape:  # a narrowed layer has no old values to keep
+            old = old.new_zeros(weight.shape)
         new = torch.where(usable[:, None], weight / safe[:, None], old.cpu().double())
         out = {f"{self.name}.weight": new.to(device=old.device, dtype=old.dtype)}
         if linear.bias is not None and bias is not None:
@@ -201,6 +203,30 @@ def _parts_around(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) ->
         if same and all(part is None for part in rest):
             found.append(Skip(around, len(rest) if several else None))
     return found
+
+
+def outputs_of(
+    block: nn.Module, names: Collection[str], run: RunBlock, hidden: Tensor
+) -> dict[str, Tensor]:
+    """What the named linear layers of ``block`` return; what comes after them is not run."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[name] = output.detach()
+            if len(seen) == len(names):
+                raise _Enough
+
+        return hook
+
+    with ExitStack() as undo:
+        for name in names:
+            undo.callback(block.get_submodule(name).register_forward_hook(note(name)).remove)
+        try:
+            run(hidden)
+        except _Enough:
+            return seen
+    raise BlockfitError(f"the block did not run its layers {', '.join(names)}")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from blockfit.fit.maps import Identity, PerTokenType, empty_map
 from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Blocks, block_modules, named_blocks
 from blockfit.models.forward import block_class
+from blockfit.models.narrowed import narrow, narrowings_of
 
 _FRESH = (frozenset(nn.Module().__dict__) | {"gradient_checkpointing"}) - {"training"}
 _HOOKS = (
@@ -102,18 +103,21 @@ def is_replaced(module: nn.Module) -> bool:
 
 def removed_plan(model: nn.Module, blocks: Blocks) -> Plan:
     """The plan that was applied to a model; empty for a model that is whole."""
-    found = [getattr(m, "_blockfit_replacement", None) for m in block_modules(model, blocks)]
-    return Plan(tuple(dict.fromkeys(entry for entry in found if entry is not None)))
+    modules = block_modules(model, blocks)
+    found = [getattr(m, "_blockfit_replacement", None) for m in modules]
+    spans = tuple(dict.fromkeys(entry for entry in found if entry is not None))
+    return Plan(spans, tuple(cut for m in modules for cut in narrowings_of(m)))
 
 
 def apply_plan(model: nn.Module, blocks: Blocks, plan: Plan, maps: Sequence[nn.Module]) -> None:
-    """Replace the plan's spans inside ``model``, in place.
+    """Replace the plan's spans and narrow its parts inside ``model``, in place.
 
     Of a span, blocks start … stop − 2 become parameter-free pass-throughs and block stop − 1
     becomes the map; the list of blocks keeps its length and names. Each replacement is a subclass
     of the removed block's class, takes whatever arguments the block took and returns the same
     form. Forward hooks move over; the weights of the removed blocks are dropped; the map's weights
-    are called ``<path>.<name of block>.map.*``.
+    are called ``<path>.<name of block>.map.*``. A narrowed block stays the module that it was; its
+    smaller layers hold the first dimensions of each head until their weights are set.
 
     Args:
         model: changed in place.
@@ -128,6 +132,7 @@ def apply_plan(model: nn.Module, blocks: Blocks, plan: Plan, maps: Sequence[nn.M
     named = named_blocks(model, blocks)
     modules = list(named.values())
     _check(modules, blocks, plan, maps)
+    narrow(model, blocks, plan.narrowings)
     swaps: dict[int, tuple[nn.Module, nn.Module]] = {}
     for entry, map_module in zip(plan, maps, strict=True):
         for index in entry.span.blocks:
@@ -155,6 +160,11 @@ def _check(
         raise BlockfitError(
             f"the plan has {len(plan)} spans, but {len(maps)} maps were given; give one per span"
         )
+    for cut in plan.narrowings:
+        if narrowings_of(modules[cut.block]) or is_replaced(modules[cut.block]):
+            raise BlockfitError(
+                f"block {cut.block} is cut already; apply one plan to the original model"
+            )
     for entry, map_module in zip(plan, maps, strict=True):
         for index in entry.span.blocks:
             if is_replaced(modules[index]):

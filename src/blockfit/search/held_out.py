@@ -19,6 +19,7 @@ from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Blocks, overridden
 from blockfit.models.forward import FORWARD_ERRORS, evaluating
 from blockfit.models.head import Observation, observe
+from blockfit.models.narrowed import narrowed
 from blockfit.models.surgery import swapped
 from blockfit.models.trace import Trace, trace
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
@@ -307,14 +308,18 @@ def observe_solution(
             return out
 
         functions[entry.span.stop - 1] = apply
-    with swapped(model, solution.weights), overridden(model, blocks, functions):
+    with (
+        narrowed(model, blocks, solution.plan.narrowings),
+        swapped(model, solution.weights),
+        overridden(model, blocks, functions),
+    ):
         return observe(model, blocks, seen.inputs)
 
 
 def first_touched(solution: Solution, depth: int) -> int:
     """The first block that is not the original's; the depth where nothing was changed."""
     starts = [e.span.start - (e.map == "folded") for e in solution.plan]
-    return min(starts, default=depth)
+    return min([*starts, *(cut.block for cut in solution.plan.narrowings)], default=depth)
 
 
 def _share(counts: Sequence[Sequence[int]]) -> float | None:

@@ -6,7 +6,8 @@ Everything is closed-form: no gradients, no labels, no added parameters beyond t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +18,35 @@ from blockfit.arguments import check_fields
 from blockfit.errors import BlockfitError
 from blockfit.fit.closed_form import RIDGE, choose_ridge, fit_affine, fit_map
 from blockfit.fit.maps import empty_map
-from blockfit.fit.moments import Moments
-from blockfit.fit.plan import Plan, Replacement
+from blockfit.fit.moments import Moments, Regression, Spread
+from blockfit.fit.plan import Narrowing, Plan, Replacement
 from blockfit.models.blocks import Blocks, named_blocks
 from blockfit.models.forward import evaluating
-from blockfit.models.residual import Writer, input_of, inputs_of, left_out, need_writer, written
+from blockfit.models.narrowed import narrowed, narrowed_block
+from blockfit.models.residual import (
+    Writer,
+    input_of,
+    inputs_of,
+    left_out,
+    need_writer,
+    outputs_of,
+    written,
+)
 from blockfit.models.surgery import apply_plan, swapped
+from blockfit.search.narrowing import (
+    Rewritten,
+    added,
+    centred,
+    key_bases,
+    narrowed_values,
+    neurons_removed,
+    of_some,
+    put_keys,
+    put_neurons,
+    put_values,
+    value_bases,
+    values_prior,
+)
 from blockfit.search.prefixes import Beginnings
 from blockfit.search.states import Originals
 from blockfit.search.tokens import Draw, RowSums
@@ -31,6 +55,9 @@ REPAIRS = ("none", "mlp", "mlp+attention")
 
 REPAIR_RIDGE = 3.0
 """Default λ of the repairs, towards the original weights; measured in docs/measurements.md."""
+
+NARROW_RIDGE = 0.3
+"""Default λ of the output weights of narrowed parts; measured in docs/measurements.md."""
 
 CHECK_EVERY = 5
 """One batch in this many judges the ridge of a map where that is chosen."""
@@ -47,6 +74,8 @@ class Options:
         refit: fit each map on what the compressed prefix really feeds it.
         repair: which output weights of kept blocks behind the first span are solved anew.
         repair_ridge: λ of the repairs, towards the original weights.
+        narrow_ridge: λ of the output weights of narrowed parts, towards those that make up for
+            what went.
 
     Raises:
         BlockfitError: for a negative λ or weight, or an unknown repair.
@@ -57,6 +86,7 @@ class Options:
     refit: bool = True
     repair: str = "mlp+attention"
     repair_ridge: float = REPAIR_RIDGE
+    narrow_ridge: float = NARROW_RIDGE
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -64,7 +94,7 @@ class Options:
             raise BlockfitError(
                 f"unknown repair {self.repair!r}; choose one of {', '.join(REPAIRS)}"
             )
-        for name in ("ridge", "repair_ridge"):
+        for name in ("ridge", "repair_ridge", "narrow_ridge"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise BlockfitError(f"{name} must be 0 or more, got {value}")
@@ -79,7 +109,8 @@ class Solution:
     Args:
         plan: what goes.
         maps: one float32 module per replacement, in the plan's order.
-        weights: parameters of kept blocks that were solved anew, by their names in the model.
+        weights: parameters of kept blocks that were solved again, by their names in the model;
+            those of narrowed parts have their smaller shapes.
     """
 
     plan: Plan
@@ -109,11 +140,13 @@ class Solution:
         Raises:
             BlockfitError: where plan, maps or weights do not fit the model.
         """
-        known = dict(model.named_parameters(remove_duplicate=False))
-        for name, value in self.weights.items():
-            if name not in known or known[name].shape != value.shape:
-                raise BlockfitError(f"the model has no parameter {name!r} of the repaired shape")
+        with narrowed(model, blocks, self.plan.narrowings):
+            known = dict(model.named_parameters(remove_duplicate=False))
+            for name, value in self.weights.items():
+                if name not in known or known[name].shape != value.shape:
+                    raise BlockfitError(f"the model has no parameter {name!r} of the solved shape")
         apply_plan(model, blocks, self.plan, self.maps)
+        known = dict(model.named_parameters(remove_duplicate=False))
         for name, value in self.weights.items():
             known[name].data = value.to(known[name]).clone()
 
@@ -168,16 +201,18 @@ class _Walk:
         self.hidden: list[Tensor] | None = None
 
     def solution(self, progress: Callable[[int, int], None] | None) -> Solution:
-        if not len(self.plan):
+        if not self.plan:
             return Solution(self.plan, ())
-        first = min(e.span.start - (e.map == "folded") for e in self.plan)
-        last = max(e.span.stop for e in self.plan)
+        cut = [cut.block for cut in self.plan.narrowings]
+        first = min([e.span.start - (e.map == "folded") for e in self.plan] + cut)
+        last = max([e.span.stop for e in self.plan] + [block + 1 for block in cut])
         end = self.blocks.depth if self.options.repair != "none" else last
+        changes = min([span.start for span in self.plan.spans] + cut)
         index = self._begin(first)
         while index < end:
             entry = self.by_start.get(index)
             if entry is None:
-                self._keep(index, repair=index >= self.plan.spans[0].start)
+                self._keep(index, repair=index >= changes)
                 index += 1
             else:
                 self._replace(entry)
@@ -234,20 +269,26 @@ class _Walk:
         folded = behind if behind is not None and behind.map == "folded" else None
         what = self.options.repair if repair else "none"
         writers = self.originals.writers(index) if what != "none" or folded else []
-        block = self.originals.modules[index]
+        block, cuts = self.originals.modules[index], self.plan.at(index)
+        if cuts:
+            writers, what = self.originals.writers(index), "mlp+attention"
+            self.originals.skip(index)  # found on the block as it is, before anything is swapped
         if folded:
             need_writer(writers, index, f"the folded map of span {folded.span}")
-        solved: dict[str, Tensor] = {}
-        middles = None
+        middles, rewritten = None, Rewritten(block)
+        if "keys" in cuts:
+            self._narrow_keys(index, cuts["keys"], rewritten)
+        solved = rewritten.layers()
         if what == "mlp+attention" and len(writers) == 2:
-            solved, middles = self._repair_attention(index, writers)
+            more, middles = self._repair_attention(index, writers, cuts, rewritten)
+            solved |= more
         solve_mlp = bool(writers) and (folded is not None or what != "none")
         targets: list[Tensor] = []
         if solve_mlp:
             # Before the weights are swapped: the targets may have to be computed again.
             boundary = folded.span.stop if folded else index + 1
             targets = self._targets(boundary)
-        with swapped(block, solved):
+        with self._changed(index, [c for c in cuts.values() if c.part != "mlp"], solved):
             if solve_mlp:
                 solved |= self._solve_mlp(
                     index, writers[-1], targets, folded, what != "none", middles
@@ -260,10 +301,42 @@ class _Walk:
         prefix = ".".join(filter(None, (self.blocks.path, self.names[index])))
         self.weights.update({f"{prefix}.{name}": value for name, value in solved.items()})
 
+    @contextmanager
+    def _changed(
+        self, index: int, cuts: Sequence[Narrowing], weights: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        """Block ``index`` with these parts narrowed and these weights until the ``with`` ends."""
+        block = self.originals.modules[index]
+        with narrowed_block(block, cuts), swapped(block, weights):
+            yield
+
+    def _narrow_keys(self, index: int, cut: Narrowing, rewritten: Rewritten) -> None:
+        """Queries and keys of the best low rank on what the compressed part before produces."""
+        assert self.hidden is not None
+        block, width = self.originals.modules[index], cut.heads * cut.size
+        layers = {rows.layer for rows in cut.rows}
+        sums: list[Spread] = []
+        for seen, hidden in zip(self.originals.traces, self.hidden, strict=True):
+            out = outputs_of(block, layers, seen.runner(block, index), hidden)
+            pair = [out[r.layer][..., r.start : r.start + width] for r in cut.rows]
+            sums = added(sums, [Spread.of(one, cut.heads) for one in (pair[0], centred(pair[1]))])
+        queries, keys = (one.over_ranks() for one in sums)
+        put_keys(rewritten, block, cut, key_bases(queries, keys))
+
     def _repair_attention(
-        self, index: int, writers: list[Writer]
+        self,
+        index: int,
+        writers: list[Writer],
+        cuts: Mapping[str, Narrowing],
+        rewritten: Rewritten,
     ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
         """Solve the attention's output weights towards the original's state before the MLP.
+
+        Args:
+            index: of the block.
+            writers: of its attention and its MLP.
+            cuts: what is narrowed in it.
+            rewritten: layers before, with the rows of narrowed queries and keys.
 
         Returns the weights, and the states before the MLP's contribution that they give, where
         these follow without running the block again.
@@ -272,26 +345,57 @@ class _Walk:
         block, attention, mlp = self.originals.modules[index], writers[0], writers[-1]
         silent = {attention.name: 0.0, mlp.name: 0.0}
         bare = self.originals.bare(index)
-        draw = self._draw(attention.linear(block).in_features)
-        sums, read = self._repair_sums(attention.linear(block), draw), []
-        for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
-            run = seen.runner(block, index)
-            read.append(self.hold(input_of(block, attention.name, run, hidden)))
-            base = hidden
-            if not bare:
-                with written(block, silent):
-                    base = run(hidden)
+        read, bases = [], []
+        narrower = [cuts["keys"]] if "keys" in cuts else []
+        with self._changed(index, narrower, rewritten.layers()):
+            for seen, hidden in zip(self.originals.traces, self.hidden, strict=True):
+                run = seen.runner(block, index)
+                read.append(self.hold(input_of(block, attention.name, run, hidden)))
+                base = hidden
+                if not bare:
+                    with written(block, silent):
+                        base = run(hidden)
+                bases.append(base)
+        solved: dict[str, Tensor] = {}
+        prior, ridge = attention.effective(block), self.options.repair_ridge
+        if (cut := cuts.get("values")) is not None:
+            read, prior = self._narrow_values(block, attention, cut, read, rewritten)
+            solved = rewritten.layers()
+            ridge = self.options.narrow_ridge
+        draw = self._draw(prior[0].shape[1])
+        sums = self._repair_sums(prior[0], draw)
+        for b, (x, base) in enumerate(zip(read, bases, strict=True)):
             places = self.originals.places(b)
             gap = self.originals.middle(b, index, draw) - draw.take(base, places)
-            sums.add(draw.take(read[-1], places), gap)
-        solved = self._solved(block, attention, sums, attention.effective(block))
+            sums.add(draw.take(x, places), gap)
+        solved |= self._solved(block, attention, sums.total(), prior, ridge)
         if not bare:
             return solved, None
-        with swapped(block, solved):
+        writes = {n: v for n, v in solved.items() if n.startswith(attention.name + ".")}
+        with swapped(block, writes):
             return solved, [
                 self.hold(hidden + attention.contribution(block, x))
                 for hidden, x in zip(self.hidden, read, strict=True)
             ]
+
+    def _narrow_values(
+        self,
+        block: nn.Module,
+        attention: Writer,
+        cut: Narrowing,
+        read: list[Tensor],
+        rewritten: Rewritten,
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor | None]]:
+        """What the narrower projection reads, and its weights to start from."""
+        weight, bias = attention.effective(block)
+        total: list[Spread] = []
+        for x in read:
+            total = added(total, [Spread.of(x, cut.heads)])
+        mixed = total[0].over_ranks()
+        bases = value_bases(mixed, weight)
+        put_values(rewritten, block, cut, bases)
+        prior = values_prior(cut, bases), bias
+        return [self.hold(narrowed_values(cut, bases, x)) for x in read], prior
 
     def _solve_mlp(
         self,
@@ -307,7 +411,7 @@ class _Walk:
         ``middles`` are the states before the MLP's contribution, where they are known already.
         """
         assert self.hidden is not None
-        block = self.originals.modules[index]
+        block, cut = self.originals.modules[index], self.plan.at(index).get("mlp")
         weight, bias = mlp.effective(block)
         bases, regressors = [], []
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
@@ -324,17 +428,28 @@ class _Walk:
         prior = (weight, bias)
         if folded:
             prior = self._fold(targets, weight, bias, bases, regressors)
+        solved: dict[str, Tensor] = {}
         if repair:
             draw = self._draw(weight.shape[1])
-            sums = self._repair_sums(mlp.linear(block), draw)
+            sums = self._repair_sums(weight, draw)
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
                 places = self.originals.places(b)
                 gap = draw.take(targets[b], places) - draw.take(base, places)
                 sums.add(draw.take(x, places), gap)
-            solved = self._solved(block, mlp, sums, prior)
+            problem, ridge = sums.total(), self.options.repair_ridge
+            if cut is not None:
+                kept = neurons_removed(problem, prior[0], [cut.kept]).kept[cut.kept]
+                problem, ridge = of_some(problem, kept.neurons), self.options.narrow_ridge
+                prior = (kept.weight.T, prior[1])
+                rewritten = Rewritten(block)
+                put_neurons(rewritten, block, cut, kept)
+                solved = rewritten.layers()
+                regressors = [self.hold(x[..., kept.neurons.to(x.device)]) for x in regressors]
+            solved |= self._solved(block, mlp, problem, prior, ridge)
         else:
             solved = mlp.stored(block, *prior)
-        with swapped(block, solved):
+        writes = {n: v for n, v in solved.items() if n.startswith(mlp.name + ".")}
+        with swapped(block, writes):
             self.hidden = [
                 self.hold(base + mlp.contribution(block, x))
                 for base, x in zip(bases, regressors, strict=True)
@@ -372,19 +487,20 @@ class _Walk:
         images, tokens = sum(self.originals.sizes.values()), self.originals.like.shape[1]
         return Draw.limited(self.blocks.prefix_tokens, tokens, images, inputs)
 
-    def _repair_sums(self, linear: nn.Linear, draw: Draw) -> RowSums:
+    def _repair_sums(self, weight: Tensor, draw: Draw) -> RowSums:
         weights = draw.weights(self.options.prefix_weight)
-        enough = torch.float32 if self.options.repair_ridge >= 1e-3 else torch.float64
-        return RowSums(linear.in_features, linear.out_features, weights, enough)
+        ridge = min(self.options.repair_ridge, self.options.narrow_ridge)
+        enough = torch.float32 if ridge >= 1e-3 else torch.float64
+        return RowSums(weight.shape[1], weight.shape[0], weights, enough)
 
     def _solved(
         self,
         block: nn.Module,
         writer: Writer,
-        sums: RowSums,
+        problem: Regression,
         prior: tuple[Tensor, Tensor | None],
+        ridge: float,
     ) -> dict[str, Tensor]:
         weight, bias = prior
-        ridge, problem = self.options.repair_ridge, sums.total()
         fitted = fit_affine(problem, ridge, prior=weight, bias=bias is not None)
         return writer.stored(block, fitted.weight, fitted.bias)

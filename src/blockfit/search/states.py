@@ -13,6 +13,7 @@ from blockfit.data.images import Images, LabelledBatch
 from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Blocks, block_modules
 from blockfit.models.forward import evaluating, first_images
+from blockfit.models.parts import Parts, find_parts
 from blockfit.models.residual import Skip, Writer, find_attention, find_writers, input_of, written
 from blockfit.models.trace import Trace, trace
 from blockfit.search.spill import Shelf
@@ -54,6 +55,7 @@ class Originals:
         self._writers: dict[int, list[Writer]] = {}
         self._middles: dict[tuple[int, Draw], list[Tensor]] = {}
         self._bare: dict[int, bool] = {}
+        self._parts: dict[int, Parts] = {}
         self._skips: dict[int, Skip | None] = {}
         self._held = 0
         self._limit = limit_bytes
@@ -171,6 +173,14 @@ class Originals:
             hidden = self._probe.states[index]
             self._writers[index] = find_writers(block, self._probe.runner(block, index), hidden)
         return self._writers[index]
+
+    def parts(self, index: int) -> Parts:
+        """What can be narrowed in block ``index``; found once."""
+        if index not in self._parts:
+            block, hidden = self.modules[index], self._probe.states[index]
+            run = self._probe.runner(block, index)
+            self._parts[index] = find_parts(block, index, self.writers(index), run, hidden)
+        return self._parts[index]
 
     def bare(self, index: int) -> bool:
         """Whether block ``index`` with its two writers silenced returns its input unchanged."""

@@ -42,10 +42,12 @@ class Draw:
         return cls(prefix_tokens, tokens - prefix_tokens, tokens - prefix_tokens)
 
     @classmethod
-    def limited(cls, prefix_tokens: int, tokens: int, images: int, inputs: int) -> Draw:
-        """As many as ``ROWS_PER_INPUT`` allows for a layer of so many inputs."""
+    def limited(
+        cls, prefix_tokens: int, tokens: int, images: int, inputs: int, rows: int | None = None
+    ) -> Draw:
+        """As many as ``rows`` tokens per input of a layer allow; ``ROWS_PER_INPUT`` by default."""
         patches = tokens - prefix_tokens
-        share = ROWS_PER_INPUT * inputs / (tokens * images)
+        share = (rows or ROWS_PER_INPUT) * inputs / (tokens * images)
         drawn = max(min(1, patches), round(share * patches)) if share < 1 else patches
         return cls(prefix_tokens, patches, drawn)
 

@@ -1,0 +1,186 @@
+"""Narrowing: which dimensions of a part go, and what the kept ones do in their place.
+
+Tensors in, tensors out; every product and factorisation is in float64. An MLP's neurons are removed
+one group after the other by the optimal brain surgeon's rule for whole rows (Hassibi and Stork,
+1993; for rows as in SparseGPT, arXiv 2301.00774); values and queries–keys, with nothing nonlinear
+between the two factors of a product, by the best low rank in the metric of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockfit.errors import BlockfitError
+
+ORDER_RIDGE = 1e-2
+"""λ of the order of removal, relative to the mean diagonal of the covariance."""
+
+GROUPS = 48
+"""In so many groups all neurons of an MLP would go; the order is found anew after each."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Neurons that stay, and the weights by which they make up for the others.
+
+    Args:
+        neurons: their numbers, ascending, shape (k,).
+        weight: what stands in the place of their rows, shape (k, d), float64.
+    """
+
+    neurons: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The order in which an MLP's neurons go.
+
+    Args:
+        errors: width → the error that it leaves: mean over tokens of ‖Σ removed‖², compensated.
+        kept: for the widths that were asked for.
+    """
+
+    errors: dict[int, float]
+    kept: dict[int, Kept]
+
+
+def remove_neurons(
+    covariance: Tensor,
+    weight: Tensor,
+    widths: Collection[int],
+    *,
+    ridge: float = ORDER_RIDGE,
+    step: int | None = None,
+) -> Removal:
+    """Remove neurons in groups of least damage, the others compensating.
+
+    With H = C + λ · mean(diag C) · I, removing the set S costs ``tr(W_Sᵀ ((H⁻¹)_SS)⁻¹ W_S)``, and
+    the best that the others can do is ``W ← W − H⁻¹[:, S] ((H⁻¹)_SS)⁻¹ W_S``. The smallest width
+    asked for ends the removal.
+
+    Args:
+        covariance: C of the neurons after their activation, shape (p, p), float64.
+        weight: rows by which they are written, LayerScale in, shape (p, d), float64.
+        widths: where the kept neurons and their weights are wanted, 1 … p.
+        ridge: λ.
+        step: neurons per group; p / ``GROUPS`` by default.
+
+    Raises:
+        BlockfitError: where a width is not within 1 … p, or the covariance is not finite.
+    """
+    p = len(covariance)
+    wanted = sorted(set(widths), reverse=True)
+    if not wanted or wanted[-1] < 1 or wanted[0] > p:
+        raise BlockfitError(f"an MLP of {p} neurons can keep 1 to {p}, not {wanted or 'none'}")
+    if not torch.isfinite(covariance).all():
+        raise BlockfitError(
+            "the covariance of an MLP's neurons is not finite; check the calibration images"
+        )
+    step = max(1, p // GROUPS) if step is None else step
+    mean = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    damped = covariance + ridge * mean * torch.eye(p, dtype=torch.float64)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    alive, rows = torch.arange(p), weight.clone()
+    errors, kept, total = {p: 0.0}, {}, 0.0
+    for target in wanted:
+        while len(alive) > target:
+            group = min(step, len(alive) - target)
+            damage = rows.square().sum(1) / inverse.diagonal()
+            gone = damage.argsort(stable=True)[:group]
+            stays = torch.ones(len(alive), dtype=torch.bool)
+            stays[gone] = False
+            solved = torch.linalg.solve(
+                inverse[gone][:, gone], torch.cat([rows[gone], inverse[gone][:, stays]], dim=1)
+            )
+            total += float((rows[gone] * solved[:, : rows.shape[1]]).sum())
+            across = inverse[stays][:, gone]
+            rows = rows[stays] - across @ solved[:, : rows.shape[1]]
+            inverse = inverse[stays][:, stays] - across @ solved[:, rows.shape[1] :]
+            alive = alive[stays]
+            errors[len(alive)] = total
+        kept[target] = Kept(alive, rows)
+    return Removal(errors, kept)
+
+
+def _root(second: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a second moment, shape (m, m), and its pseudo-inverse."""
+    values, vectors = torch.linalg.eigh(second)
+    values = values.clamp_min(0)
+    floor = values.max() * len(values) * torch.finfo(torch.float64).eps * 16
+    root = values.sqrt()
+    inverse = torch.where(values > floor, 1 / root.clamp_min(1e-300), torch.zeros_like(root))
+    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The best low rank of a product of two factors, for every rank at once.
+
+    The factors ``left`` and ``right`` are those of full rank; the first r columns of each are
+    the best of rank r.
+
+    Args:
+        left: shape (m, m); applied to the first factor's dimensions.
+        right: shape (m, n); applied to the second's.
+        errors: error of keeping r dimensions at place r, shape (m + 1,).
+    """
+
+    left: Tensor
+    right: Tensor
+    errors: Tensor
+
+
+def value_basis(covariance: Tensor, weight: Tensor) -> Basis:
+    """The best low rank of a head's values and output: SVD of ``C^½ O = U S Vᵀ``.
+
+    New values are ``leftᵀ v``, new output rows are the rows of ``right``; the error is the mean
+    over tokens of the squared change of what the head writes.
+
+    Args:
+        covariance: of the mixed values that the output projection reads, shape (m, m), float64.
+        weight: the head's rows of the output projection, LayerScale in, shape (m, d), float64.
+
+    Returns:
+        left (m, m), right (m, d) and the errors of all ranks.
+    """
+    root, inverse = _root(covariance)
+    u, s, vh = torch.linalg.svd(root @ weight, full_matrices=False)
+    m = len(weight)
+    short = m - len(s)  # fewer outputs than dimensions: the rest is never needed
+    u = torch.cat([u, torch.zeros(m, short, dtype=u.dtype)], dim=1)
+    right = torch.cat([s[:, None] * vh, torch.zeros(short, weight.shape[1], dtype=u.dtype)])
+    return Basis(inverse @ u, right, _tails(s, m))
+
+
+def key_basis(queries: Tensor, keys: Tensor) -> Basis:
+    """The best low rank of a head's logits ``q · k``: SVD of ``G_q^½ G_k^½ = U S Vᵀ``.
+
+    New queries are ``leftᵀ q``, new keys ``rightᵀ k``; the error is the mean squared change of a
+    logit of independent queries and keys. What all keys of an image have in common cancels in
+    the softmax, so that ``keys`` should be taken about their mean over the image.
+
+    Args:
+        queries: second moment of the head's queries (about zero), shape (m, m), float64.
+        keys: second moment of its keys, shape (m, m), float64.
+
+    Returns:
+        left and right, both (m, m), and the errors of all ranks.
+    """
+    root_q, inverse_q = _root(queries)
+    root_k, inverse_k = _root(keys)
+    u, s, vh = torch.linalg.svd(root_q @ root_k)
+    half = s.sqrt()
+    return Basis(inverse_q @ u * half, inverse_k @ vh.T * half, _tails(s, len(queries)))
+
+
+def _tails(singular: Tensor, size: int) -> Tensor:
+    """Σ of the squares behind the first r singular values, for r = 0 … size."""
+    squares = torch.zeros(size, dtype=torch.float64)
+    squares[: len(singular)] = singular.square()
+    tails = squares.flip(0).cumsum(0).flip(0)
+    return torch.cat([tails, tails.new_zeros(1)])

@@ -1,0 +1,244 @@
+"""Blocks with narrowed parts: the same class and forward, smaller linear layers inside.
+
+An MLP that keeps fewer neurons has plain ``nn.Linear`` layers of other sizes. An attention whose
+heads keep fewer value or query-key dimensions computes only those, and hands the block's own
+forward heads of the size that it expects, the missing dimensions being zero. So the forward, the
+softmax scale and whatever else is made of the head size stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.errors import BlockfitError
+from blockfit.fit.plan import Narrowing
+from blockfit.models.blocks import Blocks, block_modules
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+Segment = tuple[int, int, int]
+"""Heads, dimensions that are kept of each, dimensions that each had."""
+
+
+class HeadRows(nn.Linear):
+    """A linear layer that computes some dimensions of every head and gives zero for the others.
+
+    Args:
+        weight: shape (Σ heads · kept, inputs).
+        bias: shape (Σ heads · kept,), or ``None``.
+        segments: of the outputs, in order: queries, keys and values where they are fused.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, segments: Sequence[Segment]
+    ) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias = weight, bias  # type: ignore[assignment]
+        self.segments = tuple(segments)
+        self.in_features = weight.shape[1]
+        self.out_features = sum(heads * size for heads, _, size in segments)
+
+    def forward(self, input: Tensor) -> Tensor:
+        computed = nn.functional.linear(input, self.weight, self.bias)
+        parts = computed.split([heads * kept for heads, kept, _ in self.segments], dim=-1)
+        full = [
+            part
+            if kept == size
+            else nn.functional.pad(part.unflatten(-1, (heads, kept)), (0, size - kept)).flatten(-2)
+            for part, (heads, kept, size) in zip(parts, self.segments, strict=True)
+        ]
+        return full[0] if len(full) == 1 else torch.cat(full, dim=-1)
+
+    def extra_repr(self) -> str:
+        kept = ", ".join(f"{kept}/{size} of {heads} heads" for heads, kept, size in self.segments)
+        return f"{super().extra_repr()}, keeps {kept}"
+
+
+class HeadColumns(nn.Linear):
+    """A linear layer that reads only the first dimensions of every head.
+
+    Args:
+        weight: shape (outputs, heads · kept).
+        bias: shape (outputs,), or ``None``.
+        segment: heads, kept dimensions, dimensions that it is given.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, segment: Segment) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias = weight, bias  # type: ignore[assignment]
+        self.segment = segment
+        self.in_features, self.out_features = segment[0] * segment[2], weight.shape[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        heads, kept, size = self.segment
+        read = input.unflatten(-1, (heads, size))[..., :kept].flatten(-2)
+        return nn.functional.linear(read, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        heads, kept, size = self.segment
+        return f"{super().extra_repr()}, reads {kept}/{size} of {heads} heads"
+
+
+def _segments(layer: nn.Linear, cuts: Sequence[Narrowing], name: str) -> list[Segment]:
+    """How the output rows of a layer are made up once all its cuts are applied, in order."""
+    runs = sorted((rows.start, cut) for cut in cuts for rows in cut.rows if rows.layer == name)
+    segments, at = [], 0
+    for start, cut in runs:
+        stop = start + cut.heads * cut.size
+        if start < at or stop > layer.out_features:
+            raise BlockfitError(
+                f"block {cut.block}: {name} has no rows {start}–{stop - 1} for its {cut.part}; "
+                "the plan does not fit the model"
+            )
+        if start > at:
+            segments.append((1, start - at, start - at))
+        segments.append((cut.heads, cut.kept, cut.size))
+        at = stop
+    if at < layer.out_features:
+        segments.append((1, layer.out_features - at, layer.out_features - at))
+    return segments
+
+
+def _first_rows(segments: Sequence[Segment]) -> Tensor:
+    """Numbers of the first kept rows of every head of a layer."""
+    numbers, at = [], 0
+    for heads, kept, size in segments:
+        rows = at + torch.arange(heads)[:, None] * size + torch.arange(kept)
+        numbers.append(rows.flatten())
+        at += heads * size
+    return torch.cat(numbers)
+
+
+def _layers(block: nn.Module, cuts: Sequence[Narrowing]) -> dict[str, nn.Linear]:
+    """The layers that take the place of a block's own, by their dotted paths.
+
+    Their weights are the first kept rows and columns of the block's own layers.
+    """
+    made: dict[str, nn.Linear] = {}
+    for name in dict.fromkeys(rows.layer for cut in cuts for rows in cut.rows):
+        layer = _linear(block, name, cuts[0].block)
+        segments = _segments(layer, cuts, name)
+        index = _first_rows(segments)
+        weight = _parameter(layer.weight, layer.weight.detach()[index])
+        bias = None if layer.bias is None else _parameter(layer.bias, layer.bias.detach()[index])
+        neurons = all(cut.heads == 1 for cut in cuts if name in {r.layer for r in cut.rows})
+        made[name] = _plain(weight, bias) if neurons else HeadRows(weight, bias, segments)
+    for cut in cuts:
+        if not cut.reader:
+            continue
+        layer = _linear(block, cut.reader, cut.block)
+        if layer.in_features != cut.heads * cut.size:
+            raise BlockfitError(
+                f"block {cut.block}: {cut.reader} reads {layer.in_features} dimensions, not "
+                f"{cut.heads} × {cut.size}; the plan does not fit the model"
+            )
+        segment = (cut.heads, cut.kept, cut.size)
+        weight = _parameter(layer.weight, layer.weight.detach()[:, _first_rows([segment])])
+        bias = layer.bias
+        if cut.heads == 1:
+            made[cut.reader] = _plain(weight, bias)
+        else:
+            made[cut.reader] = HeadColumns(weight, bias, segment)
+    for name, layer in made.items():
+        layer.train(block.get_submodule(name).training)
+    return made
+
+
+def _linear(block: nn.Module, name: str, number: int) -> nn.Linear:
+    try:
+        layer = block.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if type(layer) is not nn.Linear:
+        what = "no layer" if layer is None else f"a {type(layer).__name__} called"
+        raise BlockfitError(
+            f"block {number} has {what} {name!r} where the plan narrows a linear layer; "
+            "apply the plan to the model that it was made for"
+        )
+    return layer
+
+
+def _parameter(like: Tensor, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=like.requires_grad)
+
+
+def _plain(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+    return layer
+
+
+def _put(block: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put layers into a block; returns those that were there."""
+    before = {}
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition(".")
+        holder = block.get_submodule(parent) if parent else block
+        before[name] = holder._modules[last]
+        holder._modules[last] = layer
+    return {name: layer for name, layer in before.items() if layer is not None}
+
+
+def narrow(model: nn.Module, blocks: Blocks, cuts: Sequence[Narrowing]) -> None:
+    """Narrow parts of blocks in place; the kept dimensions are the first of each head.
+
+    Raises:
+        BlockfitError: before anything is changed, where a cut does not fit its block.
+    """
+    modules = block_modules(model, blocks)
+    made = {number: _layers(modules[number], some) for number, some in by_block(cuts).items()}
+    for number, layers in made.items():
+        block = modules[number]
+        for name, layer in layers.items():
+            old = block.get_submodule(name)
+            for hooks in _HOOKS:
+                layer.__dict__[hooks] = old.__dict__[hooks]
+            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+        _put(block, layers)
+        block.__dict__["_blockfit_narrowings"] = tuple(by_block(cuts)[number])
+
+
+def narrowings_of(block: nn.Module) -> tuple[Narrowing, ...]:
+    """What was narrowed in a block; nothing in a block that is whole."""
+    cuts: tuple[Narrowing, ...] = getattr(block, "_blockfit_narrowings", ())
+    return cuts
+
+
+def by_block(cuts: Iterable[Narrowing]) -> dict[int, list[Narrowing]]:
+    """Narrowings of a plan by the number of their block."""
+    ordered = sorted(cuts, key=lambda cut: cut.block)
+    return {block: list(some) for block, some in groupby(ordered, key=lambda cut: cut.block)}
+
+
+@contextmanager
+def narrowed_block(block: nn.Module, cuts: Sequence[Narrowing]) -> Iterator[None]:
+    """Narrow parts of one block until the ``with`` ends."""
+    before = _put(block, _layers(block, cuts)) if cuts else {}
+    try:
+        yield
+    finally:
+        _put(block, before)
+
+
+@contextmanager
+def narrowed(model: nn.Module, blocks: Blocks, cuts: Iterable[Narrowing]) -> Iterator[None]:
+    """Narrow parts of several blocks of ``model`` until the ``with`` ends."""
+    modules = block_modules(model, blocks)
+    with ExitStack() as undo:
+        for number, some in by_block(cuts).items():
+            undo.enter_context(narrowed_block(modules[number], some))
+        yield

@@ -1,0 +1,171 @@
+"""Choosing what goes under a budget: a knapsack over the parts of all blocks and over spans.
+
+Effects of different cuts nearly add up while they are small (DESIGN: 4). For a price λ per unit of
+cost, every part takes the width of least effect + λ · cost, and the chain of blocks is walked by
+dynamic programming: a block is narrowed, or lies in a span that is replaced by a map. The smallest
+λ that meets the budget is found by bisection; what it leaves over is given back where it helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from blockfit.fit.plan import Plan, Replacement
+from blockfit.search.curves import Curve
+
+BISECTIONS = 80
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A span with its map as a choice.
+
+    Args:
+        entry: the span and the kind of its map.
+        effect: what it does to the output.
+        saved: cost that it takes away, its map's counted.
+    """
+
+    entry: Replacement
+    effect: float
+    saved: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a knapsack found.
+
+    Args:
+        plan: the cuts.
+        effect: sum of their effects.
+        saved: cost that they take away.
+    """
+
+    plan: Plan
+    effect: float
+    saved: float
+
+
+def choose(
+    curves: Sequence[Curve],
+    spans: Sequence[Priced],
+    depth: int,
+    to_save: float,
+    prices: Mapping[Curve, float] | None = None,
+    least: Mapping[tuple[int, str], int] | None = None,
+) -> Choice | None:
+    """The cuts of least effect that take away at least ``to_save``.
+
+    Args:
+        curves: of the parts.
+        spans: that may be replaced.
+        depth: blocks of the model.
+        to_save: parameters by default, or what ``prices`` count.
+        prices: cost of one dimension of every part; its parameters by default.
+        least: (block, part) → the fewest dimensions that it must keep.
+
+    Returns:
+        ``None`` where all that may go is not enough.
+    """
+    parts = [
+        _Part(c, c.unit if prices is None else prices[c], (least or {}).get(_key(c), 0))
+        for c in curves
+    ]
+    by_block: list[list[int]] = [[] for _ in range(depth)]
+    for number, part in enumerate(parts):
+        by_block[part.curve.whole.block].append(number)
+
+    def at(price: float) -> tuple[dict[int, int], list[Priced]]:
+        return _walk(parts, by_block, spans, depth, price)
+
+    def saved(picked: Mapping[int, int], gone: Sequence[Priced]) -> float:
+        return sum(parts[n].saved[i] for n, i in picked.items()) + sum(s.saved for s in gone)
+
+    low, high = 0.0, 1e-12
+    while saved(*at(high)) < to_save:
+        low, high = high, high * 16
+        if high > 1e12:
+            return None
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5 if low > 0 else high / 2
+        low, high = (middle, high) if saved(*at(middle)) < to_save else (low, middle)
+    picked, gone = at(high)
+    _give_back(parts, picked, saved(picked, gone) - to_save)
+    narrowings = tuple(
+        replace(parts[n].curve.whole, kept=parts[n].curve.widths[i])
+        for n, i in picked.items()
+        if i > 0
+    )
+    effect = sum(parts[n].effects[i] for n, i in picked.items()) + sum(s.effect for s in gone)
+    plan = Plan(tuple(s.entry for s in gone), narrowings)
+    return Choice(plan, float(effect), float(saved(picked, gone)))
+
+
+def _key(curve: Curve) -> tuple[int, str]:
+    return curve.whole.block, curve.whole.part
+
+
+class _Part:
+    """A curve as arrays: what every width costs in effect and takes away."""
+
+    def __init__(self, curve: Curve, price: float, least: int) -> None:
+        self.curve = curve
+        widths = np.array([w for w in curve.widths if w >= least] or [curve.widths[0]])
+        self.effects = np.array(curve.effects[: len(widths)])
+        self.saved = price * (curve.whole.size - widths)
+
+
+def _walk(
+    parts: Sequence[_Part],
+    by_block: Sequence[Sequence[int]],
+    spans: Sequence[Priced],
+    depth: int,
+    price: float,
+) -> tuple[dict[int, int], list[Priced]]:
+    """The best widths and spans at a price: a shortest path along the blocks."""
+    best = [int(np.argmin(part.effects - price * part.saved)) for part in parts]
+    values = [float(p.effects[i] - price * p.saved[i]) for p, i in zip(parts, best, strict=True)]
+    total = [0.0] + [np.inf] * depth
+    taken: list[Priced | None] = [None] * (depth + 1)
+    ending: dict[int, list[Priced]] = {}
+    for span in spans:
+        ending.setdefault(span.entry.span.stop, []).append(span)
+    for stop in range(1, depth + 1):
+        total[stop] = total[stop - 1] + sum(values[n] for n in by_block[stop - 1])
+        for span in ending.get(stop, []):
+            value = total[span.entry.span.start] + span.effect - price * span.saved
+            if value < total[stop]:
+                total[stop], taken[stop] = value, span
+    picked: dict[int, int] = {}
+    gone: list[Priced] = []
+    at = depth
+    while at > 0:
+        if (span_taken := taken[at]) is None:
+            picked |= {n: best[n] for n in by_block[at - 1]}
+            at -= 1
+        else:
+            gone.append(span_taken)
+            at = span_taken.entry.span.start
+    return picked, gone
+
+
+def _give_back(parts: Sequence[_Part], picked: dict[int, int], room: float) -> None:
+    """Widen parts, in place, while the budget stays met: most effect for its cost first."""
+    while True:
+        best, gain = None, 0.0
+        for n, i in picked.items():
+            if i == 0:
+                continue
+            part = parts[n]
+            cost = part.saved[i] - part.saved[i - 1]
+            worth = (part.effects[i] - part.effects[i - 1]) / max(cost, 1e-12)
+            if cost <= room and worth > gain:
+                best, gain = n, worth
+        if best is None:
+            return
+        i = picked[best]
+        room -= parts[best].saved[i] - parts[best].saved[i - 1]
+        picked[best] = i - 1
