@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from blockfit.fit.plan import Plan, Replacement
-from blockfit.search.curves import Curve
+from blockfit.search.curves import Curve, key_of
 
 BISECTIONS = 80
 
@@ -54,8 +54,7 @@ def choose(
     spans: Sequence[Priced],
     depth: int,
     to_save: float,
-    prices: Mapping[Curve, float] | None = None,
-    least: Mapping[tuple[int, str], int] | None = None,
+    units: Mapping[tuple[int, str], float] | None = None,
 ) -> Choice | None:
     """The cuts of least effect that take away at least ``to_save``.
 
@@ -63,17 +62,13 @@ def choose(
         curves: of the parts.
         spans: that may be replaced.
         depth: blocks of the model.
-        to_save: parameters by default, or what ``prices`` count.
-        prices: cost of one dimension of every part; its parameters by default.
-        least: (block, part) → the fewest dimensions that it must keep.
+        to_save: parameters by default, or what ``units`` count.
+        units: (block, part) → cost of one of its dimensions; its parameters by default.
 
     Returns:
         ``None`` where all that may go is not enough.
     """
-    parts = [
-        _Part(c, c.unit if prices is None else prices[c], (least or {}).get(_key(c), 0))
-        for c in curves
-    ]
+    parts = [_Part(c, c.unit if units is None else units[key_of(c)]) for c in curves]
     by_block: list[list[int]] = [[] for _ in range(depth)]
     for number, part in enumerate(parts):
         by_block[part.curve.whole.block].append(number)
@@ -104,18 +99,12 @@ def choose(
     return Choice(plan, float(effect), float(saved(picked, gone)))
 
 
-def _key(curve: Curve) -> tuple[int, str]:
-    return curve.whole.block, curve.whole.part
-
-
 class _Part:
     """A curve as arrays: what every width costs in effect and takes away."""
 
-    def __init__(self, curve: Curve, price: float, least: int) -> None:
-        self.curve = curve
-        widths = np.array([w for w in curve.widths if w >= least] or [curve.widths[0]])
-        self.effects = np.array(curve.effects[: len(widths)])
-        self.saved = price * (curve.whole.size - widths)
+    def __init__(self, curve: Curve, unit: float) -> None:
+        self.curve, self.effects = curve, np.array(curve.effects)
+        self.saved = unit * (curve.whole.size - np.array(curve.widths))
 
 
 def _walk(

@@ -70,6 +70,11 @@ class Curve:
     unit_flops: int
 
 
+def key_of(curve: Curve) -> tuple[int, str]:
+    """Block and part of a curve."""
+    return curve.whole.block, curve.whole.part
+
+
 def widths_of(part: Narrowing, multiple: int | None = None) -> tuple[int, ...]:
     """Widths that a part may keep, descending: its size, then multiples of what kernels like."""
     step = multiple or MULTIPLES[part.part]
@@ -316,11 +321,9 @@ def _block_curves(
         ]
         scores = held_out.scores(solutions, batches)
         measured = {w: effect_of(score) for w, score in zip(trials, scores, strict=True)}
-        unit = unit_parameters(sums.block, part)
-        tokens = originals.like.shape[1]
-        out.append(
-            Curve(part, widths, interpolated(widths, errors, measured), unit, 2 * tokens * unit)
-        )
+        effects = interpolated(widths, errors, measured)
+        unit = unit_cost(sums.block, part, originals.like.shape[1])
+        out.append(Curve(part, widths, effects, *unit))
     return out
 
 
@@ -330,15 +333,16 @@ def _trial_widths(part: Narrowing, widths: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(near))
 
 
-def unit_parameters(block: nn.Module, part: Narrowing) -> int:
-    """Parameters that one dimension less takes away, in all heads."""
-    total = 0
+def unit_cost(block: nn.Module, part: Narrowing, tokens: int) -> tuple[int, int]:
+    """Parameters, and FLOPs for one image, that one dimension less takes away in all heads."""
+    weights = biases = 0
     for rows in part.rows:
         layer = block.get_submodule(rows.layer)
         assert isinstance(layer, nn.Linear)
-        total += layer.in_features + (layer.bias is not None)
+        weights += layer.in_features
+        biases += layer.bias is not None
     if part.reader:
         reader = block.get_submodule(part.reader)
         assert isinstance(reader, nn.Linear)
-        total += reader.out_features
-    return part.heads * total
+        weights += reader.out_features
+    return part.heads * (weights + biases), 2 * tokens * part.heads * weights

@@ -7,8 +7,11 @@ from typing import Any
 
 from blockfit.arguments import check_fields
 from blockfit.errors import BlockfitError
-from blockfit.fit.plan import MAP_KINDS, Replacement, Span
+from blockfit.fit.plan import MAP_KINDS, PARTS, Replacement, Span
 from blockfit.search.solve import Options
+
+CUTS = ("blocks", *PARTS)
+"""Kinds of cuts: whole blocks, and parts of blocks."""
 
 SELECTIONS = ("effect", "mse", "angular", "first", "last", "random")
 
@@ -30,9 +33,11 @@ class Recipe:
         contiguous: one span only, as in the paper.
         longest: the longest span that is scored on its own.
         options: how maps and repairs are solved.
+        cuts: kinds of cuts that a budget other than ``remove`` may use: whole ``blocks``, neurons
+            of ``mlp``s, dimensions of heads' ``values``, and of their queries and ``keys``.
 
     Raises:
-        BlockfitError: for an unknown map or selection.
+        BlockfitError: for an unknown map, selection or kind of cut.
     """
 
     name: str = "default"
@@ -43,9 +48,15 @@ class Recipe:
     contiguous: bool = False
     longest: int = 6
     options: Options = field(default_factory=Options)
+    cuts: tuple[str, ...] = CUTS
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for cut in self.cuts:
+            if cut not in CUTS:
+                raise BlockfitError(f"unknown kind of cut {cut!r}; choose from {', '.join(CUTS)}")
+        if not self.cuts:
+            raise BlockfitError(f"a recipe needs a kind of cut; name one of {', '.join(CUTS)}")
         for kind in self.maps:
             if kind not in MAP_KINDS:
                 raise BlockfitError(f"unknown map {kind!r}; choose one of {', '.join(MAP_KINDS)}")
@@ -86,8 +97,9 @@ RECIPES = {
         select="mse",
         contiguous=True,
         options=Options(ridge=0.0, refit=False, repair="none"),
+        cuts=("blocks",),
     ),
-    "plain": Recipe(name="plain", maps=("identity", "folded")),
+    "plain": Recipe(name="plain", maps=("identity", "folded"), cuts=("blocks",)),
 }
 """``default`` is the best measured; ``paper`` is TBA as published (arXiv 2410.04941): one span
 chosen by similarity, a linear map by plain least squares; ``plain`` adds no module, so its models

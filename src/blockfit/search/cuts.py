@@ -1,0 +1,197 @@
+"""Plans of several kinds of cuts for any budget, from one calibration.
+
+The method in order: curves → choose → solve → judge. Blocks are replaced by maps, and parts of
+blocks keep fewer dimensions, under one budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from blockfit.errors import BlockfitError
+from blockfit.fit.closed_form import RIDGE, fit_map
+from blockfit.fit.moments import Moments
+from blockfit.fit.plan import PARTS, Plan, Span, spans_up_to
+from blockfit.search.budget import Sizes
+from blockfit.search.choose import Choice, Priced, choose
+from blockfit.search.curves import Curve, curves, effect_of, key_of
+from blockfit.search.held_out import HeldOut
+from blockfit.search.recipes import Recipe
+from blockfit.search.solve import Solution
+from blockfit.search.spill import GroupedMoments
+from blockfit.search.states import Originals
+
+LONGEST_SPAN = 2
+"""Blocks of the longest span that is weighed against narrowing; longer ones cost far more."""
+
+CLOSE = 0.002
+"""How far below the budget a plan may end where widths are coarse."""
+
+ROUNDS = 8
+"""Times that a plan is chosen again because its cost was not what its parts' costs add up to."""
+
+Price = Mapping[tuple[int, str], float]
+"""(block, part) → what one dimension costs."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a plan has to reach.
+
+    Args:
+        kind: ``params``, ``flops`` or ``latency``.
+        value: the part of the original that may remain.
+    """
+
+    kind: str
+    value: float
+
+
+class CutSearch:
+    """Finds plans of cuts for budgets of parameters, FLOPs or latency.
+
+    Args:
+        originals: the fit images as the original saw them.
+        held_out: the judge of effects.
+        sizes: counts parameters and FLOPs of any plan.
+        recipe: kinds of cuts and of maps, how to solve.
+        protected: blocks that no span may remove.
+        whole: blocks that nothing may cut.
+        moments: of spans up to ``LONGEST_SPAN``; called where spans are weighed.
+        multiple: widths of MLPs are multiples of it.
+        say: called with one line on what is being done.
+        progress: called with how many of how many blocks are done.
+    """
+
+    def __init__(
+        self,
+        originals: Originals,
+        held_out: HeldOut,
+        sizes: Sizes,
+        recipe: Recipe,
+        protected: Sequence[int],
+        whole: Sequence[int],
+        moments: Callable[[list[Span]], Moments | GroupedMoments],
+        multiple: int | None = None,
+        say: Callable[[str], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.originals, self.held_out, self.sizes, self.recipe = originals, held_out, sizes, recipe
+        self.protected, self.whole = frozenset(protected) | set(whole), tuple(whole)
+        self.depth = originals.blocks.depth
+        self._moments, self._multiple = moments, multiple
+        self._say, self._progress = say or (lambda line: None), progress
+        self._curves: list[Curve] | None = None
+        self._spans: list[tuple[Plan, float]] | None = None
+
+    @property
+    def curves(self) -> list[Curve]:
+        """Of all parts that may be narrowed; measured at the first call."""
+        if self._curves is None:
+            self._say("narrowing: errors and effects of all parts")
+            self._curves = curves(
+                self.originals,
+                self.held_out,
+                [part for part in PARTS if part in self.recipe.cuts],
+                self.whole,
+                multiple=self._multiple,
+                progress=self._progress,
+            )
+        return self._curves
+
+    @property
+    def spans(self) -> list[tuple[Plan, float]]:
+        """Plans of one short span each, with their effects; measured at the first call."""
+        if self._spans is None:
+            self._spans = []
+            if "blocks" in self.recipe.cuts:
+                some = spans_up_to(self.depth, min(LONGEST_SPAN, self.depth - 2), self.protected)
+                self._spans = self._scored(some)
+        return self._spans
+
+    def _scored(self, spans: list[Span]) -> list[tuple[Plan, float]]:
+        if not spans:
+            return []
+        self._say(f"effects of {len(spans)} spans")
+        moments, options = self._moments(spans), self.recipe.options
+        ridge = RIDGE if options.ridge is None else options.ridge
+        solutions = []
+        for span in spans:
+            entries = [
+                entry
+                for entry in self.recipe.replacements(span, self.originals.blocks.width)
+                if entry.map != "folded"
+            ]
+            for entry in entries[-1:]:
+                fitted = fit_map(entry, moments.of(span), ridge, options.prefix_weight)
+                solutions.append(Solution(Plan((entry,)), (fitted,)))
+        scores = self.held_out.scores(solutions)
+        return [(s.plan, effect_of(f)) for s, f in zip(solutions, scores, strict=True)]
+
+    def refused(self) -> dict[str, str]:
+        """Why parts cannot be narrowed, in words that several blocks share."""
+        out: dict[str, str] = {}
+        for index in range(self.depth):
+            for part, why in self.originals.parts(index).refused.items():
+                if part in self.recipe.cuts:
+                    out.setdefault(part, why)
+        return out
+
+    def smallest(self, share: Share, prices: Price | None = None) -> float:
+        """The part of the original that remains where all goes that may."""
+        cuts = tuple(replace(curve.whole, kept=curve.widths[-1]) for curve in self.curves)
+        if share.kind == "latency":
+            assert prices is not None
+            saved = sum((c.size - c.kept) * prices[c.block, c.part] for c in cuts)
+            return 1 - saved
+        return self.sizes.fractions(Plan((), cuts))[share.kind]
+
+    def plan(self, share: Share, prices: Price | None = None) -> Plan:
+        """The plan of least added effect that meets a budget of size.
+
+        Args:
+            share: ``params`` or ``flops`` and the part that may remain; for ``latency`` what
+                ``prices`` say.
+            prices: latency of one dimension of every part, as a part of the original's.
+
+        Raises:
+            BlockfitError: where not even everything that may go is enough.
+        """
+        if not self.curves and not self.spans:
+            why = "; ".join(f"{part}: {reason}" for part, reason in self.refused().items())
+            raise BlockfitError(f"nothing in this model can be cut ({why or 'no kind of cut'})")
+        to_save = 1 - share.value
+        for _ in range(ROUNDS):
+            choice = self._choice(share, to_save, prices)
+            if choice is None:
+                break
+            if share.kind == "latency":
+                return choice.plan
+            left = self.sizes.fractions(choice.plan)[share.kind]
+            if left <= share.value + 1e-9:
+                return choice.plan
+            to_save += (left - share.value) * 1.02 + 1e-6
+        raise BlockfitError(
+            f"{share.kind} {share.value:.1%} cannot be reached: with all gone that may go, "
+            f"{self.smallest(share, prices):.1%} remains; ask for more, or allow more kinds of cuts"
+        )
+
+    def _choice(self, share: Share, to_save: float, prices: Price | None) -> Choice | None:
+        """The knapsack's choice; costs are parts of the original's."""
+        if share.kind == "latency":
+            assert prices is not None
+            units = {key_of(c): prices[key_of(c)] for c in self.curves}
+        elif share.kind == "flops":
+            assert self.sizes.flops is not None
+            units = {key_of(c): c.unit_flops / self.sizes.flops for c in self.curves}
+        else:
+            units = {key_of(c): c.unit / self.sizes.parameters for c in self.curves}
+        spans = [] if share.kind == "latency" else self._priced(share.kind)
+        return choose(self.curves, spans, self.depth, to_save, units)
+
+    def _priced(self, kind: str) -> list[Priced]:
+        return [
+            Priced(plan.replacements[0], effect, 1 - self.sizes.fractions(plan)[kind])
+            for plan, effect in self.spans
+        ]
