@@ -49,7 +49,7 @@ from blockfit.search.narrowing import (
 )
 from blockfit.search.prefixes import Beginnings
 from blockfit.search.states import Originals
-from blockfit.search.tokens import Draw, RowSums
+from blockfit.search.tokens import NARROW_ROWS_PER_INPUT, Draw, RowSums
 
 REPAIRS = ("none", "mlp", "mlp+attention")
 
@@ -362,7 +362,7 @@ class _Walk:
             read, prior = self._narrow_values(block, attention, cut, read, rewritten)
             solved = rewritten.layers()
             ridge = self.options.narrow_ridge
-        draw = self._draw(prior[0].shape[1])
+        draw = self._draw(prior[0].shape[1], bool(cuts))
         sums = self._repair_sums(prior[0], draw)
         for b, (x, base) in enumerate(zip(read, bases, strict=True)):
             places = self.originals.places(b)
@@ -430,7 +430,7 @@ class _Walk:
             prior = self._fold(targets, weight, bias, bases, regressors)
         solved: dict[str, Tensor] = {}
         if repair:
-            draw = self._draw(weight.shape[1])
+            draw = self._draw(weight.shape[1], cut is not None)
             sums = self._repair_sums(weight, draw)
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
                 places = self.originals.places(b)
@@ -483,9 +483,10 @@ class _Walk:
             bias = fitted.weight @ bias + fitted.bias
         return fitted.weight @ weight, bias
 
-    def _draw(self, inputs: int) -> Draw:
+    def _draw(self, inputs: int, narrowed: bool) -> Draw:
         images, tokens = sum(self.originals.sizes.values()), self.originals.like.shape[1]
-        return Draw.limited(self.blocks.prefix_tokens, tokens, images, inputs)
+        rows = NARROW_ROWS_PER_INPUT if narrowed else None
+        return Draw.limited(self.blocks.prefix_tokens, tokens, images, inputs, rows)
 
     def _repair_sums(self, weight: Tensor, draw: Draw) -> RowSums:
         weights = draw.weights(self.options.prefix_weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,20 @@ class Originals:
         own = [(number, seen) for number, seen in pairs if number in few.sizes]
         few.numbers, few.traces = [n for n, _ in own], [seen for _, seen in own]
         return few
+
+    def with_more(self, traces: Sequence[Trace]) -> Originals:
+        """These images and further ones, whose traces hold all states and every process has."""
+        more = copy.copy(self)
+        more._middles = {}
+        first = max(self.sizes) + 1
+        added = {first + place: seen for place, seen in enumerate(traces)}
+        more.sizes = self.sizes | {n: len(seen.states[0]) for n, seen in added.items()}
+        more._whole = self._whole | set(added)
+        more._owners = self._owners | {n: n % ranks.count() for n in added}
+        own = [n for n in added if more._owners[n] == ranks.rank()]
+        more.numbers = [*self.numbers, *own]
+        more.traces = [*self.traces, *(added[n] for n in own)]
+        return more
 
     def behind(self, part: Originals, images: int) -> tuple[dict[int, Trace], list[int], list[int]]:
         """The batches behind ``part``, up to ``images`` images or to states that are not kept.

@@ -18,6 +18,10 @@ The products over an MLP's hidden activations cost more than the block itself; t
 are so alike that the prefix tokens and a part of the patch tokens say as much as all.
 """
 
+NARROW_ROWS_PER_INPUT = 64
+"""The same for narrowed parts, whose weights have no good values to stay near: all tokens of some
+thousand images count (docs/measurements.md)."""
+
 ROWS_AT_ONCE = 4096
 """Rows whose products are taken in one piece: adding up sums costs as much as some 700 rows."""
 
