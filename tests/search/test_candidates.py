@@ -86,15 +86,15 @@ def test_the_race_spends_no_more_than_it_may_and_most_on_the_best(passes: float)
     model = with_idle_block(2)
     held_out = HeldOut(model, small_blocks(model), open_images(NEW, batch_size=2))
     seen: dict[Replacement, int] = {}
-    several = held_out.scores
+    several = held_out.trials
 
-    def counted(solutions: Sequence[Solution], batches: Any = None) -> Any:
+    def counted(solutions: Sequence[Solution], failed: Any, batches: Any = None) -> Any:
         for solution in solutions:
             entry = solution.plan.replacements[0]
             seen[entry] = seen.get(entry, 0) + 1
-        return several(solutions, batches)
+        return several(solutions, failed, batches)
 
-    held_out.scores = counted  # type: ignore[method-assign]
+    held_out.trials = counted  # type: ignore[method-assign]
     scores = race(held_out, identities(spans_up_to(DEPTH, 3)), passes)
     assert held_out.passes <= passes * len(held_out) + 1e-9
     assert set(scores) == set(seen)
