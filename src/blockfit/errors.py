@@ -1,4 +1,9 @@
-"""The one exception that blockfit raises on purpose."""
+"""The one exception that blockfit raises on purpose, and the one guard of optional imports."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 _LONGEST = 1000
 
@@ -30,3 +35,22 @@ def first_line(error: BaseException) -> str:
     """What an error of a library says in its first line, without a full stop; or its name."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def need(module: str, extra: str, what: str | None = None) -> Any:
+    """Import a module that an extra of blockfit brings.
+
+    Args:
+        module: dotted name.
+        extra: that installs it.
+        what: needs it, for the message: "a report".
+
+    Raises:
+        BlockfitError: where it cannot be imported; says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        subject = f"{package} is" if what is None else f"{what} needs {package}, which is"
+        raise BlockfitError(f'{subject} not installed; pip install "blockfit[{extra}]"') from error

@@ -78,11 +78,11 @@ def imported(tree: ast.AST) -> Iterator[str]:
             base = ".".join(part for part in (base, node.module) if part)
             yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
-            ("import_module", "__import__", "_library")
+            ("import_module", "__import__", "need")
         ):
             yield from (
                 a.value
-                for a in node.args
+                for a in node.args[:1]
                 if isinstance(a, ast.Constant) and isinstance(a.value, str)
             )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from PIL import Image
 
 from blockfit.data.decode import Unreadable
 from blockfit.data.records import LABEL_NAMES, Picture, Records
-from blockfit.errors import BlockfitError, first_line
+from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models.hub import silent
 
 
@@ -36,7 +35,7 @@ def from_dataset(
     dataset: Any, source: str, image_column: str | None, label_column: str | None
 ) -> Records:
     """A ``datasets.Dataset``; its image and label columns are found by their types."""
-    library = _datasets()
+    library = need("datasets", "datasets")
     image, label = _columns(dataset.features, source, image_column, label_column)
     dataset = dataset.with_format(None).select_columns([image, label] if label else [image])
     if isinstance(dataset.features[image], library.Image):
@@ -61,7 +60,7 @@ def from_tables(
     files: Sequence[Path], source: str, image_column: str | None, label_column: str | None
 ) -> Records:
     """Parquet files, or arrow files, one after the other."""
-    library = _datasets()
+    library = need("datasets", "datasets")
     try:
         if files[0].suffix.lower() == ".parquet":
             dataset = library.Dataset.from_parquet([str(file) for file in files])
@@ -80,7 +79,7 @@ def from_saved(
     folder: Path, image_column: str | None, label_column: str | None, split: str | None
 ) -> Records:
     """What ``save_to_disk`` of ``datasets`` wrote."""
-    loaded = _datasets().load_from_disk(str(folder))
+    loaded = need("datasets", "datasets").load_from_disk(str(folder))
     return from_dataset(*one_split(loaded, str(folder), split), image_column, label_column)
 
 
@@ -90,7 +89,7 @@ def load_dataset(name: str, **options: Any) -> Any:
     Raises:
         ConnectionError: where a Hub that does not answer would have to be asked.
     """
-    library = _datasets()
+    library = need("datasets", "datasets")
     if Path(name).is_dir() or library.config.HF_HUB_OFFLINE or not silent():
         return library.load_dataset(name, **options)
     library.config.HF_HUB_OFFLINE = True  # its cache alone
@@ -144,7 +143,7 @@ def _columns(
     for given in (image_column, label_column):
         if given is not None and given not in features:
             raise BlockfitError(f"{source} has no column {given!r}; it has {', '.join(features)}")
-    library = _datasets()
+    library = need("datasets", "datasets")
     images = [n for n, f in features.items() if isinstance(f, library.Image)] or [
         n for n, f in features.items() if _holds_bytes(f)
     ]
@@ -179,12 +178,3 @@ def _cell(value: Any) -> Picture:
     if value is None:
         raise Unreadable("the cell is empty")
     return value if isinstance(value, bytes | str | Image.Image) else np.asarray(value)
-
-
-def _datasets() -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise BlockfitError(
-            'datasets is not installed; pip install "blockfit[datasets]"'
-        ) from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, need
 from blockfit.fit.closed_form import fit_affine, mean_square
 from blockfit.fit.moments import TOKEN_TYPES, Moments, Regression
 from blockfit.fit.plan import Span
@@ -105,15 +105,11 @@ class Tables:
         Raises:
             BlockfitError: where matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.colors import LogNorm
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise BlockfitError(
-                "the picture needs matplotlib, which is not installed; "
-                'pip install "blockfit[plots]"'
-            ) from error
+        need("matplotlib.figure", "plots", "the picture")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+
         types, metrics = self.token_types, tuple(self.values)
         width, height = 3.4 * len(metrics), 3.0 * len(types) + 0.5
         figure = Figure(figsize=(width, height))

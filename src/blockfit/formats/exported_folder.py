@@ -12,7 +12,7 @@ from torch import nn
 
 from blockfit.arguments import checked
 from blockfit.data.images import Images
-from blockfit.errors import BlockfitError, first_line
+from blockfit.errors import BlockfitError, first_line, need
 from blockfit.formats.folder import WEIGHTS, Saved
 from blockfit.formats.parity import Parity, Pictures, compare
 from blockfit.formats.traced import Bare, primary, run
@@ -132,13 +132,10 @@ def push_folder(
             f"{folder} has no {missing[0]}; push a folder that blockfit export --plain or --hub "
             "wrote"
         )
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError
-    except ImportError as error:
-        raise BlockfitError(
-            'huggingface_hub is not installed; pip install "blockfit[transformers]"'
-        ) from error
+    need("huggingface_hub", "transformers")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
     try:
         api = HfApi()
         url = api.create_repo(repository, private=private, exist_ok=overwrite)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, need
 from blockfit.fit.maps import Linear
 from blockfit.models.blocks import Blocks, block_modules
 from blockfit.models.forward import Batch, call, evaluating
@@ -128,10 +128,4 @@ def check_kind(kind: str) -> None:
 
 
 def _torchao() -> Any:
-    try:
-        import torchao.quantization as torchao
-    except ImportError as error:
-        raise BlockfitError(
-            'int8 weights need torchao, which is not installed; pip install "blockfit[quantize]"'
-        ) from error
-    return torchao
+    return need("torchao.quantization", "quantize", "int8")

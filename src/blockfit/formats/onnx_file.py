@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from blockfit.arguments import checked
 from blockfit.data.images import Images
-from blockfit.errors import BlockfitError, first_line
+from blockfit.errors import BlockfitError, first_line, need
 from blockfit.files import check_file, new_file
 from blockfit.formats.folder import Saved
 from blockfit.formats.parity import Parity, compare
@@ -122,7 +121,7 @@ def export_onnx(
     target = Path(path).expanduser()
     check_file(target, SUFFIX, overwrite)
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        _library(name)
+        need(name, "onnx")
     setting = Setting.of(saved, images, resolution, batch)
     if setting.example().dtype == torch.bfloat16:
         raise BlockfitError(
@@ -183,7 +182,7 @@ class Session(nn.Module):
 
     def __init__(self, path: Path, level: str = "all") -> None:
         super().__init__()
-        ort = _library("onnxruntime")
+        ort = need("onnxruntime", "onnx")
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
@@ -210,7 +209,7 @@ class OpenVino(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        openvino = _library("openvino")
+        openvino = need("openvino", "openvino")
         core = openvino.Core()
         limits = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -261,10 +260,3 @@ def _silent() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BlockfitError(f'{name} is not installed; pip install "blockfit[onnx]"') from error

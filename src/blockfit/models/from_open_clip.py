@@ -15,9 +15,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from blockfit.errors import BlockfitError, first_line
+from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models import hub
-from blockfit.models.libraries import Loaded, import_library
+from blockfit.models.libraries import Loaded
 from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.source import Source, check_timm
 
@@ -39,7 +39,7 @@ def load_open_clip(name: str, options: dict[str, Any]) -> Loaded:
     Raises:
         BlockfitError: where there is no such model, or its weights cannot be had.
     """
-    library = import_library("open_clip", "open-clip")
+    library = need("open_clip", "open-clip")
     if unknown := sorted(options.keys() - _OPTIONS):
         raise BlockfitError(
             f"unknown option {unknown[0]!r} for an open_clip model; "
@@ -138,7 +138,7 @@ def build_open_clip(arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         BlockfitError: for what would read files or the network, and unknown keys.
     """
-    library = import_library("open_clip", "open-clip")
+    library = need("open_clip", "open-clip")
     values = copy.deepcopy(dict(arguments["config"]))
     fields = {
         part: {field.name for field in dataclasses.fields(getattr(library, name))}

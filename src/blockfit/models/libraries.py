@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from blockfit.errors import BlockfitError, first_line
+from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models import hub
 from blockfit.models.preprocessing import (
     Preprocessing,
@@ -82,7 +82,7 @@ def load_folder(
 def load_transformers(
     name: str, trust_remote_code: bool, dtype: torch.dtype, options: dict[str, Any]
 ) -> Loaded:
-    transformers = import_library("transformers", "transformers")
+    transformers = need("transformers", "transformers")
     remote = {"trust_remote_code": trust_remote_code}
     options = {**options, **({} if Path(name).is_dir() else hub.only_cached(options))}
     try:
@@ -109,7 +109,7 @@ def load_transformers(
 
 
 def _transformers_class(config: Any, name: str, trust_remote_code: bool) -> Any:
-    transformers = import_library("transformers", "transformers")
+    transformers = need("transformers", "transformers")
     architectures = getattr(config, "architectures", None) or []
     found = getattr(transformers, architectures[0], None) if architectures else None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -160,7 +160,7 @@ def _switches(cls: type) -> Iterator[dict[str, bool]]:
 
 
 def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
-    transformers = import_library("transformers", "transformers")
+    transformers = need("transformers", "transformers")
     values, name = copy.deepcopy(dict(arguments["config"])), arguments["class"]
     model_class = getattr(transformers, name, None)
     if not (
@@ -209,7 +209,7 @@ def is_timm_name(name: str) -> bool:
 
 
 def load_timm(name: str, options: dict[str, Any]) -> Loaded:
-    timm = import_library("timm", "timm")
+    timm = need("timm", "timm")
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), 3)
@@ -244,7 +244,7 @@ def timm_sources(model: nn.Module) -> Iterator[Source]:
         return
     architecture, tag = config.get("architecture"), config.get("tag")
     kept = {k: v for k, v in config.items() if k not in _NOT_ARCHITECTURE}
-    options = import_library("timm.models", "timm").get_model_args(model)
+    options = need("timm.models", "timm").get_model_args(model)
     arguments = _json({"architecture": architecture, "config": kept, "options": options})
     if arguments is not None:
         name = f"{architecture}.{tag}" if tag else str(architecture)
@@ -255,7 +255,7 @@ _NOT_ARCHITECTURE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename"
 
 
 def build_timm(arguments: Mapping[str, Any]) -> nn.Module:
-    timm = import_library("timm", "timm")
+    timm = need("timm", "timm")
     check_timm(arguments["architecture"], {**arguments["config"], **arguments["options"]})
     if not timm.is_model(arguments["architecture"]):
         raise BlockfitError(
@@ -277,7 +277,7 @@ def build_timm(arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def load_torchvision(name: str, options: dict[str, Any]) -> Loaded:
-    models = import_library("torchvision.models", "timm")
+    models = need("torchvision.models", "timm")
     builder, _, tag = name.partition(".")
     if builder not in models.list_models():
         near = difflib.get_close_matches(builder, models.list_models(), 3)
@@ -335,7 +335,7 @@ def torchvision_sources(model: nn.Module) -> Iterator[Source]:
 
 
 def build_torchvision(arguments: Mapping[str, Any]) -> nn.Module:
-    module = import_library("torchvision.models.vision_transformer", "timm")
+    module = need("torchvision.models.vision_transformer", "timm")
     values = dict(arguments)
     known = (*_TORCHVISION_VALUES, "num_layers", "num_heads", "norm_eps")
     if unknown := [key for key in values if key not in known]:
@@ -373,13 +373,3 @@ def _json(values: Any) -> dict[str, Any] | None:
         return cast(dict[str, Any], json.loads(json.dumps(values)))
     except TypeError:
         return None
-
-
-def import_library(module: str, extra: str) -> Any:
-    """The module, or a BlockfitError that says which extra brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BlockfitError(
-            f'{module.partition(".")[0]} is not installed; pip install "blockfit[{extra}]"'
-        ) from error

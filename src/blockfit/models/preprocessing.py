@@ -6,7 +6,6 @@ their own code, so that the result is theirs to the last bit; ``plain`` needs Pi
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from blockfit.errors import BlockfitError, first_line
+from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models.described import describe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -34,6 +33,7 @@ _KEYS: dict[str, frozenset[str] | None] = {
     "torchvision": frozenset({"crop_size", "resize_size", "mean", "std", "interpolation"}),
     "plain": frozenset({"size", "channels", "mean", "std", "interpolation", "crop"}),
 }
+NEEDS_IT = "the model's preprocessing"
 _RESAMPLING = {r.name.lower(): r for r in Image.Resampling}
 
 
@@ -323,13 +323,13 @@ def _plain_transform(settings: Mapping[str, Any]) -> Callable[[Image.Image], Ten
 
 
 def _timm_transform(settings: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    data = _library("timm.data", "timm")
+    data = need("timm.data", "timm", NEEDS_IT)
     return cast(Callable[[Image.Image], Tensor], data.create_transform(**settings))
 
 
 def _torchvision_transform(settings: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    presets = _library("torchvision.transforms._presets", "timm")
-    modes = _library("torchvision.transforms", "timm").InterpolationMode
+    presets = need("torchvision.transforms._presets", "timm", NEEDS_IT)
+    modes = need("torchvision.transforms", "timm", NEEDS_IT).InterpolationMode
     values = {**settings, "interpolation": modes(settings["interpolation"])}
     for key in ("crop_size", "resize_size"):
         (values[key],) = settings[key]
@@ -338,8 +338,8 @@ def _torchvision_transform(settings: Mapping[str, Any]) -> Callable[[Image.Image
 
 def _transformers_transform(settings: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
     name = settings["image_processor_type"]
-    base = _library("transformers.image_processing_utils", "transformers").BaseImageProcessor
-    processor_class = getattr(_library("transformers", "transformers"), name, None)
+    base = need("transformers.image_processing_utils", "transformers", NEEDS_IT).BaseImageProcessor
+    processor_class = getattr(need("transformers", "transformers", NEEDS_IT), name, None)
     if not (isinstance(processor_class, type) and issubclass(processor_class, base)):
         raise BlockfitError(f"preprocessing: {name!r} is no image processor of this transformers")
     if processor_class.__name__ != name:
@@ -361,13 +361,3 @@ def _transformers_transform(settings: Mapping[str, Any]) -> Callable[[Image.Imag
         return cast(Tensor, out["pixel_values"][0])
 
     return transform
-
-
-def _library(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BlockfitError(
-            f"the model's preprocessing needs {module.partition('.')[0]}, which is not installed; "
-            f'pip install "blockfit[{extra}]"'
-        ) from error

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockfit.errors import BlockfitError, first_line
+from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models import hub
 from blockfit.models.forward import evaluating, placed
 from blockfit.models.from_open_clip import CONFIG_FILE
-from blockfit.models.libraries import import_library
 from blockfit.models.source import Source
 
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -55,7 +54,7 @@ def tokenizer(model: nn.Module, source: Source) -> Tokenize:
 
 
 def _transformers_tokenizer(model: nn.Module, name: str) -> Tokenize:
-    transformers = import_library("transformers", "transformers")
+    transformers = need("transformers", "transformers")
     files = {} if Path(name).is_dir() else hub.only_cached({})
     own = transformers.AutoTokenizer.from_pretrained(name, **files)
     config = getattr(getattr(model, "config", None), "text_config", None)
@@ -77,7 +76,7 @@ def _transformers_tokenizer(model: nn.Module, name: str) -> Tokenize:
 
 
 def _open_clip_tokenizer(name: str) -> Tokenize:
-    library = import_library("open_clip", "open-clip")
+    library = need("open_clip", "open-clip")
     where = name.removeprefix("open_clip/")
     if (Path(where) / CONFIG_FILE).is_file():
         where = f"local-dir:{where}"

@@ -7,7 +7,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from blockfit.errors import BlockfitError
+from blockfit.errors import need
 from blockfit.evaluation.speed import ORIGINAL, Bench, Row
 from blockfit.models.cost import Timing
 from blockfit.units import number, share
@@ -110,13 +110,10 @@ def draw(result: Bench, path: str | Path) -> None:
     Raises:
         BlockfitError: where matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BlockfitError(
-            'the picture needs matplotlib, which is not installed; pip install "blockfit[plots]"'
-        ) from error
+    need("matplotlib.figure", "plots", "the picture")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = result.rows
     figure = Figure(figsize=(9, 1.6 + 0.32 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)

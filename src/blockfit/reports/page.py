@@ -7,7 +7,7 @@ import hashlib
 from importlib.resources import files
 from pathlib import Path
 
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, need
 from blockfit.files import new_file
 from blockfit.formats.manifest import installed_versions
 from blockfit.reports.content import Content
@@ -28,13 +28,10 @@ def render(content: Content) -> str:
     Raises:
         BlockfitError: where Jinja2 or matplotlib is missing, or the runs do not belong together.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise BlockfitError(
-            'a report needs Jinja2, which is not installed; pip install "blockfit[report]"'
-        ) from error
+    need("jinja2", "report", "a report")
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
     pieces = files("blockfit.reports").joinpath("report_page")
     source, style, script = (
         pieces.joinpath(name).read_text("utf-8")

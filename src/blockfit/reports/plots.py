@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockfit.errors import BlockfitError
+from blockfit.errors import need
 from blockfit.evaluation.side_by_side import SideBySide
 from blockfit.fit.similarity import Table
 from blockfit.reports.content import Candidate
@@ -134,13 +134,10 @@ def _write(figure: Any, target: Any, kind: str) -> None:
 
 def _figure(palette: Palette, height: float, columns: int = 1) -> tuple[Any, Any]:
     """A figure and its axes, bare but for what helps to read them."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BlockfitError(
-            'a report needs matplotlib, which is not installed; pip install "blockfit[report]"'
-        ) from error
+    need("matplotlib.figure", "report", "a report")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=palette.paper)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from blockfit.errors import BlockfitError
+from blockfit.errors import need
 from blockfit.fit.similarity import Tables
 
 Rows = Sequence[dict[str, Any]]
@@ -30,13 +30,10 @@ def draw(name: str, rows: Rows, path: Path, title: str) -> None:
     if name == "similarity":
         _similarity(rows).draw(path, title)
         return
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BlockfitError(
-            'the pictures need matplotlib, which is not installed; pip install "blockfit[plots]"'
-        ) from error
+    need("matplotlib.figure", "plots", "the picture")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     parts = _per_span(rows) if name == "positions" else [rows]
     panels = [(panel, part) for panel in _PANELS[name] for part in parts]
     width = 6.4 if len(panels) < 3 else 4.6
