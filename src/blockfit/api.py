@@ -39,9 +39,11 @@ from blockfit.reports.page import check_report, write_pictures, write_report
 from blockfit.reports.runs import read_runs
 from blockfit.search import sweep as sweeps
 from blockfit.search.budget import Budget
+from blockfit.search.final import final_figures, set_apart
+from blockfit.search.loss_budget import Judge, check_images
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.run import Result, checkpoint_of, describe, run_json
-from blockfit.search.session import HOLD_OUT, Progress, Say, Session, Setting
+from blockfit.search.session import CALIBRATION_IMAGES, HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.search.sweep import sweep
 from blockfit.units import bytes_of
 
@@ -93,6 +95,8 @@ def compress(
     protect: Iterable[int] = (),
     blocks: str | None = None,
     hold_out: float = HOLD_OUT,
+    final: int | None = None,
+    force_budget: bool = False,
     seed: int = 0,
     inplace: bool = False,
     say: Say | None = None,
@@ -106,14 +110,17 @@ def compress(
 
     Args:
         model: any module whose blocks map (batch, tokens, width) to the same shape, or a name.
-        images: ``Images``, or whatever ``blockfit.images`` takes.
+        images: ``Images``, or whatever ``blockfit.images`` takes. 512 are drawn for the
+            calibration; ``blockfit.images(…, limit=N)`` or ``limit="all"`` says otherwise.
         spans: what goes, by hand: ``["2:4", "9:11"]`` or ``[(2, 4), (9, 11)]``.
         remove: how many blocks go.
         params: the part of the parameters that may remain: ``0.62`` or ``"62%"``.
         flops: the same of the floating-point operations of one forward.
         latency: the same of the latency, measured on this machine.
-        max_kl: largest held-out KL divergence of the output, in nats.
-        max_drop: largest loss of top-1 in points, on the held-out images' labels.
+        max_kl: largest KL divergence of the output, in nats; judged by the upper end of a
+            one-sided 95% interval, on images that decide nothing else.
+        max_drop: largest loss of top-1 in points, judged likewise, image by image against the
+            original; needs labels.
         recipe: ``default``, ``paper``, ``plain``, or a ``Recipe``.
         map: kind of map, instead of the recipe's.
         rank: of ``low-rank`` maps.
@@ -124,7 +131,10 @@ def compress(
         repair_ridge: λ of the repairs, towards the original weights.
         protect: blocks that must stay because something reads their output.
         blocks: dotted path of the list of blocks, where looking is not enough.
-        hold_out: part of the images that judges and is not fitted on.
+        hold_out: part of the calibration images that chooses the plan and is not fitted on.
+        final: images that are used for the final figures alone: up to 1,000 of those beyond the
+            calibration images by default, a fifth of all where too few are; 0 for none.
+        force_budget: judge ``max_kl`` and ``max_drop`` by what is measured, not by what is sure.
         seed: of every draw.
         inplace: change ``model`` itself instead of a copy.
         say: called with one line on what is being done.
@@ -178,23 +188,40 @@ def compress(
         images = open_images(images, model, seed=seed)
     check_no_int8(model, "compressed")
     source = source_of(model)
-    setting = Setting.of(model, images, blocks, hold_out, seed)
+    judging = budget is not None and budget.kind in ("max_kl", "max_drop")
+    parts = set_apart(images.draw(CALIBRATION_IMAGES, seed), final, judging, seed)
+    if budget is not None:
+        check_images(budget, parts, force_budget)
+    setting = Setting.of(model, parts.calibration, blocks, hold_out, seed)
+    judge = None
+    if budget is not None and parts.judge is not None:
+        at = (setting.model, setting.blocks, parts.judge)
+        judge = Judge(budget, *at, seed, force_budget, progress)
     if plan is not None:
         plan.check(setting.blocks.depth, protect)
-    run = run_json(model, images, chosen, protect, hold_out, seed)
-    checkpoint = checkpoint_of(resume, run, images, setting.blocks)
+    run = run_json(model, parts, chosen, protect, hold_out, seed)
+    checkpoint = checkpoint_of(resume, run, parts.calibration, setting.blocks)
     session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
     if plan is not None:
         point = session.by_hand(plan)
     else:
         assert budget is not None
-        point = session.reach(budget)
-    report = describe(session, point, images, budget)
+        point = session.reach(budget, judge)
+    found = None
+    if parts.final is not None:
+        (say or _silent)(f"final figures on {len(parts.final)} images")
+        what = (setting.model, point.solution, setting.blocks, parts.final, seed, parts.apart)
+        found = final_figures(*what, progress)
+    report = describe(session, point, parts, budget, judge, found)
     small = model if inplace else copy.deepcopy(model)
     point.solution.apply(small, setting.blocks)
-    report["warnings"] += overflow_warnings(small, setting.blocks, next(iter(images)))
+    report["warnings"] += overflow_warnings(small, setting.blocks, setting.example)
     report["seconds"] = round(time.perf_counter() - started, 3)
     return Result(small, point.solution.plan, report, setting.blocks, source)
+
+
+def _silent(line: str) -> None:
+    """Where nobody wants to know."""
 
 
 @checked

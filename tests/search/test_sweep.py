@@ -1,5 +1,6 @@
 """The frontier: written size by size, resumed after a stop, turned into models without images."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import blockfit
+from blockfit.fit.intervals import drop_above
 from blockfit.search.budget import Budget
 from blockfit.search.span_search import Search
-from blockfit.search.sweep import MARK, from_sweep, loss_of, read_sweep, sweep
+from blockfit.search.sweep import MARK, from_sweep, loss_of, parts_of_sweep, read_sweep, sweep
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def images(model):
-    return blockfit.images("digits", model, limit=40, seed=0)
+    return small_part(blockfit.images("digits", model, limit=40, seed=0))
+
+
+def small_part(images):
+    """The same, and 128 images beyond."""
+    return dataclasses.replace(images, beyond=images.beyond[:128])
 
 
 @pytest.fixture(scope="module")
@@ -83,23 +90,42 @@ def test_top1_is_that_of_the_held_out_images(folder, model, images):
     assert result.report["top1_after"] in [point["top1"] for point in stored["points"]]
 
 
-def test_a_drop_budget_takes_the_smallest_model_that_keeps_it(folder):
-    frontier = read_sweep(folder)
-    before = frontier.data["original"]["top1"]
-    for points in (0, 100):
-        best = frontier.best(Budget("max_drop", points))
-        fitting = [p for p in frontier.points if 100 * (before - p["top1"]) <= points]
-        assert best["removed"] == max(p["removed"] for p in fitting)
+def test_a_drop_budget_takes_the_last_plan_up_to_which_all_bounds_keep_it(folder):
+    points = read_sweep(folder).points
+    bounds = []
+    for point in points:
+        judged = point["judged"]
+        assert judged["images"] == judged["labelled"] == point["final"]["images"] == 64
+        assert judged["apart"]
+        bounds.append(100 * drop_above(judged["worse"], judged["better"], 64))
+    for budget in (5.0, 12.0, 60.0):
+        size = next((n for n, bound in enumerate(bounds) if bound > budget), len(bounds))
+        best = read_sweep(folder).best(Budget("max_drop", budget))
+        assert best["removed"] == size
+    report = from_sweep(folder, Budget("max_drop", 12.0)).report
+    assert report["judged"]["bound"] <= 12.0
+    assert report["final"]["top1_after"]["low"] < report["final"]["top1_after"]["value"]
 
 
-def test_a_drop_finer_than_one_held_out_image_comes_with_a_warning(folder, model):
-    point = read_sweep(folder).points[0]
-    images = point["held_out"]["images"]
-    told = from_sweep(folder, Budget("max_drop", 0), model).report["warnings"]
-    assert f"top-1 on {images} held-out images moves by {100 / images:.1f} points" in told[-1]
-    assert not any(
-        "moves by" in w for w in from_sweep(folder, Budget("remove", 1), model).report["warnings"]
-    )
+def test_a_drop_that_the_sweeps_images_cannot_show_is_refused(folder, model):
+    with pytest.raises(
+        blockfit.BlockfitError, match=r"64 images .* cannot show max_drop 0\.5: removing 1 costs 0"
+    ):
+        from_sweep(folder, Budget("max_drop", 0.5), model)
+    forced = from_sweep(folder, Budget("max_drop", 0.5), model, force_budget=True).report
+    assert "is kept by what 64 images say" in forced["warnings"][-1]
+
+
+def test_the_figures_of_a_sweep_are_of_images_that_chose_nothing(folder, model, images):
+    """Its final figures are those of the model that is made from it."""
+    result = from_sweep(folder, Budget("remove", 9), model)
+    final = parts_of_sweep(images, None, 0).final
+    labels = torch.cat([batch.labels for batch in final.batches()])
+    with torch.no_grad():
+        guesses = torch.cat([result.model(batch).argmax(1) for batch in final])
+    right = float((guesses == labels).double().mean())
+    assert result.report["final"]["top1_after"]["value"] == pytest.approx(right)
+    assert not {*final.positions.tolist()} & {*images.positions.tolist()}
 
 
 def test_a_finished_sweep_is_timed_from_what_it_wrote(folder, timed, model, images):
@@ -129,15 +155,15 @@ def test_what_a_sweep_does_not_know_is_said_with_what_to_do(folder, timed, tmp_p
     data = json.loads((timed / MARK).read_text())
     del data["original"]["top1"]  # as earlier versions wrote it
     for point in data["points"]:
-        for key in ("top1", "latency", "repaired_blocks"):
+        for key in ("top1", "latency", "repaired_blocks", "judged", "final"):
             del point[key]
         point["held_out"] |= {"kl": None, "agreement": None}
     (tmp_path / MARK).write_text(json.dumps(data))
     frontier = read_sweep(tmp_path)
     for kind, message in (
         ("latency", "holds no latencies; give the same sweep again with --measure-latency 1"),
-        ("max_drop", "holds no accuracy; sweep labelled images"),
-        ("max_kl", "holds no KL, for the model has no head; use remove"),
+        ("max_drop", "holds no accuracy that was judged apart; sweep labelled images"),
+        ("max_kl", "holds no KL that was judged apart: the model has no head"),
     ):
         with pytest.raises(blockfit.BlockfitError, match=message):
             frontier.best(Budget(kind, 1.0))
@@ -173,7 +199,7 @@ def test_a_model_from_a_sweep_tells_where_it_is_from(folder):
 
 
 def test_a_sweep_of_another_number_of_images_is_another_sweep(folder, model):
-    more = blockfit.images("digits", model, limit=48, seed=0)
+    more = small_part(blockfit.images("digits", model, limit=48, seed=0))
     with pytest.raises(blockfit.BlockfitError, match="another calibration"):
         sweep(model, more, folder)
 

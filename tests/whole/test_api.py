@@ -104,15 +104,15 @@ def test_size_budgets_are_kept(model, images, budget, key):
     assert result.report[f"{key}_after"] <= 0.85 * result.report[f"{key}_before"]
 
 
-def test_max_kl_is_kept_on_the_held_out_images(model, images):
-    result = blockfit.compress(model, images, max_kl=0.02)
-    assert 0 <= result.report["held_out"]["kl"] <= 0.02
+def test_max_kl_is_kept_by_the_upper_end_of_the_interval(model, images):
+    judged = blockfit.compress(model, images, max_kl=0.02).report["judged"]
+    assert 0 <= judged["value"] < judged["bound"] <= 0.02
 
 
-def test_max_drop_needs_labels(model, images):
-    unlabelled = blockfit.images(torch.cat(list(images)), model)
+def test_max_drop_needs_labels(model):
+    unlabelled = blockfit.images(torch.rand(2000, 1, 8, 8), model)
     with pytest.raises(blockfit.BlockfitError, match="labelled"):
-        blockfit.compress(model, unlabelled, max_drop=0.5)
+        blockfit.compress(model, unlabelled, max_drop=1.0)
 
 
 def test_protected_blocks_stay(model, images):

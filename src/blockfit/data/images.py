@@ -62,6 +62,10 @@ class Images:
     Nothing is decoded before a walk and nothing is kept after it. An unreadable image is skipped,
     counted and named in ``skipped`` as soon as a walk has met it, and its batch is one shorter;
     which others are drawn does not depend on it.
+
+    Args:
+        limited: whether the user said how many there are to be.
+        beyond: positions that were given and not drawn, in the order of the draw.
     """
 
     records: Records | Stream
@@ -76,6 +80,8 @@ class Images:
     unreadable: dict[int, str] = field(default_factory=dict)
     max_pixels: int | None = None
     shard: tuple[int, int] = (0, 1)
+    limited: bool = False
+    beyond: np.ndarray = field(default_factory=lambda: np.arange(0))
 
     def __len__(self) -> int:
         """The number of images, without those that a walk has found to be unreadable."""
@@ -137,7 +143,46 @@ class Images:
 
     def take(self, count: int) -> Images:
         """The first ``count`` images of this order."""
-        return self._part(self.positions[:count])
+        return replace(self._part(self.positions[:count]), limited=True)
+
+    def draw(self, count: int, seed: int) -> Images:
+        """``count`` of the images, drawn with the seed before anything is decoded.
+
+        The others lie ``beyond`` them. Where the user said how many images there are to be, or
+        there are no more than ``count``, they come back as they are.
+        """
+        if self.limited or len(self.positions) <= count:
+            return self
+        order = np.random.default_rng(seed).permutation(self.positions)
+        return replace(
+            self, positions=order[:count], beyond=order[count:], seed=seed, drawn=count,
+            limited=True,
+        )  # fmt: skip
+
+    def apart(self, count: int, seed: int) -> tuple[Images, Images]:
+        """These images, and ``count`` others that were given: those ``beyond`` come first.
+
+        Where too few lie beyond, the rest is taken from these, drawn with the seed.
+        """
+        others, own = self.beyond[:count], self.positions
+        if (missing := count - len(others)) > 0:
+            taken = np.random.default_rng([seed, 1]).permutation(len(own))[:missing]
+            others, own = np.concatenate([others, own[taken]]), np.delete(own, taken)
+        rest = replace(self, positions=own, beyond=self.beyond[count:])
+        part = replace(self, positions=others, beyond=self.beyond[:0], drawn=len(others))
+        return rest, replace(part, unreadable=dict(self.unreadable))
+
+    def between(self, start: int, stop: int) -> Images:
+        """The images from place ``start`` to before ``stop`` of this order."""
+        return self._part(self.positions[start:stop])
+
+    @property
+    def changing(self) -> bool:
+        """Whether reading the first batch twice gives different images: random augmentation."""
+        once, again = (_tensors(next(iter(self), {})) for _ in range(2))
+        return once.keys() != again.keys() or any(
+            not torch.equal(value, again[key]) for key, value in once.items()
+        )
 
     def split(self, fraction: float, seed: int | None = None) -> tuple[Images, Images]:
         """Two disjoint parts, drawn with the seed; the second holds ``fraction`` of the images.
@@ -267,7 +312,7 @@ def images(
     source: Any,
     model: nn.Module | None = None,
     *,
-    limit: int | None = None,
+    limit: int | str | None = None,
     seed: int = 0,
     batch_size: int = 32,
     preprocessing: Preprocessing | Prepare | None = None,
@@ -297,7 +342,7 @@ def images(
               of tensors, (tensor, label) pairs or dictionaries
         model: the model whose preprocessing and class names are used.
         limit: how many images to draw with the seed over the whole set; all, in their order,
-            by default.
+            by default, of which a calibration draws 512. ``"all"`` makes it use all of them.
         seed: of the draw.
         batch_size: images per batch; a stream's own batches stay as they are.
         preprocessing: a ``Preprocessing`` or any function from a Pillow image to a tensor
@@ -311,21 +356,32 @@ def images(
     Raises:
         BlockfitError: where there are no images, or it is not clear how to prepare them.
     """
-    at_least(1, batch_size=batch_size, limit=limit, max_pixels=max_pixels)
+    count = None if limit == "all" else limit
+    if isinstance(count, str):
+        raise BlockfitError(f'limit must be a number of images or "all", got {limit!r}')
+    at_least(1, batch_size=batch_size, limit=count, max_pixels=max_pixels)
     at_least(0, workers=workers, seed=seed)
     records = _records(source, image_column, label_column, split)
     if records.size == 0:
         raise BlockfitError(f"{records.source} holds no images; give one that holds some")
     prepare = _prepare(records, model, preprocessing)
     positions = np.arange(records.size)
-    if limit is not None:
-        positions = np.random.default_rng(seed).permutation(records.size)[:limit]
+    beyond = positions[:0]
+    if count is not None:
+        order = np.random.default_rng(seed).permutation(records.size)
+        positions, beyond = order[:count], order[count:]
     names, new_label = model_labels(records.class_names, model)
     drawn = len(positions)
     return Images(
         records, positions, prepare, batch_size, seed, workers, drawn, names, new_label,
-        max_pixels=max_pixels,
+        max_pixels=max_pixels, limited=limit is not None, beyond=beyond,
     )  # fmt: skip
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    if isinstance(batch, Tensor):
+        return {"": batch}
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 def _records(

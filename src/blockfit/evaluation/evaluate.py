@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
@@ -29,6 +28,7 @@ from blockfit.models.forward import evaluating, first_images, place, placed
 from blockfit.models.head import Observation, observe
 from blockfit.models.trace import trace
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
+from blockfit.search.final import finite
 from blockfit.search.held_out import observe_solution
 from blockfit.search.solve import Solution
 
@@ -242,7 +242,7 @@ def _row(
 ) -> tuple[int, dict[str, tuple[int, int]], Sums | None]:
     """Of a batch, as JSON: images, right answers and labels of each model, sums of fidelity."""
     seen = {
-        name: _checked(observe(model, places[name], placed(model, batch.inputs)), name, batch)
+        name: finite(observe(model, places[name], placed(model, batch.inputs)), name, batch.names)
         for name, model in models.items()
     }
     counts = {name: counted(one, batch.labels) for name, one in seen.items()}
@@ -282,7 +282,7 @@ def evaluate_many(
             states = trace(model, blocks, placed(model, batch.inputs), keep, batch.names)
             original = observe_solution(model, blocks, states, whole)
             for name, solution in solutions.items():
-                seen = _checked(observe_solution(model, blocks, states, solution), name, batch)
+                seen = finite(observe_solution(model, blocks, states, solution), name, batch.names)
                 meters[name].add(original, seen)
                 accuracies[name].add(seen, batch.labels)
             done += len(original.features)
@@ -315,22 +315,6 @@ def _figures(
         )
         for name, model in models.items()
     }
-
-
-def _checked(seen: Observation, name: str, batch: LabelledBatch) -> Observation:
-    """Refuse outputs that are NaN or infinite: every figure made of them would be void."""
-    for tensor in (seen.features, seen.logits):
-        if tensor is None:
-            continue
-        bad = ~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            image = batch.names[row] if row < len(batch.names) else f"image {row} of a batch"
-            raise BlockfitError(
-                f"the output of the model {name!r} holds NaN or infinite values for {image}; "
-                "check that image and the model's weights and dtype"
-            )
-    return seen
 
 
 def _compared(original: Observation, compressed: Observation) -> Sums:

@@ -79,16 +79,6 @@ class Budget:
         return size[self.kind] <= self.value + 1e-9
 
 
-def unresolved(budget: Budget | None, held_out: int) -> list[str]:
-    """What to warn of where a drop in points is less than one of the held-out images weighs."""
-    if budget is None or budget.kind != "max_drop" or budget.value >= 100 / held_out:
-        return []
-    return [
-        f"top-1 on {held_out} held-out images moves by {100 / held_out:.1f} points with each, more "
-        f"than {budget}; give more labelled images, or evaluate the small model on others"
-    ]
-
-
 def read_number(value: float | str, name: str) -> float:
     """``0.62``, ``"0.62"`` or ``"62%"`` as a number."""
     if isinstance(value, str):

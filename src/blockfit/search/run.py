@@ -17,7 +17,9 @@ from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Blocks
 from blockfit.models.source import Source
 from blockfit.models.tensors import fingerprint
-from blockfit.search.budget import Budget, unresolved
+from blockfit.search.budget import Budget
+from blockfit.search.final import Final, Parts
+from blockfit.search.loss_budget import Judge, beyond_bound
 from blockfit.search.recipes import Recipe, recipe_json
 from blockfit.search.session import Session
 from blockfit.search.span_search import Point
@@ -43,10 +45,21 @@ class Result:
 
 
 def describe(
-    session: Session, point: Point, images: Images, budget: Budget | None
+    session: Session,
+    point: Point,
+    parts: Parts,
+    budget: Budget | None,
+    judge: Judge | None = None,
+    final: Final | None = None,
 ) -> dict[str, Any]:
-    """The report of a run, as JSON values."""
-    plan = point.solution.plan
+    """The report of a run, as JSON values.
+
+    ``held_out`` and ``top1_before``, ``top1_after`` are of the images that chose the plan,
+    ``final`` of images that decided nothing.
+    """
+    plan, verdict = point.solution.plan, None
+    if judge is not None:
+        verdict = judge.decided.get(plan)
     parameters, flops = session.sizes.of(plan)
     return {
         "budget": None if budget is None else str(budget),
@@ -59,22 +72,27 @@ def describe(
         "flops_before": session.sizes.flops,
         "flops_after": flops,
         "calibration": {
-            **images.description(),
+            **parts.whole.description(),
             "fit": len(session.setting.fit),
             "held_out": len(session.setting.held_out),
+            "judged": 0 if parts.judge is None else len(parts.judge),
+            "final": 0 if parts.final is None else len(parts.final),
         },
+        "final": None if final is None else final.to_json(),
+        "judged": None if verdict is None else verdict.to_json(),
         "held_out": dataclasses.asdict(point.fidelity),
         "top1_before": session.held_out.top1,
         "top1_after": point.top1,
         "maps": [dataclasses.asdict(error) for error in point.map_errors],
         "repaired_blocks": session.repaired_blocks(point),
-        "warnings": session.warnings(point) + unresolved(budget, len(session.setting.held_out)),
+        "warnings": session.warnings(point)
+        + ([] if budget is None or verdict is None else beyond_bound(budget, verdict)),
     }
 
 
 def run_json(
     model: nn.Module,
-    images: Images,
+    parts: Parts,
     recipe: Recipe,
     protect: Iterable[int],
     hold_out: float,
@@ -87,7 +105,8 @@ def run_json(
         "hold_out": hold_out,
         "seed": seed,
         "model": fingerprint(model),
-        "calibration": settled(images.description()),
+        "calibration": settled(parts.whole.description()),
+        "apart": [len(p.positions) for p in (parts.judge, parts.final) if p is not None],
     }
     return dict(json.loads(json.dumps(run)))
 

@@ -25,6 +25,7 @@ from blockfit.search.budget import Budget, Sizes
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
 from blockfit.search.held_out import HeldOut
 from blockfit.search.latency import latency_of
+from blockfit.search.loss_budget import Judge, Verdict, furthest
 from blockfit.search.recipes import Recipe
 from blockfit.search.solve import Solution
 from blockfit.search.span_search import QUICK_IMAGES, Point, Search, most_removed
@@ -39,6 +40,9 @@ from blockfit.search.spill import (
 from blockfit.search.states import Originals
 
 HOLD_OUT = 0.2
+CALIBRATION_IMAGES = 512
+"""Drawn where nobody says how many (docs/measurements.md: more gain little)."""
+
 JUDGE_BATCH = 16
 """Batch size of the held-out images: the unit in which the race of candidates spends them."""
 
@@ -250,8 +254,12 @@ class Session:
                 f"the model cannot be run with {plan}: {first_line(error)}; choose other spans"
             ) from error
 
-    def reach(self, budget: Budget) -> Point:
+    def reach(self, budget: Budget, judge: Judge | None = None) -> Point:
         """The plan of smallest held-out loss that meets ``budget``.
+
+        Args:
+            budget: a size, or the largest loss.
+            judge: of a budget of loss.
 
         Raises:
             BlockfitError: where no plan does; the message says what can be reached.
@@ -267,7 +275,8 @@ class Session:
             return self._reach_size(budget)
         if budget.kind == "latency":
             return self._reach_latency(budget)
-        return self._reach_loss(budget)
+        assert judge is not None, "a budget of loss needs a judge"
+        return self._reach_loss(judge)
 
     def _reach_size(self, budget: Budget) -> Point:
         if budget.kind == "flops" and self.sizes.flops is None:
@@ -329,41 +338,22 @@ class Session:
         setting = self.setting
         return latency_of(setting.model, setting.blocks, solution, setting.example).ratio
 
-    def _reach_loss(self, budget: Budget) -> Point:
+    def _reach_loss(self, judge: Judge) -> Point:
         search = self.search()
-        if budget.kind == "max_drop" and self.held_out.top1 is None:
-            raise BlockfitError(
-                "max_drop needs labelled images of the classes of the model's own head; "
-                "give such images or use max_kl"
-            )
-        best: Point | None = None
-        cheapest, misses = float("inf"), 0
-        for size in range(1, search.largest + 1):
+
+        def solve(size: int) -> Point:
             point = search.solved(size)
             assert point is not None
-            cost = self._cost(budget, point)
-            cheapest = min(cheapest, cost)
-            misses = misses + 1 if cost > budget.value else 0
-            if cost <= budget.value:
-                best = point
-            if misses == 2:
-                break
-        if best is None:
-            raise BlockfitError(
-                f"{budget} cannot be kept: removing one block costs {cheapest:.3g} already; "
-                "ask for more"
-            )
-        return best
+            return point
 
-    def _cost(self, budget: Budget, point: Point) -> float:
-        if budget.kind == "max_kl":
-            if point.fidelity.kl is None:
-                raise BlockfitError("max_kl needs a model with a head; use remove, params or flops")
-            return point.fidelity.kl
-        before, after = self.held_out.top1, point.top1
-        assert before is not None
-        assert after is not None
-        return 100 * (before - after)
+        def decide(point: Point) -> Verdict:
+            self._say(f"{point.removed} blocks: judging {judge.budget}")
+            return judge.verdict(point.solution)
+
+        found = furthest(range(1, search.largest + 1), solve, decide)
+        if found.solved is None:
+            raise judge.refusal("removing one block", found.verdicts[1])
+        return found.solved
 
     def repaired_blocks(self, point: Point) -> list[int]:
         """The kept blocks of which a solution holds weights that were solved anew."""

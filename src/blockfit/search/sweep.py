@@ -25,14 +25,25 @@ from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Batch, Blocks
 from blockfit.models.forward import first_images
+from blockfit.models.head import Observation
 from blockfit.models.load import load_model, source_of
 from blockfit.models.source import Source
 from blockfit.models.tensors import fingerprint
-from blockfit.search.budget import Budget, unresolved
+from blockfit.search.budget import Budget
+from blockfit.search.final import (
+    APART,
+    FINAL_IMAGES,
+    Parts,
+    built,
+    final_of,
+    outcomes,
+    set_apart,
+)
 from blockfit.search.latency import latency_of, way_of
+from blockfit.search.loss_budget import Judged, Verdict, beyond_bound
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.run import Result, checkpoint_of, run_json
-from blockfit.search.session import HOLD_OUT, Progress, Say, Session, Setting
+from blockfit.search.session import CALIBRATION_IMAGES, HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.search.solve import Solution
 from blockfit.search.span_search import Point, most_removed
 from blockfit.search.sweep_file import (
@@ -48,9 +59,10 @@ UNKNOWN = {
     "flops": "does not know FLOPs, which cannot be counted for its model; use remove or params",
     "latency": "holds no latencies; give the same sweep again with --measure-latency 1 "
     "(latency_images=1), or compress from images",
-    "max_kl": "holds no KL, for the model has no head; use remove, params or flops",
-    "max_drop": "holds no accuracy; sweep labelled images of the classes of the model's own "
-    "head into a new folder, or use max_kl",
+    "max_kl": "holds no KL that was judged apart: the model has no head, or the sweep is of an "
+    "earlier version; use remove, params or flops, or sweep into a new folder",
+    "max_drop": "holds no accuracy that was judged apart; sweep labelled images of the classes of "
+    "the model's own head into a new folder, or use max_kl",
 }
 """Why no point of a sweep can be chosen by a kind of budget, and what to do."""
 
@@ -73,36 +85,60 @@ class Frontier:
         points: list[dict[str, Any]] = self.data["points"]
         return sorted(points, key=lambda point: point["removed"])
 
-    def best(self, budget: Budget) -> dict[str, Any]:
+    def best(self, budget: Budget, force: bool = False) -> dict[str, Any]:
         """The point of smallest held-out loss that meets ``budget``.
 
-        For ``max_kl`` and ``max_drop``, the one that removes most. A point that removes more at a
-        smaller loss is preferred, so the loss never falls from one budget to a larger one.
+        For ``max_kl`` and ``max_drop``, the last one up to which all keep it by the upper end of
+        their interval. Of sizes, a point that removes more at a smaller loss is preferred, so the
+        loss never falls from one budget to a larger one.
+
+        Args:
+            budget: what has to be reached.
+            force: go by the loss that was measured instead of the bound.
 
         Raises:
             BlockfitError: where no point meets it, or the sweep does not hold what it needs.
         """
+        if budget.kind in ("max_kl", "max_drop"):
+            return self._furthest(budget, force)
         known = [(point, self._figures(point)) for point in self.points]
         known = [(point, figures) for point, figures in known if budget.kind in figures]
         if not known:
             raise BlockfitError(f"the sweep {self.folder} {UNKNOWN[budget.kind]}")
-        if budget.kind in ("max_kl", "max_drop"):
-            fitting = [p for p, figures in known if figures[budget.kind] <= budget.value]
-            if fitting:
-                return max(fitting, key=lambda p: (p["removed"], -loss_of(p)))
-        else:
-            fitting = [p for p, figures in known if budget.met_by_size(figures)]
-            if fitting:
-                return min(fitting, key=lambda p: (loss_of(p), p["removed"]))
+        fitting = [p for p, figures in known if budget.met_by_size(figures)]
+        if fitting:
+            return min(fitting, key=lambda p: (loss_of(p), p["removed"]))
         raise BlockfitError(
             f"no plan of the sweep {self.folder} meets {budget}; it removes "
             f"{self.points[0]['removed']} to {self.points[-1]['removed']} blocks"
         )
 
+    def _furthest(self, budget: Budget, force: bool) -> dict[str, Any]:
+        best, verdict = None, None
+        for point in self.points:
+            verdict = judged_of(point, budget, force)
+            if verdict is None:
+                raise BlockfitError(f"the sweep {self.folder} {UNKNOWN[budget.kind]}")
+            if not verdict.kept:
+                break
+            best = point
+        if best is not None:
+            return best
+        assert verdict is not None
+        least = f"removing {self.points[0]['removed']} costs {verdict.value:.3g}"
+        if verdict.value > budget.value:
+            raise BlockfitError(
+                f"no plan of the sweep {self.folder} keeps {budget}: {least} already; ask for more"
+            )
+        raise BlockfitError(
+            f"the {verdict.images} images that the sweep {self.folder} was judged on cannot show "
+            f"{budget}: {least} on them, and up to {verdict.bound:.3g} remain possible; sweep more "
+            "images into a new folder, allow a larger loss, or give force_budget=True"
+        )
+
     def _figures(self, point: dict[str, Any]) -> dict[str, float]:
         """What each kind of budget looks at, as far as the sweep holds it."""
         original = self.data["original"]
-        before, after = original.get("top1"), point.get("top1")
         flops = point["flops"], original["flops"]
         found = {
             "removed": point["removed"],
@@ -110,10 +146,14 @@ class Frontier:
             "params": point["parameters"] / original["parameters"],
             "flops": None if None in flops else flops[0] / flops[1],
             "latency": point.get("latency", {}).get("ratio"),
-            "max_kl": point["held_out"]["kl"],
-            "max_drop": None if None in (before, after) else 100 * (before - after),
         }
         return {kind: value for kind, value in found.items() if value is not None}
+
+
+def judged_of(point: dict[str, Any], budget: Budget, force: bool = False) -> Verdict | None:
+    """Whether a point keeps a budget of loss; ``None`` where the sweep does not know."""
+    judged = point.get("judged")
+    return None if judged is None else Judged(**judged).verdict(budget, force)
 
 
 def loss_of(point: dict[str, Any]) -> float:
@@ -133,6 +173,7 @@ def sweep(
     protect: Iterable[int] = (),
     blocks: str | None = None,
     hold_out: float = HOLD_OUT,
+    final: int | None = None,
     seed: int = 0,
     say: Say | None = None,
     progress: Progress | None = None,
@@ -152,7 +193,8 @@ def sweep(
         recipe: as in ``compress``.
         protect: blocks that must stay.
         blocks: dotted path of the list of blocks, where looking is not enough.
-        hold_out: part of the images that judges.
+        hold_out: part of the images that chooses the plans.
+        final: as in ``compress``; every plan has its final figures.
         seed: of every draw.
         say: called with one line on what is being done.
         progress: called with how many of how many (images, blocks) are done of what was said last.
@@ -174,18 +216,19 @@ def sweep(
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
     chosen = recipe_for(recipe)
-    run = run_json(model, images, chosen, protect, hold_out, seed)
+    parts = parts_of_sweep(images.draw(CALIBRATION_IMAGES, seed), final, seed)
+    run = run_json(model, parts, chosen, protect, hold_out, seed)
     before = ranks.agreed(lambda: _resume(target, run))
-    setting = Setting.of(model, images, blocks, hold_out, seed)
+    setting = Setting.of(model, parts.calibration, blocks, hold_out, seed)
     largest = most_removed(setting.blocks.depth, run["protect"])
     done = set() if before is None else {p["removed"] for p in before["points"]}
     if before is not None and done >= set(range(1, largest + 1)):
         frontier = Frontier(target, before)
     else:
-        checkpoint = checkpoint_of(resume, run, images, setting.blocks)
+        checkpoint = checkpoint_of(resume, run, parts.calibration, setting.blocks)
         session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
         frontier = Frontier(target, before or _begun(session, run))
-        _go_through(frontier, session)
+        _go_through(frontier, session, _Looks(setting, parts, seed, say, progress))
     if resume is not None:
         forget(Path(resume).expanduser())  # also what a run left that was stopped right here
     if latency_images is not None:
@@ -193,6 +236,68 @@ def sweep(
         inputs = first_images(next(iter(few)), latency_images)
         _measure(frontier, setting, inputs, say)
     return frontier
+
+
+def parts_of_sweep(images: Images, final: int | None, seed: int) -> Parts:
+    """Images for the final figures of every plan, and as many to judge budgets of loss later.
+
+    Where little lies beyond the calibration images, the final figures have to do for both.
+    """
+    half = len(images.beyond) // 2
+    if final is None and half >= APART * (len(images.positions) + len(images.beyond)):
+        final = min(FINAL_IMAGES, 2 * len(images.positions), half)
+    alone = set_apart(images, final, False, seed)
+    if alone.final is None:
+        return alone
+    count = len(alone.final.positions)
+    if len(images.beyond) < 2 * count:
+        return alone
+    rest, judge = alone.calibration.apart(count, seed)
+    return replace(alone, calibration=rest, judge=judge)
+
+
+class _Looks:
+    """Looks at every plan of a sweep on images that did not choose it.
+
+    Args:
+        setting: the original and its blocks.
+        parts: the images.
+        seed: of the bootstrap.
+        say: called with one line on what is being done.
+        progress: called with images done and images in all.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        parts: Parts,
+        seed: int,
+        say: Say | None,
+        progress: Progress | None,
+    ) -> None:
+        self._setting, self._parts, self._seed = setting, parts, seed
+        self._say, self._progress = say or (lambda line: None), progress
+        self._original: list[dict[int, Observation]] = [{}, {}]
+
+    def of(self, point: Point) -> dict[str, Any]:
+        """The final figures of a plan, and what budgets of loss are judged by."""
+        parts = self._parts
+        if parts.final is None:
+            return {"final": None}
+        self._say(f"{point.removed} blocks: final figures")
+        model, blocks = self._setting.model, self._setting.blocks
+        small = built(model, point.solution, blocks)
+        found = [
+            outcomes(model, small, blocks, images, self._progress, kept)
+            for images, kept in zip((parts.final, parts.judge), self._original, strict=True)
+            if images is not None
+        ]
+        source = f"{parts.final.records.source}, {parts.apart}"
+        judged = Judged.of(found[-1], parts.judge is not None, self._seed)
+        return {
+            "final": final_of(found[0], source, self._seed).to_json(),
+            "judged": asdict(judged),
+        }
 
 
 def _begun(session: Session, run: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +315,7 @@ def _begun(session: Session, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _go_through(frontier: Frontier, session: Session) -> None:
+def _go_through(frontier: Frontier, session: Session, looks: _Looks) -> None:
     """Find, and write at once, the plans that are not there yet."""
     target, data = frontier.folder, frontier.data
     search = session.search()
@@ -225,9 +330,9 @@ def _go_through(frontier: Frontier, session: Session) -> None:
         started = time.perf_counter()
         point = search.solved(size)
         assert point is not None
-        data["search"] = search.state()
+        data["search"], worth = search.state(), looks.of(point)
         if ranks.is_first():
-            data["points"].append(_write_point(target, session, point, started))
+            data["points"].append({**_write_point(target, session, point, started), **worth})
             write_sweep_file(target / MARK, data)
 
 
@@ -274,6 +379,7 @@ def from_sweep(
     folder: str | Path,
     budget: Budget,
     model: nn.Module | str | Path | None = None,
+    force_budget: bool = False,
 ) -> Result:
     """Make the model of a sweep's best plan for ``budget``, without images.
 
@@ -281,6 +387,7 @@ def from_sweep(
         folder: of a sweep.
         budget: what has to be reached.
         model: the original; loaded by the name that the sweep wrote down where ``None``.
+        force_budget: as in ``compress``.
 
     Raises:
         BlockfitError: where no plan meets the budget or the model is not the sweep's.
@@ -288,7 +395,8 @@ def from_sweep(
     started = time.perf_counter()
     frontier = read_sweep(folder)
     data = frontier.data
-    point = frontier.best(budget)
+    point = frontier.best(budget, force_budget)
+    verdict = judged_of(point, budget) if budget.kind in ("max_kl", "max_drop") else None
     given = isinstance(model, nn.Module)
     original = model if isinstance(model, nn.Module) else load_model(model or _name(data))
     if fingerprint(original) != data["run"]["model"]:
@@ -312,14 +420,29 @@ def from_sweep(
         "flops_after": point["flops"],
         "calibration": data["run"]["calibration"],
         "held_out": point["held_out"],
+        "final": point.get("final"),
+        "judged": None if verdict is None else verdict.to_json(),
         "maps": point["maps"],
         "top1_before": data["original"].get("top1"),
         "top1_after": point.get("top1"),
         **{key: point[key] for key in ("repaired_blocks", "latency") if key in point},
-        "warnings": point["warnings"] + unresolved(budget, point["held_out"]["images"]),
+        "warnings": point["warnings"] + _warnings(point, budget, verdict),
         "seconds": round(time.perf_counter() - started, 3),
     }
     return Result(small, solution.plan, report, blocks, source)
+
+
+def _warnings(point: dict[str, Any], budget: Budget, verdict: Verdict | None) -> list[str]:
+    """What to tell of a plan that was chosen by its loss."""
+    if verdict is None:
+        return []
+    told = beyond_bound(budget, verdict)
+    if not point["judged"]["apart"]:
+        told.append(
+            f"the {verdict.images} images of the final figures also judged {budget}, for the sweep "
+            "had no others; evaluate the small model on images of your own"
+        )
+    return told
 
 
 def _name(data: dict[str, Any]) -> str:

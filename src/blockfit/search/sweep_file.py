@@ -20,11 +20,12 @@ MARK = "sweep.json"
 FORMAT = 1
 
 _NUMBER, _COUNT, _TEXT, _OBJECT, _MAYBE = "a number", "a whole number", "a text", "an object", None
+_YES_OR_NO = "true or false"
 _FORM: dict[str, Any] = {
     "format": _COUNT,
     "run": {
         "recipe": _OBJECT, "protect": [_COUNT], "hold_out": _NUMBER, "seed": _COUNT,
-        "model": _TEXT, "calibration": _OBJECT,
+        "model": _TEXT, "calibration": _OBJECT, "apart": [_COUNT],
     },
     "source": _OBJECT,
     "blocks": _OBJECT,
@@ -44,7 +45,11 @@ _FORM: dict[str, Any] = {
                 }
             ],
             "warnings": [_TEXT], "file": _TEXT, "seconds": _NUMBER,
-            "repaired_blocks": [_COUNT], "top1": (_NUMBER, _MAYBE),
+            "repaired_blocks": [_COUNT], "top1": (_NUMBER, _MAYBE), "final": (_OBJECT, _MAYBE),
+            "judged": {
+                "images": _COUNT, "labelled": _COUNT, "worse": _COUNT, "better": _COUNT,
+                "kl": (_NUMBER, _MAYBE), "kl_bound": (_NUMBER, _MAYBE), "apart": _YES_OR_NO,
+            },
             "latency": {
                 "ratio": _NUMBER, "low": _NUMBER, "high": _NUMBER, "original_ms": _NUMBER,
                 "compressed_ms": _NUMBER, "batch_size": _COUNT, "threads": _COUNT,
@@ -56,7 +61,7 @@ _FORM: dict[str, Any] = {
 }  # fmt: skip
 """Keys and what stands behind them: kinds, objects, lists of one kind, or one of several."""
 
-LATER_KEYS = {"repaired_blocks", "top1", "latency"}
+LATER_KEYS = {"repaired_blocks", "top1", "latency", "apart", "final", "judged"}
 """Keys that sweeps of earlier versions lack, and sweeps of which nothing was timed."""
 
 
@@ -132,6 +137,9 @@ def _check_point(point: dict[str, Any], depth: int, where: str) -> None:
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise BlockfitError(f"{where}: file: {name!r} is no file of a sweep")
     _check_share(point, where)
+    judged = point.get("judged", {})
+    if judged and judged["worse"] + judged["better"] > judged["labelled"]:
+        raise BlockfitError(f"{where}: judged: more answers have changed than there are labels")
     for key, value in point.get("latency", {}).items():
         if key != "device" and not 0 < value < math.inf:
             raise BlockfitError(f"{where}: latency: {key} must be above 0, got {value}")
@@ -168,6 +176,8 @@ def _place(where: str, key: str) -> str:
 
 
 def _is(value: Any, kind: str | None) -> bool:
+    if kind == _YES_OR_NO:
+        return isinstance(value, bool)
     if kind is _MAYBE or isinstance(value, bool):
         return value is None
     if kind == _COUNT:
