@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors; each name is imported when i
         save,
         sweep,
     )
-    from blockfit.errors import BlockfitError
+    from blockfit.errors import BlockfitError, BlockfitWarning
     from blockfit.fit.plan import Plan, Replacement, Span
     from blockfit.models.blocks import Blocks, find_blocks
     from blockfit.search.recipes import RECIPES, Recipe
@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RECIPES",
     "BlockfitError",
+    "BlockfitWarning",
     "Blocks",
     "Options",
     "Plan",
@@ -67,6 +68,7 @@ __all__ = [
 _ELSEWHERE = {
     "RECIPES": "search.recipes",
     "BlockfitError": "errors",
+    "BlockfitWarning": "errors",
     "Blocks": "models.blocks",
     "Options": "search.solve",
     "Plan": "fit.plan",

@@ -15,7 +15,7 @@ from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, images
 from blockfit.data.images import images as open_images
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, tell
 from blockfit.evaluation import analysis
 from blockfit.evaluation import bench as benchmark
 from blockfit.evaluation import evaluate as evaluation
@@ -217,6 +217,7 @@ def compress(
     point.solution.apply(small, setting.blocks)
     report["warnings"] += overflow_warnings(small, setting.blocks, setting.example)
     report["seconds"] = round(time.perf_counter() - started, 3)
+    tell(report["warnings"], stacklevel=3)
     return Result(small, point.solution.plan, report, setting.blocks, source)
 
 
@@ -259,6 +260,7 @@ def from_sweep(
     latency: float | str | None = None,
     max_kl: float | None = None,
     max_drop: float | None = None,
+    force_budget: bool = False,
 ) -> Result:
     """Make the model of a sweep's best plan for one budget, without images.
 
@@ -272,6 +274,7 @@ def from_sweep(
         latency: as in ``compress``; of plans that the sweep has timed.
         max_kl: as in ``compress``.
         max_drop: as in ``compress``.
+        force_budget: as in ``compress``.
 
     Raises:
         BlockfitError: no budget or two, no plan that meets it, another model than the sweep's.
@@ -283,7 +286,9 @@ def from_sweep(
         raise BlockfitError("say how small by one budget, such as remove=3 or params='62%'")
     wanted = budget or given
     assert wanted is not None
-    return sweeps.from_sweep(folder, wanted, model)
+    result = sweeps.from_sweep(folder, wanted, model, force_budget)
+    tell(result.report["warnings"], stacklevel=3)
+    return result
 
 
 @checked

@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
 _LONGEST = 1000
 
 
@@ -21,6 +26,21 @@ class BlockfitError(ValueError):
         if len(text) > _LONGEST:
             text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
         super().__init__(text)
+
+
+class BlockfitWarning(UserWarning):
+    """What a run's result should not be used without knowing; also in its report."""
+
+
+def tell(lines: Iterable[str], stacklevel: int = 2) -> None:
+    """Hand lines on as Python's warnings.
+
+    Args:
+        lines: one warning each.
+        stacklevel: how many calls above the caller the user's own line is.
+    """
+    for line in lines:
+        warnings.warn(line, BlockfitWarning, stacklevel=stacklevel + 1)
 
 
 def printable(text: str) -> str:

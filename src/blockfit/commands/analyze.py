@@ -34,7 +34,7 @@ def analyze(
     if output is not None:
         check_folder(output, overwrite)
     with out.working():
-        original, pictures = opt.opened(out, model, images, reading, loading)
+        original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
         result = blockfit.analyze(
             original,
             pictures,

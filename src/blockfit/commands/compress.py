@@ -74,12 +74,13 @@ def compress(
         "recipe": method.named(),
         "protect": judging.protected(),
         "hold_out": judging.part(),
+        "final": judging.final,
         "seed": reading.seed,
         "max_memory": running.max_memory,
         "resume": running.state(output),
     }
     with out.working(), keeping(lambda: _unfinished(how["resume"])):
-        original, pictures = opt.opened(out, model, images, reading, loading)
+        original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
         result = blockfit.compress(
             page.kept(original),
             pictures,
@@ -93,8 +94,8 @@ def compress(
         if processes.is_first():
             out.say(f"saving to {output}")
             blockfit.save(result, output, overwrite=overwrite)
-        held_out = pictures.split(how["hold_out"], reading.seed)[1]
-        page.compressed(out, result, output, original, pictures, held_out)
+        shown = pictures.apart(min(opt.LOOKED_AT, len(pictures) // 2), reading.seed)[1]
+        page.compressed(out, result, output, original, pictures, shown)
         if how["resume"] is not None:
             forget(how["resume"])
     _show(out, page, result, model, output)
@@ -111,7 +112,7 @@ def _from_sweep(
         )
     out.say("making the sweep's model")
     original = None if model is None else loading.load(model)
-    return blockfit.from_sweep(folder, budget, original)
+    return blockfit.from_sweep(folder, budget, original, force_budget=amount.force_budget)
 
 
 def _unfinished(state: Path | None) -> str:

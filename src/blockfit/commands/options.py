@@ -74,9 +74,24 @@ MaybePictures = Annotated[
         "--images", help="Folder, file, pattern, data set or digits.", panel=DATA, metavar="DATA"
     ),
 ]
+
+
+def how_many(text: str) -> int | str:
+    """A number of images, or ``all``."""
+    if text == "all" or text.strip().isdecimal():
+        return text if text == "all" else int(text)
+    raise typer.BadParameter(f"{text!r} is no number of images; write one, such as 512, or all")
+
+
 Limit = Annotated[
-    int | None,
-    option("--limit", help="Draw so many over the whole set; else all.", panel=DATA, metavar="N"),
+    Any,
+    option(
+        "--limit",
+        help="Draw so many over the whole set.",
+        panel=DATA,
+        parser=how_many,
+        metavar="N|all",
+    ),
 ]
 Seed = Annotated[int, option("--seed", help="Of every draw.", panel=DATA, metavar="N", rare=True)]
 BatchSize = Annotated[
@@ -283,9 +298,28 @@ HoldOut = Annotated[
     float | None,
     option(
         "--hold-out",
-        help="Part of the images that judges: 0.2.",
+        help="Part of the images that chooses the plan: 0.2.",
         panel=HOW,
         metavar="PART",
+        rare=True,
+    ),
+]
+Final = Annotated[
+    int | None,
+    option(
+        "--final",
+        help="Images for the final figures alone: 1000, or a fifth.",
+        panel=HOW,
+        metavar="N",
+        rare=True,
+    ),
+]
+ForceBudget = Annotated[
+    bool,
+    option(
+        "--force-budget",
+        help="Go by what --max-… measures, not by what is sure.",
+        panel=REMOVE,
         rare=True,
     ),
 ]
@@ -419,12 +453,16 @@ class Amount:
     latency: Latency = None
     max_kl: MaxKl = None
     max_drop: MaxDrop = None
+    force_budget: ForceBudget = False
 
     def budget(self) -> Budget | None:
         """The one that was given."""
         from blockfit.search.budget import Budget
 
-        return Budget.of(**asdict(self))
+        kinds = asdict(self)
+        if kinds.pop("force_budget") and self.max_kl is None and self.max_drop is None:
+            raise BlockfitError("--force-budget has no use without --max-kl or --max-drop")
+        return Budget.of(**kinds)
 
 
 @dataclass(frozen=True)
@@ -470,6 +508,7 @@ class Judging:
 
     protect: Protect = None
     hold_out: HoldOut = None
+    final: Final = None
 
     def protected(self) -> tuple[int, ...]:
         """``3,6,9`` as numbers."""
@@ -481,7 +520,7 @@ class Judging:
         return tuple(int(part) for part in parts)
 
     def part(self) -> float:
-        """The part of the images that judges."""
+        """The part of the images that chooses the plan."""
         from blockfit.search.session import HOLD_OUT as usual
 
         return usual if self.hold_out is None else self.hold_out
@@ -525,11 +564,29 @@ def refuse(options: dict[str, Any], why: str) -> None:
 
 
 def opened(
-    out: Output, model: str, images: str, reading: Reading, loading: Loading
+    out: Output,
+    model: str,
+    images: str,
+    reading: Reading,
+    loading: Loading,
+    calibrating: bool = False,
 ) -> tuple[nn.Module, Images]:
-    """A model and images for it, as the command line names them; both are told of."""
+    """A model and images for it, as the command line names them; both are told of.
+
+    Args:
+        out: where they are told of.
+        model: its name.
+        images: where they are.
+        reading: how they are read.
+        loading: how the model is loaded.
+        calibrating: take as many images as a calibration does where nobody says how many.
+    """
     out.say(f"loading {model}")
     loaded = loading.load(model)
-    pictures = reading.open(images, loaded)
-    show_images(out, pictures.description(), loading.place())
+    given = pictures = reading.open(images, loaded)
+    if calibrating:
+        from blockfit.search.session import CALIBRATION_IMAGES
+
+        pictures = given.draw(CALIBRATION_IMAGES, reading.seed)
+    show_images(out, pictures.description(), loading.place(), pictures is not given)
     return loaded, pictures

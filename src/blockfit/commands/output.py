@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blockfit import processes as ranks
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, BlockfitWarning
 
 WIDTH = 110
 """Columns of tables where standard output is no terminal."""
@@ -95,6 +95,7 @@ class Output:
             self._bars if self._shown else contextlib.nullcontext(),  # rich < 14.3 ends a line
         ):
             warnings.simplefilter("default" if LOG.isEnabledFor(logging.INFO) else "ignore")
+            warnings.simplefilter("ignore", BlockfitWarning)  # commands print their own
             yield self
 
     def say(self, line: str) -> None:

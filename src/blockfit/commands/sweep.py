@@ -52,7 +52,7 @@ def sweep(
     chosen = recipe_for(method.named(), **method.changes())
     protected, hold_out = judging.protected(), judging.part()
     with out.working(), keeping(lambda: _finished(output)):
-        original, pictures = opt.opened(out, model, images, reading, loading)
+        original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
         frontier = blockfit.sweep(
             original,
             pictures,
@@ -61,6 +61,7 @@ def sweep(
             protect=protected,
             blocks=blocks,
             hold_out=hold_out,
+            final=judging.final,
             seed=reading.seed,
             say=out.say,
             progress=out.count,
@@ -68,7 +69,8 @@ def sweep(
             max_memory=running.max_memory,
             latency_images=measure_latency,
         )
-        page.swept(out, output, original, pictures, pictures.split(hold_out, reading.seed)[1])
+        shown = pictures.apart(min(opt.LOOKED_AT, len(pictures) // 2), reading.seed)[1]
+        page.swept(out, output, original, pictures, shown)
     before = frontier.data["original"]
     show_frontier(out, frontier.points, before)
     out.line(f"next: blockfit compress --from {shlex.quote(str(output))} --params 62% -o small/")

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
 BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
 
 
-def show_images(out: Output, told: Mapping[str, Any], device: str | None = None) -> None:
-    """Which images are used and how they are prepared, from ``Images.description``; and where."""
+def show_images(
+    out: Output, told: Mapping[str, Any], device: str | None = None, usual: bool = False
+) -> None:
+    """Which images are used and how they are prepared, from ``Images.description``; and where.
+
+    ``usual`` says that nobody asked for that number of images.
+    """
     drawn = "" if told["used"] == told["total"] else f", drawn with seed {told['seed']}"
-    out.note(f"images: {told['used']} of {told['total']} from {told['source']}{drawn}")
+    drawn += "; --limit all for all" if usual else ""
+    out.note(f"images: {told['used']:,} of {told['total']:,} from {told['source']}{drawn}")
     out.note(f"preprocessing: {told['preprocessing']}")
     if device is not None:
         out.note(f"device: {device}")
@@ -44,7 +50,8 @@ def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None
         f"feature cosine {held_out['feature_cosine']:.4f}",
         f"relative error {held_out['feature_relative_error']:.4f}",
     ]
-    out.line(f"on {held_out['images']} held-out images: {', '.join(words)}")
+    out.line(f"on {held_out['images']} held-out images, which chose the plan: {', '.join(words)}")
+    show_final(out, report)
     out.line(f"verdict: {verdict(report)}")
     out.warn(report["warnings"])
 
@@ -79,6 +86,37 @@ def _show_maps(out: Output, maps: Iterable[Mapping[str, Any]]) -> None:
         [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in maps],
         "Held-out error of each map, beside identity's: all tokens, prefix, patch",
     )
+
+
+def show_final(out: Output, report: Mapping[str, Any]) -> None:
+    """How a budget of loss was judged, and the figures of images that decided nothing."""
+    if (judged := report.get("judged")) is not None:
+        out.line(
+            f"{report['budget']}: {judged['value']:.3g} on {judged['images']} images, and no more "
+            f"than {judged['bound']:.3g} in all ({judged['confidence']:.0%}, one-sided)"
+        )
+    final = report.get("final")
+    if final is None:
+        return
+    rows = [
+        (
+            name,
+            shown(figure["value"]),
+            f"{shown(figure['low'])} to {shown(figure['high'])}",
+            str(on),
+        )
+        for name, key, shown, on in (
+            ("top-1, original", "top1_before", percent, final["labelled"]),
+            ("top-1, compressed", "top1_after", percent, final["labelled"]),
+            ("points of top-1 lost", "drop", lambda value: f"{value:.2f}", final["labelled"]),
+            ("top-1 agreement", "agreement", percent, final["images"]),
+            ("KL from the original", "kl", number, final["images"]),
+            ("feature relative error", "feature_error", number, final["images"]),
+        )
+        if (figure := final[key]) is not None
+    ]
+    title = f"Final figures, on images that decided nothing: {final['source']}"
+    out.table(("", "value", f"{final['confidence']:.0%} interval", "images"), rows, title)
 
 
 def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:

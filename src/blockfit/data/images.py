@@ -178,8 +178,9 @@ class Images:
 
     @property
     def changing(self) -> bool:
-        """Whether reading the first batch twice gives different images: random augmentation."""
-        once, again = (_tensors(next(iter(self), {})) for _ in range(2))
+        """Whether images that are read twice differ: random augmentation, a shuffled order."""
+        few = self._part(self.positions[:2])
+        once, again = (_tensors(next(iter(few), {})) for _ in range(2))
         return once.keys() != again.keys() or any(
             not torch.equal(value, again[key]) for key, value in once.items()
         )

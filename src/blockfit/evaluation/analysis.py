@@ -26,6 +26,7 @@ from blockfit.models.forward import evaluating, first_images
 from blockfit.models.load import source_of
 from blockfit.models.tensors import fingerprint
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, Progress, calibrate
+from blockfit.search.session import CALIBRATION_IMAGES, changing
 from blockfit.units import bytes_of
 
 MARK = "analysis.json"
@@ -114,6 +115,7 @@ def analyze(
         check_folder(folder, overwrite)
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
+    images = images.draw(CALIBRATION_IMAGES, seed)
     example = next(iter(images), None)
     if example is None:
         raise BlockfitError("there are no images to analyse; give a folder or file that holds some")
@@ -151,7 +153,8 @@ def analyze(
         "calibration": images.description(),
         "patch_tokens_per_image": {"all": patches, "taken": taken},
     }
-    result = Analysis(merged(parts), where, report, _warnings(parts[0], where))
+    warned = (*changing(images), *_warnings(parts[0], where))
+    result = Analysis(merged(parts), where, report, warned)
     if folder is not None and ranks.is_first():
         result = write(result, folder)
     if checkpoint is not None:

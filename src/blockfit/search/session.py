@@ -63,6 +63,7 @@ class Setting:
     fit: Images
     held_out: Images
     example: Batch
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -99,12 +100,24 @@ class Setting:
         check_merged(model)
         fit, held_out = images.split(hold_out, seed)
         fit = replace(fit, batch_size=_fit_batch(fit.batch_size))
-        return cls(model, blocks, fit, replace(held_out, batch_size=JUDGE_BATCH), example)
+        held_out = replace(held_out, batch_size=JUDGE_BATCH)
+        return cls(model, blocks, fit, held_out, example, changing(images))
 
     def state(self) -> Tensor:
         """The first hidden state of one image, shape (1, tokens, width)."""
         with evaluating(self.model):
             return trace(self.model, self.blocks, first_images(self.example, 1), [0]).states[0]
+
+
+def changing(images: Images) -> tuple[str, ...]:
+    """What to tell where images are others each time that they are read."""
+    if not images.changing:
+        return ()
+    return (
+        f"the images of {images.records.source} differ each time that they are read (a random "
+        "augmentation, or a shuffled order), but a calibration reads them several times; give "
+        "images that stay the same",
+    )
 
 
 def _fit_batch(asked: int) -> int:
@@ -364,7 +377,12 @@ class Session:
         return [i for i, start in enumerate(starts) if any(n.startswith(start) for n in changed)]
 
     def warnings(self, point: Point) -> list[str]:
+<<<<<<< HEAD
         """What the user should know: a costly budget, and the nearest safe one."""
+=======
+        """What the user should know: images that change, a costly budget, the nearest safe one."""
+        out = [*self.setting.warnings, *self.sizes.warnings()]
+>>>>>>> a128458 (512 images calibrate where nobody says how many, and it is said; images that change while they are read and the plan's warnings reach Python users)
         loss, search = point.fidelity.loss, self._search
         out = self.sizes.warnings() + ([] if search is None else search.warnings())
         if loss > SAFE_LOSS:
