@@ -162,8 +162,8 @@ def compress(
         raise BlockfitError("spans is empty; name what goes, such as ['2:4']")
     if (spans is None) == (budget is None):
         raise BlockfitError(
-            "say what to remove: spans by hand or one budget (remove, params, flops, latency, "
-            "max_kl or max_drop)"
+            "say what to remove: spans= by hand or one budget (remove=, params=, flops=, latency=, "
+            "max_kl= or max_drop=)"
         )
     chosen = recipe_for(
         recipe,

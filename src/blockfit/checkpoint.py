@@ -86,7 +86,7 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise BlockfitError(
                 f"cannot write the progress of the run to {self.folder}: {first_line(error)}; "
-                "make room, or leave --resume away"
+                "make room, or leave resume= away"
             ) from error
         self._saved = time.monotonic()
 

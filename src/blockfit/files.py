@@ -48,7 +48,7 @@ def check_target(folder: Path, mark: str, own: Collection[str], overwrite: bool)
     if not overwrite:
         raise BlockfitError(
             f"{folder} holds what an earlier run wrote; choose another folder, or replace it with "
-            "--overwrite (overwrite=True in Python)"
+            "overwrite=True"
         )
     if foreign := [name for name in names if name not in own]:
         raise BlockfitError(
@@ -106,8 +106,7 @@ def check_file(path: Path, suffix: str, overwrite: bool) -> None:
         raise BlockfitError(f"{path} is a folder; give a file to write")
     if path.exists() and not overwrite:
         raise BlockfitError(
-            f"{path} is there already; choose another name, or replace it with --overwrite "
-            "(overwrite=True in Python)"
+            f"{path} is there already; choose another name, or replace it with overwrite=True"
         )
 
 

@@ -84,7 +84,7 @@ class Pyramid(nn.Module):
 @pytest.mark.parametrize("width", [WIDTH, 2 * WIDTH])
 def test_a_users_pyramid_is_refused_and_one_stage_of_it_is_not(width: int) -> None:
     model, example = Pyramid(width).eval(), torch.randn(2, 3, 32, 32)
-    change = f"turns from 16 × {WIDTH} to 8 × {width}.*--blocks early"
+    change = f"turns from 16 × {WIDTH} to 8 × {width}.*blocks=early"
     with pytest.raises(BlockfitError, match=change):
         find_blocks(model, example)
     late = find_blocks(model, example, path="late")

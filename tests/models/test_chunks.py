@@ -119,7 +119,7 @@ def test_chunks_that_do_more_than_run_their_blocks_are_refused() -> None:
         find_blocks(model)
     assert str(refused.value) == (
         "the 4 modules at 'transformer' hold 12 blocks, but block 3 does not read what block 2 "
-        "returned; to remove whole modules, give --blocks transformer"
+        "returned; to remove whole modules, give blocks=transformer"
     )
     assert find_blocks(model, path="transformer").depth == 4
 

@@ -41,7 +41,7 @@ def test_budgets_are_read_as_they_are_written(given: Any, kind: str, value: floa
 
 def test_one_budget_at_most() -> None:
     assert Budget.of(remove=None, params=None) is None
-    with pytest.raises(BlockfitError, match="give one budget, not both remove and params"):
+    with pytest.raises(BlockfitError, match="give one budget, not both remove= and params="):
         Budget.of(remove=2, params="62%", flops=None)
 
 
@@ -49,14 +49,18 @@ def test_one_budget_at_most() -> None:
     ("kind", "value", "message"),
     [
         ("size", 1, "unknown budget 'size'; choose one of remove, params"),
-        ("remove", 0, "remove takes a whole number of blocks, got 0"),
-        ("remove", 1.5, "remove takes a whole number of blocks, got 1.5"),
-        ("params", 0, "params takes the part that may remain"),
-        ("flops", 62, "flops takes the part that may remain, such as 0.62 or 62%"),
-        ("latency", -0.1, "latency takes the part that may remain"),
-        ("max_kl", -1, "max_kl must be 0 or more"),
-        ("max_drop", float("nan"), "the budget max_drop must be a number"),
-        ("params", float("inf"), "the budget params must be a number"),
+        ("remove", 0, "remove= takes a whole number of blocks, got 0"),
+        ("remove", 1.5, "remove= takes a whole number of blocks, got 1.5"),
+        ("params", 0, "params= takes the part that may remain"),
+        (
+            "flops",
+            62,
+            r"flops= takes the part .* such as 0\.62 or 62%, got 62; did you mean 62%\?",
+        ),
+        ("latency", -0.1, "latency= takes the part that may remain"),
+        ("max_kl", -1, "max_kl= must be 0 or more"),
+        ("max_drop", float("nan"), "max_drop= must be a number"),
+        ("params", float("inf"), "params= must be a number"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(kind: str, value: float, message: str) -> None:
@@ -72,7 +76,7 @@ def test_percent_are_hundredths(part: float) -> None:
 
 def test_what_is_no_number_is_refused() -> None:
     for text in ("", "%", "many", "6 2"):
-        with pytest.raises(BlockfitError, match=r"as params; write 0\.62 or 62%"):
+        with pytest.raises(BlockfitError, match=r"as params=; write 0\.62 or 62%"):
             read_number(text, "params")
 
 

@@ -74,7 +74,7 @@ def test_groups_hold_every_span_once_and_fit(depth: int, longest: int, squares: 
     assert sorted(span for group in groups for span in group) == sorted(spans)
     for group in groups:
         assert Moments(group, WIDTH, 1).nbytes() <= limit
-    with pytest.raises(BlockfitError, match=r"one span take .* raise --max-memory to"):
+    with pytest.raises(BlockfitError, match=r"one span take .* raise max_memory= to"):
         groups_of(spans, WIDTH, moments_bytes(2, 1, WIDTH) - 1)
 
 
@@ -120,9 +120,9 @@ def test_a_limit_changes_nothing_but_the_place(monkeypatch: pytest.MonkeyPatch) 
 def test_too_little_room_is_refused_with_what_would_do() -> None:
     state = torch.zeros(1, 10, WIDTH)
     check_batch(8, state, 6, 200_000)
-    with pytest.raises(BlockfitError, match="use --batch-size 5"):
+    with pytest.raises(BlockfitError, match="use batch_size=5"):
         check_batch(8, state, 6, 50_000)
-    with pytest.raises(BlockfitError, match="raise --max-memory"):
+    with pytest.raises(BlockfitError, match="raise max_memory="):
         check_batch(8, state, 6, 100)
     with pytest.raises(BlockfitError, match="cannot read '2 apples' as memory"):
         analyze(small_vit(), small_images(8), max_memory="2 apples")

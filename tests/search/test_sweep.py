@@ -161,7 +161,7 @@ def test_what_a_sweep_does_not_know_is_said_with_what_to_do(folder, timed, tmp_p
     (tmp_path / MARK).write_text(json.dumps(data))
     frontier = read_sweep(tmp_path)
     for kind, message in (
-        ("latency", "holds no latencies; give the same sweep again with --measure-latency 1"),
+        ("latency", "holds no latencies; give the same sweep again with latency_images=1"),
         ("max_drop", "holds no accuracy that was judged apart; sweep labelled images"),
         ("max_kl", "holds no KL that was judged apart: the model has no head"),
     ):

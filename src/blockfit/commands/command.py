@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -11,6 +12,8 @@ from blockfit import processes
 from blockfit.commands import options as opt
 from blockfit.commands.help import Declared, HelpAll
 from blockfit.commands.output import Output, start_logging
+from blockfit.commands.wording import as_options, option_names
+from blockfit.errors import BlockfitError
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,38 @@ def _flat(body: Callable[..., None], declared: Declared) -> Callable[..., None]:
                 )
             )
     flat += _options(Common)
+    names = option_names(flat)
 
     def run(**values: Any) -> None:
         common = _taken(Common, values)
         whole = {name: _taken(group, values) for name, group in groups.items()}
         if common.verbose:
             start_logging()
-        with processes.joined():
-            body(Output(common.as_json, common.quiet, common.verbose), **values, **whole)
+        with _in_words_of(names):
+            for group in whole.values():
+                if (check := getattr(group, "check", None)) is not None:
+                    check()
+            with processes.joined():
+                out = Output(common.as_json, common.quiet, common.verbose, names)
+                body(out, **values, **whole)
 
     run.__name__, run.__doc__, run.__module__ = body.__name__, body.__doc__, body.__module__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
     run.__dict__["__signature__"] = inspect.Signature(flat)
     run.__dict__["declared"] = declared
     return run
+
+
+@contextmanager
+def _in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """An error of the library names options where it named parameters."""
+    try:
+        yield
+    except BlockfitError as error:
+        told = as_options(str(error), names)
+        if told == str(error):
+            raise
+        raise BlockfitError(told) from error
 
 
 def _options(group: Any) -> list[inspect.Parameter]:

@@ -14,6 +14,7 @@ from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
 from blockfit.commands.tables import show_compression
 from blockfit.errors import BlockfitError
+from blockfit.fit.plan import Span
 
 if TYPE_CHECKING:
     from blockfit.commands.reporter import Reporter
@@ -67,7 +68,12 @@ def compress(
             {"--select": method.select, "--contiguous": method.contiguous},
             "has no use with --span: the spans are chosen already",
         )
-    amount.budget()  # refuses two budgets before anything is loaded
+    if (amount.budget() is None) == (not span):
+        raise BlockfitError(
+            "say what to remove: --span by hand or one budget, such as --remove 3 or --params 62%"
+        )
+    for text in span or ():
+        Span.parse(text)
     how: dict[str, Any] = {
         **asdict(amount),
         **method.changes(),

@@ -100,10 +100,12 @@ def evaluate(
 ) -> None:
     """Measure accuracy, size, speed and fidelity to the original."""
     from blockfit.commands.protocols import Wanted
+    from blockfit.data.paths import check_there
     from blockfit.models.load import source_of
 
     wanted = Wanted(tuple(dict.fromkeys(protocol or ())), train, classes, prompt, masks)
     wanted.check()
+    check_there(images)
     with out.working():
         out.say(f"loading {small}")
         compressed, where = loading.load_small(small)

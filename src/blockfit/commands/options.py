@@ -14,9 +14,11 @@ import typer
 
 import blockfit
 from blockfit import processes
+from blockfit.arguments import at_least
 from blockfit.commands.tables import show_images
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import MAP_KINDS
+from blockfit.units import bytes_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -376,6 +378,12 @@ class Reading:
     workers: Workers = 0
     max_pixels: MaxPixels = None
 
+    def check(self) -> None:
+        """Refuse before any work what ``blockfit.images`` would refuse."""
+        count = None if self.limit == "all" else self.limit
+        at_least(1, batch_size=self.batch_size, limit=count, max_pixels=self.max_pixels)
+        at_least(0, workers=self.workers, seed=self.seed)
+
     def open(self, source: Any, model: nn.Module | None, **changes: Any) -> Images:
         """The images of ``source``, prepared as ``model`` needs them."""
         return blockfit.images(source, model, **{**asdict(self), **changes})
@@ -481,6 +489,12 @@ class Method:
     select: Select = None
     contiguous: Contiguous = False
 
+    def check(self) -> None:
+        """Refuse before any work what is no recipe."""
+        from blockfit.search.recipes import recipe_for
+
+        recipe_for(self.named(), **self.changes())
+
     def named(self) -> str | Recipe:
         """The recipe that ``--recipe``, ``--plain``, ``--select`` and ``--contiguous`` mean."""
         from blockfit.search.recipes import named_recipe
@@ -510,6 +524,13 @@ class Judging:
     hold_out: HoldOut = None
     final: Final = None
 
+    def check(self) -> None:
+        """Refuse before any work what is no part and no number."""
+        self.protected()
+        at_least(0, final=self.final)
+        if not 0 < self.part() < 1:
+            raise BlockfitError(f"hold_out= takes a part between 0 and 1, got {self.part():g}")
+
     def protected(self) -> tuple[int, ...]:
         """``3,6,9`` as numbers."""
         parts = [] if self.protect is None else self.protect.split(",")
@@ -532,6 +553,11 @@ class Running:
 
     resume: Resume = False
     max_memory: MaxMemory = None
+
+    def check(self) -> None:
+        """Refuse before any work what is no memory."""
+        if self.max_memory is not None:
+            bytes_of(self.max_memory)
 
     def state(self, output: Path | None) -> Path | None:
         """Where progress is saved: beside the output, where ``--resume`` was given.
@@ -581,6 +607,9 @@ def opened(
         loading: how the model is loaded.
         calibrating: take as many images as a calibration does where nobody says how many.
     """
+    from blockfit.data.paths import check_there
+
+    check_there(images)
     out.say(f"loading {model}")
     loaded = loading.load(model)
     given = pictures = reading.open(images, loaded)

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blockfit import processes as ranks
+from blockfit.commands.wording import as_options
 from blockfit.errors import BlockfitError, BlockfitWarning
 
 WIDTH = 110
@@ -61,9 +62,17 @@ class Output:
         as_json: ``--json`` was given; tables are left out.
         quiet: ``--quiet`` was given; errors alone are shown.
         verbose: ``--verbose`` was given; tables that most runs do without are shown too.
+        names: the command's options by their parameters' names, for the library's warnings.
     """
 
-    def __init__(self, as_json: bool, quiet: bool, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        as_json: bool,
+        quiet: bool,
+        verbose: bool = False,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self._names = names or {}
         first = ranks.is_first()
         self.verbose = verbose
         self.as_json, self.quiet = as_json and first, quiet or not first
@@ -128,7 +137,8 @@ class Output:
         """Warnings, also beside ``--json``."""
         if not self.quiet:
             for text in lines:
-                self._console.print(f"warning: {text}", style="yellow", soft_wrap=True)
+                told = as_options(text, self._names)
+                self._console.print(f"warning: {told}", style="yellow", soft_wrap=True)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
         """A table whose first column is text and whose other columns are numbers."""

@@ -98,25 +98,30 @@ def show_final(out: Output, report: Mapping[str, Any]) -> None:
     final = report.get("final")
     if final is None:
         return
-    rows = [
+    rows = _figures(final)
+    title = f"Final figures, on images that decided nothing: {final['source']}"
+    out.table(("", "value", f"{final['confidence']:.0%} interval", "images"), rows, title)
+
+
+def _figures(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, value, interval and number of images of every figure that has an interval."""
+    return [
         (
             name,
             shown(figure["value"]),
             f"{shown(figure['low'])} to {shown(figure['high'])}",
-            str(on),
+            str(figures.get(on, "")),
         )
         for name, key, shown, on in (
-            ("top-1, original", "top1_before", percent, final["labelled"]),
-            ("top-1, compressed", "top1_after", percent, final["labelled"]),
-            ("points of top-1 lost", "drop", lambda value: f"{value:.2f}", final["labelled"]),
-            ("top-1 agreement", "agreement", percent, final["images"]),
-            ("KL from the original", "kl", number, final["images"]),
-            ("feature relative error", "feature_error", number, final["images"]),
+            ("top-1 of the original", "top1_before", percent, "labelled"),
+            ("top-1", "top1_after", percent, "labelled"),
+            ("points of top-1 lost", "drop", lambda value: f"{value:.2f}", "labelled"),
+            ("agreement", "agreement", percent, "images"),
+            ("KL", "kl", number, "images"),
+            ("feature error", "feature_error", number, "images"),
         )
-        if (figure := final[key]) is not None
+        if (figure := figures.get(key)) is not None
     ]
-    title = f"Final figures, on images that decided nothing: {final['source']}"
-    out.table(("", "value", f"{final['confidence']:.0%} interval", "images"), rows, title)
 
 
 def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
@@ -154,6 +159,9 @@ def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
     if worth["original"] is None:
         header, rows = ("", "model"), [(name, value) for name, _, value, _ in rows]
     out.table(header, rows, f"On {worth['images']} images")
+    if figures := _figures(worth.get("intervals") or {}):
+        ends = ", ".join(f"{name} {ends}" for name, _, ends, _ in figures)
+        out.line(f"{worth['intervals']['confidence']:.0%} intervals: {ends}")
 
 
 def _protocol_rows(protocol: str, models: Mapping[str, Any]) -> list[tuple[str, ...]]:

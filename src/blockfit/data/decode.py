@@ -59,7 +59,7 @@ def decode(
             if image.width * image.height > most:
                 raise Unreadable(
                     f"{image.width} × {image.height} pixels are more than {most}, too many for an "
-                    "image; allow more with max_pixels= (--max-pixels)"
+                    "image; allow more with max_pixels="
                 )
             _checked(image).load()
             return rgb(_upright(image))

@@ -169,7 +169,7 @@ def _the_one(pictures: list[str], split: str | None, arrays: Mapping[str, Any]) 
         )
     raise BlockfitError(
         f"holds the arrays of images {', '.join(pictures)}; "
-        "name one with image_column= (--image-column) or by its split"
+        "name one with image_column= or by its split"
     )
 
 

@@ -22,6 +22,9 @@ from blockfit.errors import BlockfitError
 _ALONE = frozenset((".parquet", ".arrow", ".npy", ".npz", ".txt", ".tsv", ".lst"))
 _MOST_FILES = 100_000  # that braces may stand for
 
+HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
+"""What a data set of the Hub may be called."""
+
 Columns = tuple[str | None, str | None, str | None]  # image column, label column, split
 
 
@@ -41,9 +44,24 @@ def from_path(
         return from_files(_matching(str(path)), image_column, label_column, split)
     if source in READY:
         return from_ready(source, image_column, label_column, split)
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+    if re.fullmatch(HUB_NAME, source):
         return from_hub(source, image_column, label_column, split)
     raise BlockfitError(f"there is no file or folder {source}; check the path")
+
+
+def check_there(source: str) -> None:
+    """Refuse at once a text that can only be a path and leads nowhere; nothing is opened.
+
+    Raises:
+        BlockfitError: as ``from_path`` would.
+    """
+    path = Path(source).expanduser()
+    name = source.rpartition(":")[0] if re.search(r"[^:/\\\\]:[\w.-]+$", source) else source
+    known = path.exists() or Path(name).expanduser().exists() or name in READY
+    if known or source.startswith("digits") or any(sign in source for sign in "*?[{"):
+        return
+    if not re.fullmatch(HUB_NAME, name):
+        raise BlockfitError(f"there is no file or folder {source}; check the path")
 
 
 def from_files(

@@ -155,8 +155,7 @@ def _split_item(item: Any, image_key: str | None, label_key: str | None) -> tupl
         image = image_key or next((k for k in ("image", "img", "pixel_values") if k in item), None)
         if image not in item:
             raise BlockfitError(
-                f"no image among the keys {', '.join(map(str, item))}; "
-                "name it with image_column= (--image-column)"
+                f"no image among the keys {', '.join(map(str, item))}; name it with image_column="
             )
         label = label_key or next((k for k in LABEL_NAMES if k in item), None)
         return item[image], None if label is None else item[label]

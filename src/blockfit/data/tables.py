@@ -46,7 +46,7 @@ def from_dataset(
     if not re.fullmatch(r"|u?int\d+|bool|(large_)?string", kind):
         raise BlockfitError(
             f"{source}: the column {label!r} holds {kind}, and a label is a whole number or a "
-            "text; name another with label_column= (--label-column)"
+            "text; name another with label_column="
         )
     if "string" in kind:
         names = sorted(name for name in dataset.unique(label) if name is not None)
@@ -151,7 +151,7 @@ def _columns(
     if image is None:
         said = f"several image columns, {', '.join(images)}" if images else "no image column"
         raise BlockfitError(
-            f"{source} has {said}; name it with image_column= (--image-column); "
+            f"{source} has {said}; name it with image_column=; "
             f"the columns are {', '.join(features)}"
         )
     labels = [n for n, f in features.items() if isinstance(f, library.ClassLabel)] or [

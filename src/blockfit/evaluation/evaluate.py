@@ -13,6 +13,7 @@ from blockfit.arguments import checked
 from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, LabelledBatch
 from blockfit.errors import BlockfitError
+from blockfit.fit.intervals import CONFIDENCE, Interval, wilson
 from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Batch, Blocks, block_modules, find_blocks
 from blockfit.models.cost import (
@@ -28,7 +29,7 @@ from blockfit.models.forward import evaluating, first_images, place, placed
 from blockfit.models.head import Observation, observe
 from blockfit.models.trace import trace
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
-from blockfit.search.final import finite
+from blockfit.search.final import Final, Outcomes, final_of, finite, rows_of
 from blockfit.search.held_out import observe_solution
 from blockfit.search.solve import Solution
 
@@ -77,12 +78,23 @@ class Figures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A compressed model on a set of images, beside the original where there is one."""
+    """A compressed model on a set of images, beside the original where there is one.
+
+    Args:
+        images: how many.
+        original: its figures.
+        compressed: those of the small model.
+        fidelity: of its outputs to the original's.
+        intervals: of accuracy, agreement, KL and the paired drop, where there is an original.
+        top1: the small model's accuracy with its interval, where there are labels.
+    """
 
     images: int
     original: Figures | None
     compressed: Figures
     fidelity: Fidelity | None
+    intervals: Final | None = None
+    top1: Interval | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -102,6 +114,11 @@ class Evaluation:
             "original": None if self.original is None else self.original.to_json(),
             "compressed": compressed,
             "fidelity": fidelity,
+            "intervals": {
+                **({} if self.intervals is None else self.intervals.to_json()),
+                "top1_after": None if self.top1 is None else asdict(self.top1),
+                "confidence": CONFIDENCE,
+            },
         }
 
 
@@ -213,17 +230,21 @@ def evaluate(
     found = {int(k): row for part in ranks.gathered(rows) for k, row in part.items()}
     accuracies = {name: Accuracy() for name in models}
     meter = FidelityMeter()
-    for _, (_, counts, sums) in sorted(found.items()):  # in order: the same bits however shared
+    for _, (_, counts, sums, _) in sorted(found.items()):  # in order: the same bits however shared
         for name, accuracy in accuracies.items():
             accuracy.add_counts(counts[name])
         if sums is not None:
             meter.add_sums(sums)
     figures = _figures(models, accuracies, first, measure and ranks.is_first())
+    outcomes = Outcomes.of_rows(row for _, part in sorted(found.items()) for row in part[3])
+    small = accuracies["compressed"]
     return Evaluation(
         images=sum(row[0] for row in found.values()),
         original=figures.get("original"),
         compressed=figures["compressed"],
         fidelity=None if against is None else meter.result(),
+        intervals=final_of(outcomes, data.records.source, data.seed) if len(outcomes) else None,
+        top1=wilson(small.right, small.labelled) if small.labelled else None,
     )
 
 
@@ -233,21 +254,25 @@ def _check_original(original: nn.Module, blocks: Blocks) -> None:
     except BlockfitError as error:
         raise BlockfitError(
             f"the original has no {blocks.depth} blocks at {place(blocks.path)}, where the "
-            "compressed model has its own; give the model that it was made from (--against)"
+            "compressed model has its own; give the model that it was made from as against="
         ) from error
 
 
 def _row(
     models: Mapping[str, nn.Module], places: Mapping[str, Blocks], batch: LabelledBatch
-) -> tuple[int, dict[str, tuple[int, int]], Sums | None]:
-    """Of a batch, as JSON: images, right answers and labels of each model, sums of fidelity."""
+) -> tuple[int, dict[str, tuple[int, int]], Sums | None, list[list[float]]]:
+    """Of a batch, as JSON: images, right answers and labels of each model, sums of fidelity, and
+    ``Outcomes`` where there are two models."""
     seen = {
         name: finite(observe(model, places[name], placed(model, batch.inputs)), name, batch.names)
         for name, model in models.items()
     }
     counts = {name: counted(one, batch.labels) for name, one in seen.items()}
-    sums = _compared(seen["original"], seen["compressed"]) if "original" in seen else None
-    return len(seen["compressed"].features), counts, sums
+    if "original" not in seen:
+        return len(seen["compressed"].features), counts, None, []
+    sums = _compared(seen["original"], seen["compressed"])
+    each = rows_of(seen["original"], seen["compressed"], batch.labels)
+    return len(seen["compressed"].features), counts, sums, each
 
 
 def evaluate_many(

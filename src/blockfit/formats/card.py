@@ -121,7 +121,7 @@ def _figures(report: Mapping[str, Any]) -> str:
     text = "| | before | after | of the original |\n|---|---|---|---|\n" + "\n".join(rows)
     worth = report.get("held_out")
     if worth is not None:
-        text += f"\n\nOn {worth['images']} held-out calibration images, against the original: "
+        text += f"\n\nOn {worth['images']} held-out calibration images, which chose the plan: "
         told = []
         if worth.get("kl") is not None:
             told = [
@@ -135,8 +135,35 @@ def _figures(report: Mapping[str, Any]) -> str:
                 f"relative feature error {number(worth['feature_relative_error'])}",
             ]
         )
-        text += ". Accuracy on a task was not measured for this card."
+        text += "."
+    text += _final(report.get("final"))
     return f"## Before and after\n\n{text}" if rows or worth else ""
+
+
+def _final(final: Mapping[str, Any] | None) -> str:
+    """Figures of images that decided nothing, with intervals; or that there are none."""
+    if final is None:
+        return " Accuracy on a task was not measured for this card."
+    rows = []
+    for name, key, shown, on in (
+        ("top-1, original", "top1_before", percent, "labelled"),
+        ("top-1, this model", "top1_after", percent, "labelled"),
+        ("points of top-1 lost", "drop", lambda value: number(value, 2), "labelled"),
+        ("top-1 agreement", "agreement", percent, "images"),
+        ("KL from the original, nats", "kl", number, "images"),
+        ("relative feature error", "feature_error", number, "images"),
+    ):
+        if (figure := final.get(key)) is not None:
+            ends = f"{shown(figure['low'])} to {shown(figure['high'])}"
+            rows.append(f"| {name} | {shown(figure['value'])} | {ends} | {final[on]} |")
+    if final.get("top1_after") is None:
+        rows.append("| top-1 | not measured: no labels of the head's classes | | |")
+    source = public(str(final["source"]))
+    return (
+        f"\n\nOn images that were used for nothing else ({source}):\n\n"
+        f"| | value | {final['confidence']:.0%} interval | images |\n|---|---|---|---|\n"
+        + "\n".join(rows)
+    )
 
 
 def _calibration(report: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ __all__ = [
     "record",
 ]
 
-HINT = "name the list of blocks with --blocks (blocks= in Python)"
+HINT = "name the list of blocks with blocks="
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def find_blocks(
         watches = watches_at(path, container_at(model, path))
         if not watches:
             raise BlockfitError(
-                f"{place(path)} holds no two modules of one class in a row; correct --blocks"
+                f"{place(path)} holds no two modules of one class in a row; correct blocks="
             )
     watch_forward(
         model, watches, two_different(model, example_input(model) if example is None else example)
@@ -232,7 +232,7 @@ def _choose(model: nn.Module, watches: Sequence[Watch], path: str | None) -> Wat
     if not good and path is not None:
         tried = max(watches, key=lambda watch: len(watch.run))
         where = f"{place(tried.path)} with {len(tried.run)} modules"
-        raise BlockfitError(f"{where} is no list of blocks: {tried.problem}; correct --blocks")
+        raise BlockfitError(f"{where} is no list of blocks: {tried.problem}; correct blocks=")
     chunks = [watch.chunks for watch in good if watch.chunks is not None]
     good = [watch for watch in good if not any(watch is held for held in chunks)]
     outer = [w for w in good if not any(_inside(w, other) for other in good)]
@@ -260,7 +260,7 @@ def _refuse_chunks(best: Watch, watches: Sequence[Watch]) -> None:
     if inner.done == own:
         raise BlockfitError(
             f"the {len(best.run)} modules at {place(best.path)} hold {len(inner.run)} blocks, but "
-            f"{inner.problem}; to remove whole modules, give --blocks {best.path}"
+            f"{inner.problem}; to remove whole modules, give blocks={best.path}"
         )
 
 
@@ -274,7 +274,7 @@ def _refuse_the_smaller_part(best: Watch, watches: Sequence[Watch]) -> None:
             raise BlockfitError(
                 f"the {len(watch.run)} modules at {place(watch.path)} work on maps ({shape}), not "
                 f"on (tokens, width), and the {len(best.run)} blocks at {place(best.path)} are the "
-                f"smaller part of the model; to compress these alone, give --blocks {best.path}"
+                f"smaller part of the model; to compress these alone, give blocks={best.path}"
             )
 
 
@@ -308,7 +308,7 @@ def _without_stages(model: nn.Module, watches: Sequence[Watch], good: list[Watch
         changes = _changes_around(tried, watches)
     if changes:
         before, after = (" × ".join(map(str, shape)) for shape in changes[0])
-        hint = f"; name one stage, such as --blocks {stages[0].path}" if stages else ""
+        hint = f"; name one stage, such as blocks={stages[0].path}" if stages else ""
         raise BlockfitError(
             f"{type(model).__name__} is hierarchical: from one of its blocks or stages to the next "
             f"the hidden state turns from {before} to {after}, and a map needs one number of "

@@ -232,7 +232,7 @@ def container_at(model: nn.Module, path: str) -> nn.Module:
     there = (
         f"lists of modules in it are {', '.join(map(repr, near))}" if near else "it has no lists"
     )
-    raise BlockfitError(f"the model has no module {path!r}; {there}; correct --blocks")
+    raise BlockfitError(f"the model has no module {path!r}; {there}; correct blocks=")
 
 
 def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -352,6 +352,6 @@ def need_writer(writers: list[Writer], block: int, why: str) -> Writer:
     if not writers:
         raise BlockfitError(
             f"block {block} has no linear layer whose output is simply added to the hidden "
-            f"state, which {why} needs; choose another map or --repair none"
+            f"state, which {why} needs; choose another map or repair=none"
         )
     return writers[-1]

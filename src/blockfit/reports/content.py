@@ -9,6 +9,7 @@ from blockfit.errors import BlockfitError
 from blockfit.evaluation.side_by_side import SideBySide
 from blockfit.fit.plan import Plan
 from blockfit.fit.similarity import Tables
+from blockfit.search.final import Final
 from blockfit.search.held_out import MapError
 from blockfit.search.session import SAFE_LOSS
 
@@ -33,6 +34,7 @@ class Candidate:
         command: that makes it.
         top1: the original's and its own on the held-out images, where known.
         latency: of the original's, and the quartiles of the rounds; where it was measured.
+        final: figures of images that decided nothing, where there are any.
     """
 
     plan: Plan
@@ -46,6 +48,7 @@ class Candidate:
     command: str | None = None
     top1: tuple[float | None, float | None] = (None, None)
     latency: tuple[float, float, float] | None = None
+    final: Final | None = None
 
     @property
     def removed(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from blockfit.fit.intervals import CONFIDENCE
 from blockfit.reports.content import Candidate, Evaluated
+from blockfit.search.final import Final
 from blockfit.units import amount, number, percent, share
 
 View = dict[str, Any]
@@ -29,6 +31,8 @@ def headline(chosen: Candidate | None, evaluation: Evaluated | None) -> list[Vie
     fidelity, on = chosen.fidelity, "held-out images"
     if evaluation is None:
         cards += _of_the_run(chosen)
+    if evaluation is None and chosen.final is not None:
+        return cards + _of_nothing_else(chosen.final)
     if evaluation is not None and evaluation.fidelity.get("feature_cosine") is not None:
         fidelity, on = {**evaluation.fidelity, "images": evaluation.images}, "test images"
     images = fidelity.get("images")
@@ -47,12 +51,32 @@ def _of_the_run(chosen: Candidate) -> list[View]:
     """Top-1 and latency as the run found them, where nothing was measured on test images."""
     cards, images = [], chosen.fidelity.get("images")
     old, new = chosen.top1
-    if old is not None and new is not None:
+    if old is not None and new is not None and chosen.final is None:
         on = "held-out images" if images is None else f"{images:.0f} held-out images"
         note = f"{100 * (new - old):+.2f} points, on {on}"
         cards.append(_card("Top-1", percent(old), percent(new), note))
     if (part := chosen.share("latency")) is not None:
         cards.append(_card("Latency", None, share(part, 1.0), "of the original's"))
+    return cards
+
+
+def _of_nothing_else(final: Final) -> list[View]:
+    """Figures of images that decided nothing, with their intervals."""
+    cards = []
+    before, after, drop = final.top1_before, final.top1_after, final.drop
+    if before is not None and after is not None and drop is not None:
+        note = f"{drop.value:.2f} points lost ({drop.low:.2f} to {drop.high:.2f}), on "
+        note += f"{final.labelled} images that decided nothing"
+        cards.append(_card("Top-1", percent(before.value), percent(after.value), note))
+    for name, figure, shown in (
+        ("KL from the original", final.kl, number),
+        ("Top-1 agreement", final.agreement, percent),
+        ("Relative feature error", final.feature_error, number),
+    ):
+        if figure is not None:
+            note = f"{shown(figure.low)} to {shown(figure.high)} ({CONFIDENCE:.0%}), on "
+            note += f"{final.images} images that decided nothing"
+            cards.append(_card(name, None, shown(figure.value), note))
     return cards
 
 

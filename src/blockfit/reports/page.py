@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 from importlib.resources import files
 from pathlib import Path
 
@@ -56,8 +57,16 @@ def check_report(path: str | Path) -> None:
     """Refuse now what ``write_report`` would refuse at the end of a long run.
 
     Raises:
-        BlockfitError: where ``path`` is taken by something other than an earlier report.
+        BlockfitError: where ``path`` is taken by something other than an earlier report, or what a
+            report needs is not installed.
     """
+    for module, name in (("jinja2", "Jinja2"), ("matplotlib", "matplotlib")):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise BlockfitError(
+                f'a report needs {name}, which is not installed; pip install "blockfit[report]"'
+            ) from error
     target = Path(path).expanduser()
     if target.is_dir():
         raise BlockfitError(f"{target} is a folder; give a file to write, such as report.html")

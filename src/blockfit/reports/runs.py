@@ -18,6 +18,7 @@ from blockfit.evaluation import analysis
 from blockfit.evaluation.paper import study as reproduce
 from blockfit.evaluation.paper.pages import FRACTIONS, WORDS
 from blockfit.fields import Values, read_values
+from blockfit.fit.intervals import Interval
 from blockfit.fit.plan import MAP_KINDS, Plan, Span
 from blockfit.fit.similarity import METRICS, Tables
 from blockfit.formats import folder as store
@@ -45,6 +46,7 @@ from blockfit.reports.content import (
 from blockfit.reports.facts import model_facts, only_known, run_facts, timing_facts, written_with
 from blockfit.search import sweep as sweeps
 from blockfit.search.budget import Budget
+from blockfit.search.final import Final
 from blockfit.search.held_out import MapError
 from blockfit.search.sweep_file import MARK as SWEEP_MARK
 
@@ -142,6 +144,7 @@ def result_content(
         command=compress_line(report, plan, source, folder or SMALL),
         top1=(report.number("top1_before"), report.number("top1_after")),
         latency=_latency(report),
+        final=_final(report.inner("final")),
     )
     facts = [*model_facts(source), *run_facts(report, report.inner("calibration"))]
     facts += timing_facts([report])
@@ -205,6 +208,7 @@ def _point(
         command=line,
         top1=(original.number("top1"), point.number("top1")),
         latency=_latency(point),
+        final=_final(point.inner("final")),
     )
 
 
@@ -338,6 +342,22 @@ def _latency(data: Values) -> tuple[float, float, float] | None:
     """The ratio and its quartiles; ``None`` where nothing was timed."""
     ratio, low, high = (data.inner("latency").number(key) for key in ("ratio", "low", "high"))
     return None if ratio is None or low is None or high is None else (ratio, low, high)
+
+
+def _final(data: Values) -> Final | None:
+    """Figures of images that decided nothing; ``None`` where a run has none."""
+    images, error = data.whole("images"), _interval(data.inner("feature_error"))
+    if images is None or error is None:
+        return None
+    names = ("top1_before", "top1_after", "drop", "agreement", "kl")
+    figures = {name: _interval(data.inner(name)) for name in names}
+    labelled, source = data.whole("labelled") or 0, data.text("source") or ""
+    return Final(images, labelled, source, feature_error=error, **figures)
+
+
+def _interval(data: Values) -> Interval | None:
+    value, low, high = (data.number(key) for key in ("value", "low", "high"))
+    return None if value is None or low is None or high is None else Interval(value, low, high)
 
 
 def _map_errors(data: Values) -> tuple[MapError, ...]:

@@ -41,15 +41,17 @@ class Budget:
         if self.kind not in KINDS:
             raise BlockfitError(f"unknown budget {self.kind!r}; choose one of {', '.join(KINDS)}")
         if not math.isfinite(self.value):
-            raise BlockfitError(f"the budget {self.kind} must be a number, got {self.value}")
+            raise BlockfitError(f"{self.kind}= must be a number, got {self.value}")
         if self.kind == "remove" and (self.value < 1 or self.value != int(self.value)):
-            raise BlockfitError(f"remove takes a whole number of blocks, got {self.value}")
+            raise BlockfitError(f"remove= takes a whole number of blocks, got {self.value:g}")
         if self.kind in ("params", "flops", "latency") and not 0 < self.value <= 1:
+            meant = f"; did you mean {self.value:g}%?" if 1 < self.value <= 100 else ""
             raise BlockfitError(
-                f"{self.kind} takes the part that may remain, such as 0.62 or 62%, got {self.value}"
+                f"{self.kind}= takes the part that may remain, such as 0.62 or 62%, got "
+                f"{self.value:g}{meant}"
             )
         if self.kind.startswith("max") and self.value < 0:
-            raise BlockfitError(f"{self.kind} must be 0 or more, got {self.value}")
+            raise BlockfitError(f"{self.kind}= must be 0 or more, got {self.value:g}")
 
     def __str__(self) -> str:
         if self.kind in ("params", "flops", "latency"):
@@ -67,7 +69,8 @@ class Budget:
         """
         named = {kind: value for kind, value in given.items() if value is not None}
         if len(named) > 1:
-            raise BlockfitError(f"give one budget, not both {' and '.join(named)}")
+            told = " and ".join(f"{kind}=" for kind in named)
+            raise BlockfitError(f"give one budget, not both {told}")
         for kind, value in named.items():
             return cls(kind, read_number(value, kind))
         return None
@@ -86,7 +89,7 @@ def read_number(value: float | str, name: str) -> float:
         try:
             return float(text[:-1]) / 100 if text.endswith("%") else float(text)
         except ValueError:
-            raise BlockfitError(f"cannot read {value!r} as {name}; write 0.62 or 62%") from None
+            raise BlockfitError(f"cannot read {value!r} as {name}=; write 0.62 or 62%") from None
     return float(value)
 
 

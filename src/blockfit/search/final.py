@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,6 +105,11 @@ class Outcomes:
 
     table: Tensor
 
+    @classmethod
+    def of_rows(cls, rows: Iterable[Sequence[float]]) -> Outcomes:
+        """Those that ``rows_of`` gave, put together."""
+        return cls(torch.tensor([*rows], dtype=torch.float64).reshape(-1, len(COLUMNS)))
+
     def __len__(self) -> int:
         return len(self.table)
 
@@ -168,13 +173,12 @@ def outcomes(
         seen = observe(small, blocks, placed(small, batch.inputs))
         after = finite(seen, "compressed", batch.names)
         known = labels_of_head(before, batch.labels, images.class_names)
-        rows[str(batch.number)] = _rows(before, after, known).tolist()
+        rows[str(batch.number)] = rows_of(before, after, known)
         if progress is not None:
             progress(sum(map(len, rows.values())), len(own))
     images.exchange()
     found = {int(k): row for part in ranks.gathered(rows) for k, row in part.items()}
-    table = [row for _, part in sorted(found.items()) for row in part]
-    return Outcomes(torch.tensor(table, dtype=torch.float64).reshape(-1, len(COLUMNS)))
+    return Outcomes.of_rows(row for _, part in sorted(found.items()) for row in part)
 
 
 def labels_of_head(
@@ -207,15 +211,15 @@ def finite(seen: Observation, name: str, images: list[str]) -> Observation:
     return seen
 
 
-def _rows(before: Observation, after: Observation, labels: Tensor | None) -> Tensor:
-    """The rows of ``Outcomes.table``."""
+def rows_of(before: Observation, after: Observation, labels: Tensor | None) -> list[list[float]]:
+    """The rows of ``Outcomes.table`` for one batch, as JSON values."""
     rows = torch.zeros(len(before.features), len(COLUMNS), dtype=torch.float64)
     old, new = exact(before.features).cpu(), exact(after.features).cpu()
     gap = (new - old).reshape(len(old), -1).norm(dim=1)
     rows[:, 5] = gap / old.reshape(len(old), -1).norm(dim=1).clamp_min(1e-30)
     if before.logits is None or after.logits is None:
         rows[:, 3:5] = torch.nan
-        return rows
+        return _listed(rows)
     first, second = before.logits.argmax(1).cpu(), after.logits.argmax(1).cpu()
     rows[:, 3] = kl_divergence(before.logits.cpu(), after.logits.cpu())
     rows[:, 4] = (first == second).double()
@@ -225,7 +229,12 @@ def _rows(before: Observation, after: Observation, labels: Tensor | None) -> Ten
         rows[:, 0] = known.double() - (labels >= classes).double()
         rows[:, 1] = (known & (first == labels)).double()
         rows[:, 2] = (known & (second == labels)).double()
-    return rows
+    return _listed(rows)
+
+
+def _listed(rows: Tensor) -> list[list[float]]:
+    found: list[list[float]] = rows.tolist()
+    return found
 
 
 @dataclass(frozen=True)

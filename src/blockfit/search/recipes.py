@@ -63,7 +63,7 @@ class Recipe:
         if not self.maps:
             raise BlockfitError("a recipe needs a kind of map; name one of its maps")
         if self.rank is not None and "low-rank" not in self.maps:
-            raise BlockfitError("only low-rank maps have a rank; leave --rank away or add the map")
+            raise BlockfitError("only low-rank maps have a rank; leave rank= away or add the map")
         if self.select not in SELECTIONS:
             raise BlockfitError(
                 f"unknown selection {self.select!r}; choose one of {', '.join(SELECTIONS)}"

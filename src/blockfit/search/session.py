@@ -377,14 +377,10 @@ class Session:
         return [i for i, start in enumerate(starts) if any(n.startswith(start) for n in changed)]
 
     def warnings(self, point: Point) -> list[str]:
-<<<<<<< HEAD
-        """What the user should know: a costly budget, and the nearest safe one."""
-=======
         """What the user should know: images that change, a costly budget, the nearest safe one."""
-        out = [*self.setting.warnings, *self.sizes.warnings()]
->>>>>>> a128458 (512 images calibrate where nobody says how many, and it is said; images that change while they are read and the plan's warnings reach Python users)
         loss, search = point.fidelity.loss, self._search
-        out = self.sizes.warnings() + ([] if search is None else search.warnings())
+        out = [*self.setting.warnings, *self.sizes.warnings()]
+        out += [] if search is None else search.warnings()
         if loss > SAFE_LOSS:
             what = "KL" if point.fidelity.kl is not None else "relative feature error"
             line = (
@@ -396,7 +392,7 @@ class Session:
             )
             safe = [n for n, value in tried.items() if value <= SAFE_LOSS]
             if safe:
-                line += f"; the nearest safe budget is --remove {max(safe)}"
+                line += f"; the nearest safe budget is remove={max(safe)}"
             elif tried:
                 line += "; no number of blocks is safe for this model and these images"
             out.append(line)

@@ -411,7 +411,7 @@ class Search:
         if not spans:
             raise BlockfitError(
                 f"no single span removes {size} blocks here; protect fewer blocks, "
-                "remove fewer, or leave --contiguous away"
+                "remove fewer, or allow several spans (contiguous=)"
             )
         return spans
 

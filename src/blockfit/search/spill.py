@@ -58,7 +58,7 @@ class Shelf:
         except (OSError, RuntimeError) as error:
             raise BlockfitError(
                 f"cannot put hidden states into {tempfile.gettempdir()}: {first_line(error)}; make "
-                "room, name another folder by TMPDIR, or raise --max-memory"
+                "room, name another folder by TMPDIR, or raise max_memory="
             ) from error
         return mapped.reshape(tensor.shape)
 
@@ -87,10 +87,10 @@ def check_batch(images: int, state: Tensor, depth: int, limit_bytes: int) -> Non
     each = (depth + 1) * state[0].nbytes
     if images * each > limit_bytes / 2:
         fits = int(limit_bytes / 2 / each)
-        do = f"use --batch-size {fits}" if fits else "raise --max-memory"
+        do = f"use batch_size={fits}" if fits else "raise max_memory="
         raise BlockfitError(
             f"the hidden states of a batch of {images} images take {images * each / 1e9:.2g} GB, "
-            f"more than half of --max-memory {limit_bytes / 1e9:.2g} GB; {do}"
+            f"more than half of max_memory={limit_bytes / 1e9:.2g} GB; {do}"
         )
 
 
@@ -119,7 +119,7 @@ def groups_of(spans: Iterable[Span], width: int, limit_bytes: float) -> list[lis
     if moments_bytes(2, 1, width) > limit_bytes:
         raise BlockfitError(
             f"the moments of one span take {moments_bytes(2, 1, width) / 1e9:.2g} GB at width "
-            f"{width}, more than there is room for; raise --max-memory to "
+            f"{width}, more than there is room for; raise max_memory= to "
             f"{moments_bytes(2, 1, width) / MOMENTS_SHARE / 1e9:.2g}GB at least"
         )
     return groups

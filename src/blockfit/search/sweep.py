@@ -57,8 +57,8 @@ from blockfit.units import bytes_of
 
 UNKNOWN = {
     "flops": "does not know FLOPs, which cannot be counted for its model; use remove or params",
-    "latency": "holds no latencies; give the same sweep again with --measure-latency 1 "
-    "(latency_images=1), or compress from images",
+    "latency": "holds no latencies; give the same sweep again with latency_images=1, "
+    "or compress from images",
     "max_kl": "holds no KL that was judged apart: the model has no head, or the sweep is of an "
     "earlier version; use remove, params or flops, or sweep into a new folder",
     "max_drop": "holds no accuracy that was judged apart; sweep labelled images of the classes of "
