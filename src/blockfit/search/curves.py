@@ -319,8 +319,12 @@ def _block_curves(
             )
             for width in trials
         ]
-        scores = held_out.scores(solutions, batches)
-        measured = {w: effect_of(score) for w, score in zip(trials, scores, strict=True)}
+        failed: dict[Plan, str] = {}
+        scores = held_out.trials(solutions, failed, batches)
+        pairs = zip(trials, scores, strict=True)
+        measured = {width: effect_of(score) for width, score in pairs if score is not None}
+        if not measured:
+            continue  # the model does not run with a narrower part: it stays whole
         effects = interpolated(widths, errors, measured)
         unit = unit_cost(sums.block, part, originals.like.shape[1])
         out.append(Curve(part, widths, effects, *unit))

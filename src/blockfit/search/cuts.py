@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from blockfit.errors import BlockfitError
 from blockfit.fit.closed_form import RIDGE, fit_map
 from blockfit.fit.moments import Moments
@@ -18,15 +20,13 @@ from blockfit.search.choose import Choice, Priced, choose
 from blockfit.search.curves import Curve, curves, effect_of, key_of
 from blockfit.search.held_out import HeldOut
 from blockfit.search.recipes import Recipe
-from blockfit.search.solve import Solution
+from blockfit.search.solve import Solution, solve
+from blockfit.search.span_search import Point, Search
 from blockfit.search.spill import GroupedMoments
 from blockfit.search.states import Originals
 
 LONGEST_SPAN = 2
 """Blocks of the longest span that is weighed against narrowing; longer ones cost far more."""
-
-CLOSE = 0.002
-"""How far below the budget a plan may end where widths are coarse."""
 
 ROUNDS = 8
 """Times that a plan is chosen again because its cost was not what its parts' costs add up to."""
@@ -60,6 +60,7 @@ class CutSearch:
         whole: blocks that nothing may cut.
         moments: of spans up to ``LONGEST_SPAN``; called where spans are weighed.
         multiple: widths of MLPs are multiples of it.
+        precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.
         say: called with one line on what is being done.
         progress: called with how many of how many blocks are done.
     """
@@ -74,6 +75,7 @@ class CutSearch:
         whole: Sequence[int],
         moments: Callable[[list[Span]], Moments | GroupedMoments],
         multiple: int | None = None,
+        precision: torch.dtype | None = None,
         say: Callable[[str], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -82,6 +84,10 @@ class CutSearch:
         self.depth = originals.blocks.depth
         self._moments, self._multiple = moments, multiple
         self._say, self._progress = say or (lambda line: None), progress
+        self._precision = precision
+        self._judge = Search(
+            originals, held_out, None, recipe, protected, progress=progress, precision=precision
+        )
         self._curves: list[Curve] | None = None
         self._spans: list[tuple[Plan, float]] | None = None
 
@@ -195,3 +201,66 @@ class CutSearch:
             Priced(plan.replacements[0], effect, 1 - self.sizes.fractions(plan)[kind])
             for plan, effect in self.spans
         ]
+
+    def solve(self, plan: Plan) -> Solution:
+        """Solve a plan on all calibration images, those that chose it too."""
+        every = self.originals.with_more(self.held_out.traces)
+        solution = solve(every, plan, self.recipe.options, self._progress)
+        return solution if self._precision is None else solution.rounded(self._precision)
+
+    def point(self, plan: Plan, solution: Solution | None = None) -> Point:
+        """A plan solved on all images, with the figures that it has when solved on the fit images.
+
+        Args:
+            plan: the cuts; a map that is worse than identity is replaced by it.
+            solution: of the plan on all images, where it is known.
+        """
+        self._say("solving the plan on the fit images, judging it on the held-out ones")
+        judged = self._judge.point(plan)
+        if solution is None or judged.solution.plan != plan:
+            self._say("solving the plan on all images")
+            solution = self.solve(judged.solution.plan)
+        return replace(judged, solution=solution)
+
+    def latency_prices(self, ratio: Callable[[Solution], float]) -> dict[tuple[int, str], float]:
+        """What one dimension of every part costs in latency, as a part of the original's.
+
+        Every kind of part is halved in all blocks and timed: dimensions of one kind cost alike.
+
+        Args:
+            ratio: the latency of a model with a solution in it over that of the original.
+        """
+        prices: dict[tuple[int, str], float] = {}
+        for part in PARTS:
+            some = [curve for curve in self.curves if curve.whole.part == part]
+            cuts = [replace(c.whole, kept=c.widths[len(c.widths) // 2]) for c in some]
+            gone = sum(cut.size - cut.kept for cut in cuts)
+            if not gone:
+                continue
+            self._say(f"latency with narrower {part}")
+            saved = max(0.0, 1 - ratio(Solution(Plan((), tuple(cuts)), ())))
+            prices |= {key_of(curve): saved / gone for curve in some}
+        return prices
+
+    def plan_for_latency(self, value: float, ratio: Callable[[Solution], float]) -> Plan:
+        """The plan of least added effect whose measured latency is at most ``value``.
+
+        Args:
+            value: the part of the original's latency that may remain.
+            ratio: as in ``latency_prices``.
+
+        Raises:
+            BlockfitError: where none is fast enough.
+        """
+        prices, target, measured = self.latency_prices(ratio), value, 1.0
+        for _ in range(ROUNDS):
+            plan = self.plan(Share("latency", target), prices)
+            measured = ratio(Solution(plan, ()))
+            self._say(f"latency {measured:.1%} of the original's")
+            if measured <= value:
+                return plan
+            target -= max(measured - value, 0.005)
+        raise BlockfitError(
+            f"latency {value:.1%} cannot be reached on this machine: the fastest plan that was "
+            f"timed takes {measured:.1%} of the original's time; ask for more"
+        )

@@ -141,6 +141,8 @@ class Session:
         checkpoint: where moments and the search are saved from time to time, and gone on from.
         max_memory: bytes that moments and hidden states may take above the model; all fit into
             memory where ``None``.
+        whole: blocks that nothing may cut.
+        multiple: widths that MLPs keep are multiples of it.
     """
 
     def __init__(
@@ -153,10 +155,13 @@ class Session:
         progress: Progress | None = None,
         checkpoint: Checkpoint | None = None,
         max_memory: int | None = None,
+        whole: Iterable[int] = (),
+        multiple: int | None = None,
     ) -> None:
         self._checkpoint, self._max_memory = checkpoint, max_memory
         self.setting, self.recipe, self.seed = setting, recipe, seed
-        self.protected = tuple(sorted(set(protected)))
+        self.protected = tuple(sorted({*protected, *whole}))
+        self._whole, self._multiple = tuple(sorted(set(whole))), multiple
         self._say, self._progress = say or (lambda line: None), progress
         model, blocks = setting.model, setting.blocks
         spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist
@@ -173,12 +178,38 @@ class Session:
         self._moments: list[Moments | GroupedMoments] = []
         self._savings: dict[str, list[float]] = {}
         self._search: Search | None = None
+        self._cuts: CutSearch | None = None
 
     def with_recipe(self, recipe: Recipe) -> Session:
         """The same calibration under another recipe."""
         other = copy.copy(self)
-        other.recipe, other._search = recipe, None
+        other.recipe, other._search, other._cuts = recipe, None, None
         return other
+
+    @property
+    def cuts(self) -> CutSearch:
+        """The search over cuts of all kinds; made at the first call."""
+        if self._cuts is None:
+            self._cuts = CutSearch(
+                self.originals,
+                self.held_out,
+                self.sizes,
+                self.recipe,
+                self.protected,
+                self._whole,
+                self._calibrate,
+                self._multiple,
+                self.precision,
+                self._say,
+                self._progress,
+            )
+        return self._cuts
+
+    def narrows(self) -> bool:
+        """Whether the recipe may narrow parts of blocks, and the model has some."""
+        wanted = set(self.recipe.cuts) & set(PARTS)
+        blocks = range(self.setting.blocks.depth) if wanted else ()
+        return any(wanted & set(self.originals.parts(index).whole) for index in blocks)
 
     def search(self, longest: int | None = None) -> Search:
         """The search; calibrates at the first call.
@@ -284,6 +315,8 @@ class Session:
             point = search.solved(size)
             assert point is not None
             return point
+        if self.narrows():
+            return self._reach_by_cuts(budget, judge)
         if budget.kind in ("params", "flops"):
             return self._reach_size(budget)
         if budget.kind == "latency":
@@ -291,9 +324,35 @@ class Session:
         assert judge is not None, "a budget of loss needs a judge"
         return self._reach_loss(judge)
 
-    def _reach_size(self, budget: Budget) -> Point:
+    def _reach_by_cuts(self, budget: Budget, judge: Judge | None) -> Point:
+        cuts = self.cuts
+        if budget.kind in ("params", "flops"):
+            self._check_flops(budget)
+            return cuts.point(cuts.plan(Share(budget.kind, budget.value)))
+        if budget.kind == "latency":
+            ratio = lambda solution: float(ranks.agreed(partial(self.latency_ratio, solution)))
+            return cuts.point(cuts.plan_for_latency(budget.value, ratio))
+        assert judge is not None, "a budget of loss needs a judge"
+
+        def solve(share: float) -> Solution:
+            return cuts.solve(cuts.plan(Share("params", share)))
+
+        def decide(solution: Solution) -> Verdict:
+            self._say(f"judging {judge.budget}")
+            return judge.verdict(solution)
+
+        smallest = cuts.smallest(Share("params", 1.0))
+        found = furthest([s for s in SHARES if s > smallest], solve, decide)
+        if found.solved is None:
+            raise judge.refusal(f"leaving {SHARES[0]:.0%} of the parameters", found.verdicts[SHARES[0]])
+        return cuts.point(found.solved.plan, found.solved)
+
+    def _check_flops(self, budget: Budget) -> None:
         if budget.kind == "flops" and self.sizes.flops is None:
             raise BlockfitError(f"{self.sizes.warnings()[0]}; use remove, params or latency")
+
+    def _reach_size(self, budget: Budget) -> Point:
+        self._check_flops(budget)
         largest = most_removed(self.setting.blocks.depth, self.protected)
         sizes = range(1, largest + 1)
         if not any(self._worth_trying(budget, size) for size in sizes):
@@ -376,6 +435,12 @@ class Session:
         changed = point.solution.weights
         return [i for i, start in enumerate(starts) if any(n.startswith(start) for n in changed)]
 
+    def _cut_words(self, point: Point) -> str:
+        """What a plan does, for warnings."""
+        if not point.solution.plan.narrowings:
+            return f"removing {point.removed} blocks"
+        return f"leaving {self.sizes.fractions(point.solution.plan)['params']:.0%} of the parameters"
+
     def warnings(self, point: Point) -> list[str]:
         """What the user should know: images that change, a costly budget, the nearest safe one."""
         loss, search = point.fidelity.loss, self._search
@@ -384,8 +449,7 @@ class Session:
         if loss > SAFE_LOSS:
             what = "KL" if point.fidelity.kl is not None else "relative feature error"
             line = (
-                f"removing {point.removed} blocks costs a held-out {what} of {loss:.3f}, "
-                f"above {SAFE_LOSS}"
+                f"{self._cut_words(point)} costs a held-out {what} of {loss:.3f}, above {SAFE_LOSS}"
             )
             tried = (
                 {} if search is None else {n: search.tried[p[0]] for n, p in search.best.items()}
