@@ -92,8 +92,12 @@ def compress(
     prefix_weight: float | None = None,
     repair: str | None = None,
     repair_ridge: float | None = None,
+    cuts: Iterable[str] | str | None = None,
+    multiple_of: int | None = None,
     protect: Iterable[int] = (),
+    whole: Iterable[int] = (),
     blocks: str | None = None,
+    plan: Plan | None = None,
     hold_out: float = HOLD_OUT,
     final: int | None = None,
     force_budget: bool = False,
@@ -104,9 +108,10 @@ def compress(
     resume: str | Path | None = None,
     max_memory: int | str | None = None,
 ) -> Result:
-    """Replace redundant runs of blocks by closed-form maps, without training.
+    """Make a model smaller without training it: narrower parts of blocks, maps for whole blocks.
 
-    Give ``spans`` or one budget. The images need no labels.
+    Give one budget, ``spans`` or a ``plan``. ``remove`` takes whole blocks only; every other
+    budget may narrow MLPs, values and queries–keys as well (``cuts``). The images need no labels.
 
     Args:
         model: any module whose blocks map (batch, tokens, width) to the same shape, or a name.
@@ -129,8 +134,14 @@ def compress(
         prefix_weight: weight of a prefix token in every fit, where a patch token weighs 1.
         repair: ``none``, ``mlp`` or ``mlp+attention``, instead of the recipe's.
         repair_ridge: λ of the repairs, towards the original weights.
-        protect: blocks that must stay because something reads their output.
+        cuts: what budgets other than ``remove`` may cut, of ``blocks``, ``mlp``, ``values`` and
+            ``keys``; all by default.
+        multiple_of: widths that MLPs keep are multiples of it; of 32 by default.
+        protect: blocks that must stay because something reads their output; their parts may be
+            narrowed.
+        whole: blocks that nothing may cut.
         blocks: dotted path of the list of blocks, where looking is not enough.
+        plan: these cuts, such as another run's ``result.plan``.
         hold_out: part of the calibration images that chooses the plan and is not fitted on.
         final: images that are used for the final figures alone: up to 1,000 of those beyond the
             calibration images by default, a fifth of all where too few are; 0 for none.
@@ -153,35 +164,25 @@ def compress(
     """
     started = time.perf_counter()
     at_least(0, seed=seed)
+    at_least(1, multiple_of=multiple_of)
+    protect, whole = tuple(protect), tuple(whole)
     room = None if max_memory is None else bytes_of(str(max_memory), "max_memory")
     budget = Budget.of(
         remove=remove, params=params, flops=flops, latency=latency, max_kl=max_kl, max_drop=max_drop
     )
-    spans = None if spans is None else list(spans)
-    if spans == []:
-        raise BlockfitError("spans is empty; name what goes, such as ['2:4']")
-    if (spans is None) == (budget is None):
-        raise BlockfitError(
-            "say what to remove: spans= by hand or one budget (remove=, params=, flops=, latency=, "
-            "max_kl= or max_drop=)"
-        )
     chosen = recipe_for(
         recipe,
         spans is not None,
         map=map,
         rank=rank,
         per_token_type=per_token_type,
+        cuts=cuts,
         ridge=ridge,
         prefix_weight=prefix_weight,
         repair=repair,
         repair_ridge=repair_ridge,
     )
-    plan = None
-    if spans is not None:
-        options: dict[str, Any] = {"per_token_type": chosen.per_token_type}
-        if chosen.maps[-1] == "low-rank":
-            options["rank"] = chosen.rank
-        plan = Plan.of(spans, chosen.maps[-1], **options)
+    plan = _by_hand(spans, plan, budget, chosen)
     if not isinstance(model, nn.Module):
         model, inplace = load(model), True
     if not isinstance(images, Images):
@@ -198,10 +199,13 @@ def compress(
         at = (setting.model, setting.blocks, parts.judge)
         judge = Judge(budget, *at, seed, force_budget, progress)
     if plan is not None:
-        plan.check(setting.blocks.depth, protect)
-    run = run_json(model, parts, chosen, protect, hold_out, seed)
+        plan.check(setting.blocks.depth, {*protect, *whole})
+    narrowing = {"whole": sorted({*whole}), "multiple_of": multiple_of}
+    run = {**run_json(model, parts, chosen, protect, hold_out, seed), **narrowing}
     checkpoint = checkpoint_of(resume, run, parts.calibration, setting.blocks)
-    session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
+    session = Session(
+        setting, chosen, protect, seed, say, progress, checkpoint, room, whole, multiple_of
+    )
     if plan is not None:
         point = session.by_hand(plan)
     else:
@@ -219,6 +223,35 @@ def compress(
     report["seconds"] = round(time.perf_counter() - started, 3)
     tell(report["warnings"], stacklevel=3)
     return Result(small, point.solution.plan, report, setting.blocks, source)
+
+
+def _by_hand(
+    spans: Iterable[Span | str | tuple[int, int]] | None,
+    plan: Plan | None,
+    budget: Budget | None,
+    recipe: Recipe,
+) -> Plan | None:
+    """The plan that a call names; ``None`` where it names a budget.
+
+    Raises:
+        BlockfitError: where it names nothing or more than one of the three.
+    """
+    spans = None if spans is None else list(spans)
+    if spans == []:
+        raise BlockfitError("spans is empty; name what goes, such as ['2:4']")
+    if [spans, plan, budget].count(None) != 2:
+        raise BlockfitError(
+            "say what to remove: spans= by hand, a plan=, or one budget (remove=, params=, "
+            "flops=, latency=, max_kl= or max_drop=)"
+        )
+    if spans is None:
+        if plan is not None and not plan:
+            raise BlockfitError("the plan cuts nothing; give one with spans or narrowings")
+        return plan
+    options: dict[str, Any] = {"per_token_type": recipe.per_token_type}
+    if recipe.maps[-1] == "low-rank":
+        options["rank"] = recipe.rank
+    return Plan.of(spans, recipe.maps[-1], **options)
 
 
 def _silent(line: str) -> None:

@@ -79,6 +79,8 @@ def compress(
         **method.changes(),
         "recipe": method.named(),
         "protect": judging.protected(),
+        "whole": judging.kept_whole(),
+        "multiple_of": judging.multiple_of,
         "hold_out": judging.part(),
         "final": judging.final,
         "seed": reading.seed,

@@ -296,6 +296,29 @@ Protect = Annotated[
         rare=True,
     ),
 ]
+Whole = Annotated[
+    str | None,
+    option("--whole", help="Blocks that nothing may cut.", panel=HOW, metavar="LIST", rare=True),
+]
+Cuts = Annotated[
+    str | None,
+    option(
+        "--cuts",
+        help="What may go, of blocks,mlp,values,keys.  [default: all]",
+        panel=HOW,
+        metavar="LIST",
+    ),
+]
+MultipleOf = Annotated[
+    int | None,
+    option(
+        "--multiple-of",
+        help="Widths of MLPs are multiples of it.  [default: 32]",
+        panel=HOW,
+        metavar="N",
+        rare=True,
+    ),
+]
 HoldOut = Annotated[
     float | None,
     option(
@@ -511,9 +534,16 @@ class Method:
 
     def changes(self) -> dict[str, Any]:
         """What changes a recipe, by the names that ``compress`` has for it; ``None``: nothing."""
-        names = ("map", "rank", "ridge", "prefix_weight", "repair", "repair_ridge")
+        names = ("map", "rank", "ridge", "prefix_weight", "repair", "repair_ridge", "cuts")
         changed: dict[str, Any] = {name: getattr(self, name) for name in names}
         return {**changed, "per_token_type": self.per_token_type or None}
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...]:
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise BlockfitError(f"cannot read {option} {text!r}; write block numbers, such as 3,6,9")
+    return tuple(int(part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -521,24 +551,26 @@ class Judging:
     """What the search must leave alone, and what it judges by."""
 
     protect: Protect = None
+    whole: Whole = None
+    multiple_of: MultipleOf = None
     hold_out: HoldOut = None
     final: Final = None
 
     def check(self) -> None:
         """Refuse before any work what is no part and no number."""
-        self.protected()
+        self.protected(), self.kept_whole()
+        at_least(1, multiple_of=self.multiple_of)
         at_least(0, final=self.final)
         if not 0 < self.part() < 1:
             raise BlockfitError(f"hold_out= takes a part between 0 and 1, got {self.part():g}")
 
     def protected(self) -> tuple[int, ...]:
-        """``3,6,9`` as numbers."""
-        parts = [] if self.protect is None else self.protect.split(",")
-        if not all(part.strip().isdecimal() for part in parts):
-            raise BlockfitError(
-                f"cannot read --protect {self.protect!r}; write block numbers, such as 3,6,9"
-            )
-        return tuple(int(part) for part in parts)
+        """``--protect 3,6,9`` as numbers."""
+        return _numbers("--protect", self.protect)
+
+    def kept_whole(self) -> tuple[int, ...]:
+        """``--whole 0,11`` as numbers."""
+        return _numbers("--whole", self.whole)
 
     def part(self) -> float:
         """The part of the images that chooses the plan."""

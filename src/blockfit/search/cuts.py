@@ -13,6 +13,7 @@ import torch
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.closed_form import RIDGE, fit_map
+from blockfit.fit.maps import empty_map
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import PARTS, Plan, Span, spans_up_to
 from blockfit.search.budget import Sizes
@@ -31,8 +32,18 @@ LONGEST_SPAN = 2
 ROUNDS = 8
 """Times that a plan is chosen again because its cost was not what its parts' costs add up to."""
 
-Price = Mapping[tuple[int, str], float]
-"""(block, part) → what one dimension costs."""
+
+@dataclass(frozen=True)
+class Prices:
+    """What latency is saved by, as parts of the original's.
+
+    Args:
+        units: (block, part) → one dimension less.
+        spans: blocks of a span → the span with its map in its place.
+    """
+
+    units: Mapping[tuple[int, str], float]
+    spans: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -144,16 +155,16 @@ class CutSearch:
                     out.setdefault(part, why)
         return out
 
-    def smallest(self, share: Share, prices: Price | None = None) -> float:
+    def smallest(self, share: Share, prices: Prices | None = None) -> float:
         """The part of the original that remains where all goes that may."""
         cuts = tuple(replace(curve.whole, kept=curve.widths[-1]) for curve in self.curves)
         if share.kind == "latency":
             assert prices is not None
-            saved = sum((c.size - c.kept) * prices[c.block, c.part] for c in cuts)
+            saved = sum((c.size - c.kept) * prices.units[c.block, c.part] for c in cuts)
             return 1 - saved
         return self.sizes.fractions(Plan((), cuts))[share.kind]
 
-    def plan(self, share: Share, prices: Price | None = None) -> Plan:
+    def plan(self, share: Share, prices: Prices | None = None) -> Plan:
         """The plan of least added effect that meets a budget of size.
 
         Args:
@@ -183,24 +194,28 @@ class CutSearch:
             f"{self.smallest(share, prices):.1%} remains; ask for more, or allow more kinds of cuts"
         )
 
-    def _choice(self, share: Share, to_save: float, prices: Price | None) -> Choice | None:
+    def _choice(self, share: Share, to_save: float, prices: Prices | None) -> Choice | None:
         """The knapsack's choice; costs are parts of the original's."""
         if share.kind == "latency":
             assert prices is not None
-            units = {key_of(c): prices[key_of(c)] for c in self.curves}
-        elif share.kind == "flops":
+            return choose(
+                self.curves, self._priced(share, prices), self.depth, to_save, prices.units
+            )
+        if share.kind == "flops":
             assert self.sizes.flops is not None
             units = {key_of(c): c.unit_flops / self.sizes.flops for c in self.curves}
         else:
             units = {key_of(c): c.unit / self.sizes.parameters for c in self.curves}
-        spans = [] if share.kind == "latency" else self._priced(share.kind)
+        spans = self._priced(share, None)
         return choose(self.curves, spans, self.depth, to_save, units)
 
-    def _priced(self, kind: str) -> list[Priced]:
-        return [
-            Priced(plan.replacements[0], effect, 1 - self.sizes.fractions(plan)[kind])
-            for plan, effect in self.spans
-        ]
+    def _priced(self, share: Share, prices: Prices | None) -> list[Priced]:
+        def saved(plan: Plan) -> float:
+            if prices is not None:
+                return prices.spans.get(len(plan.removed_blocks), 0.0)
+            return 1 - self.sizes.fractions(plan)[share.kind]
+
+        return [Priced(plan.replacements[0], effect, saved(plan)) for plan, effect in self.spans]
 
     def solve(self, plan: Plan) -> Solution:
         """Solve a plan on all calibration images, those that chose it too."""
@@ -222,15 +237,16 @@ class CutSearch:
             solution = self.solve(judged.solution.plan)
         return replace(judged, solution=solution)
 
-    def latency_prices(self, ratio: Callable[[Solution], float]) -> dict[tuple[int, str], float]:
-        """What one dimension of every part costs in latency, as a part of the original's.
+    def latency_prices(self, ratio: Callable[[Solution], float]) -> Prices:
+        """What narrowing and spans save in latency, measured.
 
         Every kind of part is halved in all blocks and timed: dimensions of one kind cost alike.
+        Of spans one of every length is timed.
 
         Args:
             ratio: the latency of a model with a solution in it over that of the original.
         """
-        prices: dict[tuple[int, str], float] = {}
+        units: dict[tuple[int, str], float] = {}
         for part in PARTS:
             some = [curve for curve in self.curves if curve.whole.part == part]
             cuts = [replace(c.whole, kept=c.widths[len(c.widths) // 2]) for c in some]
@@ -239,8 +255,19 @@ class CutSearch:
                 continue
             self._say(f"latency with narrower {part}")
             saved = max(0.0, 1 - ratio(Solution(Plan((), tuple(cuts)), ())))
-            prices |= {key_of(curve): saved / gone for curve in some}
-        return prices
+            units |= {key_of(curve): saved / gone for curve in some}
+        spans: dict[int, float] = {}
+        for plan, _ in self.spans:
+            length = len(plan.removed_blocks)
+            if length not in spans:
+                self._say(f"latency without {length} of the blocks")
+                spans[length] = max(0.0, 1 - ratio(self._unsolved(plan)))
+        return Prices(units, spans)
+
+    def _unsolved(self, plan: Plan) -> Solution:
+        """A plan as it runs, whatever its weights will be."""
+        width, prefix = self.originals.blocks.width, self.originals.blocks.prefix_tokens
+        return Solution(plan, tuple(empty_map(entry, width, prefix) for entry in plan))
 
     def plan_for_latency(self, value: float, ratio: Callable[[Solution], float]) -> Plan:
         """The plan of least added effect whose measured latency is at most ``value``.
@@ -255,7 +282,7 @@ class CutSearch:
         prices, target, measured = self.latency_prices(ratio), value, 1.0
         for _ in range(ROUNDS):
             plan = self.plan(Share("latency", target), prices)
-            measured = ratio(Solution(plan, ()))
+            measured = ratio(self._unsolved(plan))
             self._say(f"latency {measured:.1%} of the original's")
             if measured <= value:
                 return plan

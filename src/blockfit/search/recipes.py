@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -84,6 +85,12 @@ class Recipe:
         return out
 
     @property
+    def narrows(self) -> bool:
+        """Whether plans of the recipe may narrow parts of blocks."""
+        by_effect = self.select == "effect" and not self.contiguous
+        return by_effect and any(part in self.cuts for part in PARTS)
+
+    @property
     def plain(self) -> bool:
         """Whether every plan of the recipe can be written as a stock checkpoint."""
         return set(self.maps) <= {"identity", "folded"}
@@ -126,6 +133,7 @@ def recipe_for(
     map: str | None = None,
     rank: int | None = None,
     per_token_type: bool | None = None,
+    cuts: Iterable[str] | str | None = None,
     **solving: Any,
 ) -> Recipe:
     """The recipe that a call means.
@@ -139,10 +147,13 @@ def recipe_for(
         map: the only kind of map.
         rank: of low-rank maps.
         per_token_type: one map for prefix and one for patch tokens.
+        cuts: kinds of cuts, also as one text with commas.
         solving: fields of ``Options``; ``ridge`` may be ``"auto"``.
     """
     maps = None if map is None else (map,)
-    changes = {"maps": maps, "rank": rank, "per_token_type": per_token_type}
+    kinds = cuts.split(",") if isinstance(cuts, str) else cuts
+    changes: dict[str, Any] = {"maps": maps, "rank": rank, "per_token_type": per_token_type}
+    changes["cuts"] = None if kinds is None else tuple(kind.strip() for kind in kinds)
     chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
     given = {k: v for k, v in solving.items() if v is not None}
     if "ridge" in given:
@@ -165,5 +176,5 @@ def _ridge(value: float | str) -> float | None:
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON values."""
     values = asdict(recipe)
-    values["maps"] = list(recipe.maps)
+    values["maps"], values["cuts"] = list(recipe.maps), list(recipe.cuts)
     return values

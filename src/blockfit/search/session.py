@@ -14,7 +14,7 @@ from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line
 from blockfit.fit.moments import Moments
-from blockfit.fit.plan import Plan, Span, spans_up_to
+from blockfit.fit.plan import PARTS, Plan, Span, spans_up_to
 from blockfit.models.adapters import check_merged
 from blockfit.models.blocks import Batch, Blocks, find_blocks, named_blocks
 from blockfit.models.forward import FORWARD_ERRORS, evaluating, first_images, offloaded
@@ -23,6 +23,7 @@ from blockfit.models.tensors import narrowest
 from blockfit.models.trace import trace
 from blockfit.search.budget import Budget, Sizes
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
+from blockfit.search.cuts import CutSearch, Share
 from blockfit.search.held_out import HeldOut
 from blockfit.search.latency import latency_of
 from blockfit.search.loss_budget import Judge, Verdict, furthest
@@ -49,6 +50,9 @@ JUDGE_BATCH = 16
 FEWEST_IMAGES = 8
 SAFE_LOSS = 0.1
 """Held-out loss above which a warning is due: KL in nats, relative feature error without a head."""
+
+SHARES = (0.97, 0.94, *(share / 100 for share in range(90, 24, -4)))
+"""Parts of the parameters that may remain, tried in turn under a budget of loss."""
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -93,7 +97,7 @@ class Setting:
             )
         example = next(iter(images))
         blocks = find_blocks(model, example, path)
-        if len(done := removed_plan(model, blocks)):
+        if done := removed_plan(model, blocks):
             raise BlockfitError(
                 f"the model is compressed already ({done}); compress the original again instead"
             )
@@ -208,7 +212,7 @@ class Session:
     def narrows(self) -> bool:
         """Whether the recipe may narrow parts of blocks, and the model has some."""
         wanted = set(self.recipe.cuts) & set(PARTS)
-        blocks = range(self.setting.blocks.depth) if wanted else ()
+        blocks = range(self.setting.blocks.depth) if self.recipe.narrows else ()
         return any(wanted & set(self.originals.parts(index).whole) for index in blocks)
 
     def search(self, longest: int | None = None) -> Search:
@@ -280,6 +284,8 @@ class Session:
         """Solve a plan that the user wrote."""
         plan.check(self.setting.blocks.depth, self.protected)
         self._say(f"solving {plan}")
+        if plan.narrowings:
+            return self.cuts.point(plan)
         judge = Search(
             self.originals,
             self.held_out,
@@ -330,7 +336,10 @@ class Session:
             self._check_flops(budget)
             return cuts.point(cuts.plan(Share(budget.kind, budget.value)))
         if budget.kind == "latency":
-            ratio = lambda solution: float(ranks.agreed(partial(self.latency_ratio, solution)))
+
+            def ratio(solution: Solution) -> float:
+                return float(ranks.agreed(partial(self.latency_ratio, solution)))
+
             return cuts.point(cuts.plan_for_latency(budget.value, ratio))
         assert judge is not None, "a budget of loss needs a judge"
 
@@ -342,9 +351,10 @@ class Session:
             return judge.verdict(solution)
 
         smallest = cuts.smallest(Share("params", 1.0))
-        found = furthest([s for s in SHARES if s > smallest], solve, decide)
+        found = furthest([share for share in SHARES if share > smallest], solve, decide)
         if found.solved is None:
-            raise judge.refusal(f"leaving {SHARES[0]:.0%} of the parameters", found.verdicts[SHARES[0]])
+            what = f"leaving {SHARES[0]:.0%} of the parameters"
+            raise judge.refusal(what, found.verdicts[SHARES[0]])
         return cuts.point(found.solved.plan, found.solved)
 
     def _check_flops(self, budget: Budget) -> None:
@@ -439,7 +449,9 @@ class Session:
         """What a plan does, for warnings."""
         if not point.solution.plan.narrowings:
             return f"removing {point.removed} blocks"
-        return f"leaving {self.sizes.fractions(point.solution.plan)['params']:.0%} of the parameters"
+        return (
+            f"leaving {self.sizes.fractions(point.solution.plan)['params']:.0%} of the parameters"
+        )
 
     def warnings(self, point: Point) -> list[str]:
         """What the user should know: images that change, a costly budget, the nearest safe one."""
