@@ -185,8 +185,7 @@ def compress(
     plan = _by_hand(spans, plan, budget, chosen)
     if not isinstance(model, nn.Module):
         model, inplace = load(model), True
-    if not isinstance(images, Images):
-        images = open_images(images, model, seed=seed)
+    images = images if isinstance(images, Images) else open_images(images, model, seed=seed)
     check_no_int8(model, "compressed")
     source = source_of(model)
     judging = budget is not None and budget.kind in ("max_kl", "max_drop")

@@ -14,6 +14,7 @@ from families import one_thread  # noqa: F401
 from small import small_images, small_pictures, small_vit
 
 import blockfit
+from blockfit.fit.plan import Plan
 from blockfit.search.budget import Budget
 
 TEXT, WHOLE, NUMBER, FLAG, LIST, PATH, CODE, THING = (
@@ -24,6 +25,7 @@ TEXT, WHOLE, NUMBER, FLAG, LIST, PATH, CODE, THING = (
 """What is no text, no whole number, … as wrong values."""
 
 COMMON: dict[str, list[Any]] = {
+    "final": [2.5, "a", [3], -1],
     "model": [None, 3, object(), [1], int],
     "images": [None, 3, object(), {}, lambda: None],
     "recipe": [3, None, ["default"], "unknown"],
@@ -56,11 +58,14 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "prefix_weight": ["a", [1], 0, -1, float("nan")],
         "repair": [3, True, "unknown", ["mlp"]],
         "repair_ridge": ["a", [1], -1, float("nan")],
-        "inplace": FLAG,
+        "inplace": FLAG, "force_budget": FLAG, "plan": [3, "x", [1], Plan()],
+        "cuts": [3, "x", ["mlp", "x"], [3], []], "multiple_of": [2.5, "a", [3], 0, -1],
+        "whole": ["3,6", 3, [2.5], ["a"], [99]],
     },
     "sweep": COMMON | {"folder": PATH, "latency_images": [2.5, "a", [3], 0, -1]},
     "from_sweep": BUDGETS | {
         "folder": PATH, "budget": ["remove", 3, object()], "model": [3, object(), [1], int],
+        "force_budget": FLAG,
     },
     "evaluate": {
         "compressed": NAME, "data": [None, 3, object(), {}], "against": [3, b"x", [1]],

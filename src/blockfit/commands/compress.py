@@ -63,26 +63,12 @@ def compress(
             "give a model and --images (or --from a sweep): "
             "blockfit compress MODEL --images DATA --remove 3 -o OUTPUT"
         )
-    if span:
-        opt.refuse(
-            {"--select": method.select, "--contiguous": method.contiguous},
-            "has no use with --span: the spans are chosen already",
-        )
-    if (amount.budget() is None) == (not span):
-        raise BlockfitError(
-            "say what to remove: --span by hand or one budget, such as --remove 3 or --params 62%"
-        )
-    for text in span or ():
-        Span.parse(text)
+    _check_what(span, amount, method)
     how: dict[str, Any] = {
         **asdict(amount),
         **method.changes(),
         "recipe": method.named(),
-        "protect": judging.protected(),
-        "whole": judging.kept_whole(),
-        "multiple_of": judging.multiple_of,
-        "hold_out": judging.part(),
-        "final": judging.final,
+        **judging.how(),
         "seed": reading.seed,
         "max_memory": running.max_memory,
         "resume": running.state(output),
@@ -107,6 +93,21 @@ def compress(
         if how["resume"] is not None:
             forget(how["resume"])
     _show(out, page, result, model, output)
+
+
+def _check_what(span: list[str] | None, amount: opt.Amount, method: opt.Method) -> None:
+    """Refuse before any work what does not say what goes."""
+    if span:
+        opt.refuse(
+            {"--select": method.select, "--contiguous": method.contiguous},
+            "has no use with --span: the spans are chosen already",
+        )
+    if (amount.budget() is None) == (not span):
+        raise BlockfitError(
+            "say what to remove: --span by hand or one budget, such as --remove 3 or --params 62%"
+        )
+    for text in span or ():
+        Span.parse(text)
 
 
 def _from_sweep(

@@ -511,6 +511,7 @@ class Method:
     repair_ridge: RepairRidge = None
     select: Select = None
     contiguous: Contiguous = False
+    cuts: Cuts = None
 
     def check(self) -> None:
         """Refuse before any work what is no recipe."""
@@ -571,6 +572,16 @@ class Judging:
     def kept_whole(self) -> tuple[int, ...]:
         """``--whole 0,11`` as numbers."""
         return _numbers("--whole", self.whole)
+
+    def how(self) -> dict[str, Any]:
+        """By the names that ``compress`` has for it."""
+        return {
+            "protect": self.protected(),
+            "whole": self.kept_whole(),
+            "multiple_of": self.multiple_of,
+            "hold_out": self.part(),
+            "final": self.final,
+        }
 
     def part(self) -> float:
         """The part of the images that chooses the plan."""
