@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
-
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 _LONGEST = 1000
 

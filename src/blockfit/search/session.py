@@ -168,6 +168,11 @@ class Session:
         self._whole, self._multiple = tuple(sorted(set(whole))), multiple
         self._say, self._progress = say or (lambda line: None), progress
         model, blocks = setting.model, setting.blocks
+        for block in self._whole:
+            if not 0 <= block < blocks.depth:
+                raise BlockfitError(
+                    f"whole: block {block} does not exist; the model has blocks 0–{blocks.depth - 1}"
+                )
         spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist
         shelf = None
         if max_memory is not None:
