@@ -15,7 +15,8 @@ def option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
     names = {}
     for parameter in parameters:
         for told in getattr(parameter.annotation, "__metadata__", ()):
-            long = [text for text in getattr(told, "param_decls", ()) or () if text[:2] == "--"]
+            texts = (getattr(told, "default", None), *(getattr(told, "param_decls", None) or ()))
+            long = [text for text in texts if isinstance(text, str) and text.startswith("--")]
             if long:
                 names[parameter.name] = long[0]
     known = set(names.values())
@@ -26,7 +27,7 @@ def as_options(text: str, names: Mapping[str, str]) -> str:
     """``text`` with options in the place of parameters.
 
     The library writes a parameter as ``name=`` or ``name=value``; a name with an underscore can
-    be nothing else; and a budget begins a sentence with its name and number.
+    be nothing else; and a name that begins a sentence, before a number or "must be", is one.
 
     >>> as_options("max_drop 1 is too little; give limit=512 or force_budget=True",
     ...            {n: "--" + n.replace("_", "-") for n in ("max_drop", "limit", "force_budget")})
@@ -41,7 +42,9 @@ def as_options(text: str, names: Mapping[str, str]) -> str:
         rf"(?<![\w-])({either})=(?=[\w'\"\[(.])", lambda found: f"{names[found[1]]} ", text
     )
     text = re.sub(rf"(?<![\w-])({either})=", lambda found: names[found[1]], text)
-    text = re.sub(rf"^({either})(?= [\d.]+%?(?![\w.]))", lambda found: names[found[1]], text)
+    text = re.sub(
+        rf"^({either})(?= [\d.]+%?(?![\w.])| must be )", lambda found: names[found[1]], text
+    )
     long = [name for name in names if "_" in name]
     for name in sorted(long, key=len, reverse=True):
         text = re.sub(rf"(?<![\w-]){name}(?!\w)", names[name], text)
