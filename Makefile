@@ -16,7 +16,7 @@ help:
 	@echo "make docs           the documentation as a site, in site/"
 	@echo "make bench          cost of calibration, search and sweep; speed of the small model"
 	@echo "make bench-quality  accuracy of the small models on the real model and images"
-	@echo "make fuzz           10,000 damaged folders and 10,000 random plans"
+	@echo "make fuzz           10,000 damaged folders, 10,000 random plans, 20,000 random targets"
 	@echo "make audit          look the installed packages up in the advisory database"
 	@echo "make compat         quick tests with the oldest and the newest versions of the libraries"
 	@echo "make clean          remove .venv, builds and caches"
@@ -67,7 +67,7 @@ bench-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py
 
 fuzz: $(STAMP)
-	$(BIN)/python tests/tools/fuzz.py --folders 10000 --plans 10000 --seed 0
+	$(BIN)/python tests/tools/fuzz.py --folders 10000 --plans 10000 --targets 20000 --seed 0
 
 audit: $(STAMP)
 	$(BIN)/python benchmarks/audit.py

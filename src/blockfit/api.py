@@ -24,9 +24,10 @@ from blockfit.evaluation.evaluate import Evaluation
 from blockfit.evaluation.paper import setup, study
 from blockfit.evaluation.precision import overflow_warnings
 from blockfit.evaluation.speed import Bench, Settings
+from blockfit.files import check_file, check_kept, check_target, expanded, resolved
 from blockfit.fit.plan import Plan, Span
+from blockfit.formats import exported_folder, hub_folder, onnx_file, plain, program
 from blockfit.formats import folder as store
-from blockfit.formats import hub_folder, onnx_file, plain, program
 from blockfit.formats.exported_folder import ExportedFolder
 from blockfit.formats.folder import Saved
 from blockfit.formats.int8 import check_no_int8
@@ -385,6 +386,8 @@ def analyze(
     Raises:
         BlockfitError: no blocks, no images, NaN or infinite hidden states, a folder that is taken.
     """
+    if folder is not None:
+        analysis.check_folder(folder, bool(options.get("overwrite")))
     return analysis.analyze(_module(model), images, folder, **options)
 
 
@@ -445,6 +448,7 @@ def export_plain(
     Raises:
         BlockfitError: where the library's config cannot say what is left; nothing is written then.
     """
+    check_target(folder, exported_folder.FORM, overwrite)
     saved = as_saved(small)
     return plain.export_plain(saved, folder, images=_pictures(images, saved), overwrite=overwrite)
 
@@ -468,6 +472,7 @@ def export_hub(
     Raises:
         BlockfitError: for a model of another library, or where the outputs differ.
     """
+    check_target(folder, exported_folder.FORM, overwrite)
     saved = as_saved(small)
     return hub_folder.export_hub(
         saved, folder, images=_pictures(images, saved), overwrite=overwrite
@@ -489,6 +494,7 @@ def export_onnx(
     Raises:
         BlockfitError: where it cannot be written or the outputs differ; nothing is left then.
     """
+    check_file(path, onnx_file.FORM, bool(options.get("overwrite")))
     saved = as_saved(small)
     images = _pictures(options.pop("images", None), saved)
     return onnx_file.export_onnx(saved, path, images=images, **options)
@@ -509,6 +515,7 @@ def export_program(
     Raises:
         BlockfitError: where it cannot be written or the outputs differ; nothing is left then.
     """
+    check_file(path, program.FORM, bool(options.get("overwrite")))
     saved = as_saved(small)
     images = _pictures(options.pop("images", None), saved)
     return program.export_program(saved, path, images=images, **options)
@@ -536,11 +543,13 @@ def report(
         BlockfitError: for a run that cannot be read, or where ``path`` is taken.
     """
     check_report(path)
+    if pictures is not None:
+        check_kept(pictures)
     content = read_runs([runs] if isinstance(runs, (str, Path)) else runs)
     write_report(content, path)
     if pictures is not None:
         write_pictures(content, pictures)
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 @checked
@@ -602,7 +611,7 @@ def reproduce(
     """
     wanted = study.chosen(experiments)
     settings = setup.settings_for(quick, limit, samples, seeds, seed)
-    target = Path(folder).expanduser()
+    target = resolved(folder)
     study.earlier(target)  # refuses a folder that is taken before anything is loaded
     sources = setup.Sources.of(
         data,

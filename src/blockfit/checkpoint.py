@@ -8,19 +8,21 @@ moment.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from blockfit import processes as ranks
 from blockfit.errors import BlockfitError, first_line
+from blockfit.files import PARTIAL, check_kept, is_unfinished, kept_file, resolved, short_name
 from blockfit.untrusted import open_tensors
 
 SAVE_EVERY_S = 20.0
@@ -32,12 +34,16 @@ EVERY_NAME = "BLOCKFIT_SAVE_EVERY"
 ENDING = ".blockfit-resume"
 FORMAT = "1"
 KEYS = {"blockfit", "run", "value"}
+_NAMES = re.compile(r".+-\d+\.safetensors")
 
 
 def place_beside(target: Path) -> Path:
     """Where the progress of a run that writes ``target`` lies: hidden, in the same folder."""
-    whole = target.expanduser().resolve()
-    return whole.parent / f".{whole.name[:100]}{ENDING}"
+    whole = resolved(target)
+    name = short_name(whole.name)
+    if name != whole.name:  # two long names may begin alike
+        name += "-" + hashlib.sha256(os.fsencode(whole.name)).hexdigest()[:16]
+    return whole.parent / f".{name}{ENDING}"
 
 
 def settled(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,13 +59,19 @@ class Checkpoint:
         run: JSON values that say which run it is; the state of another one is refused.
 
     Raises:
-        BlockfitError: where ``folder`` is a file.
+        BlockfitError: where ``folder`` is a file, holds anything that is no progress of a run, or
+            cannot be written.
     """
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
-        self.folder = Path(folder).expanduser()
-        if self.folder.exists() and not self.folder.is_dir():
-            raise BlockfitError(f"{self.folder} is a file; the progress of a run needs a folder")
+        self.folder = check_kept(folder)
+        for entry in self.folder.iterdir() if self.folder.exists() else ():
+            if not _NAMES.fullmatch(entry.name) and not is_unfinished(entry.name):
+                raise BlockfitError(
+                    f"{folder} holds {entry.name}, which is no progress of a run; choose a folder "
+                    "of its own"
+                )
+        self._own: set[Path] = set()
         self._run = json.loads(json.dumps({**run, "processes": ranks.count()}))
         self._every = _every()
         self._saved = time.monotonic()
@@ -75,19 +87,12 @@ class Checkpoint:
             BlockfitError: where the file system refuses.
         """
         path = self._path(name)
-        partial = path.with_name(path.name + ".partial")
+        if path not in self._own and path.exists() and not _is_progress(path):
+            raise BlockfitError(f"{path} is no progress of a run; choose a folder of its own")
         told = {"blockfit": FORMAT, "run": json.dumps(self._run), "value": json.dumps(value)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with kept_file(path) as partial:
             save_file(dict(tensors or {}), partial, told)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            raise BlockfitError(
-                f"cannot write the progress of the run to {self.folder}: {first_line(error)}; "
-                "make room, or leave resume= away"
-            ) from error
+        self._own.add(path)
         self._saved = time.monotonic()
 
     def load(self, name: str) -> tuple[Any, dict[str, Tensor]] | None:
@@ -129,10 +134,23 @@ class Checkpoint:
 def forget(folder: Path) -> None:
     """Delete the progress in ``folder`` once the first process gets here."""
     ranks.agreed(lambda: None)
-    for path in folder.glob(f"*-{ranks.rank()}.safetensors*"):
+    folder = resolved(folder)
+    for path in folder.glob(f"*-{ranks.rank()}.safetensors"):
+        if _is_progress(path):
+            path.unlink(missing_ok=True)
+    for path in folder.glob(f".*-{ranks.rank()}.safetensors{PARTIAL}"):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # others may still have files there
         folder.rmdir()
+
+
+def _is_progress(path: Path) -> bool:
+    """Whether a file is what a ``Checkpoint`` has saved."""
+    try:
+        with open_tensors(path) as stored:
+            return set(stored.metadata() or {}) == KEYS
+    except BlockfitError:
+        return False
 
 
 def _every() -> float:

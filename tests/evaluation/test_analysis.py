@@ -120,7 +120,7 @@ def test_an_analysis_is_replaced_only_when_asked(model: torch.nn.Module, tmp_pat
     with pytest.raises(BlockfitError, match="overwrite"):
         analysis.check_folder(folder)
     analysis.check_folder(folder, overwrite=True)
-    analysis.write(result, folder)
+    analysis.write(result, folder, overwrite=True)
 
 
 def test_few_images_are_warned_of(model: torch.nn.Module) -> None:

@@ -121,7 +121,7 @@ def test_an_existing_file_is_replaced_only_if_it_is_a_report(
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
     diary = tmp_path / "diary.html"
     diary.write_text("mine")
-    for path, message in ((diary, "is no report"), (tmp_path, "is a folder")):
+    for path, message in ((diary, "was not written by blockfit"), (tmp_path, "is a folder")):
         with pytest.raises(BlockfitError, match=message):
             check_report(path)
     assert diary.read_text() == "mine"

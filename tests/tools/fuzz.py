@@ -1,6 +1,7 @@
-"""Damaged folders and random plans against everything that reads them.
+"""Damaged folders and random plans against everything that reads them, random targets against
+everything that writes.
 
-    python tests/tools/fuzz.py --folders 10000 --plans 10000 --seed 0
+    python tests/tools/fuzz.py --folders 10000 --plans 10000 --targets 20000 --seed 0
 
 Whatever is read either works or is refused with one sentence. No other exception, no case above
 ``PATIENCE`` seconds, no file written or changed anywhere but in the case's own empty folder, no
@@ -31,6 +32,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 from fuzz_targets import TARGETS, plan_case
+from fuzz_writes import run_writes
 from mutation import damaged_folder
 
 from blockfit.errors import BlockfitError
@@ -193,6 +195,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folders", type=int, default=10_000)
     parser.add_argument("--plans", type=int, default=10_000)
+    parser.add_argument("--targets", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--target", action="append", choices=sorted(TARGETS))
@@ -203,13 +206,14 @@ def main() -> int:
     for what, count, run in (
         ("folders", given.folders, lambda n: run_folders(n, given.seed, given.target, given.first)),
         ("plans", given.plans, lambda n: run_plans(n, given.seed, given.first)),
+        ("targets", given.targets, lambda n: run_writes(n, given.seed, outcome, given.first)),
     ):
         started = time.perf_counter()
         tally = run(count)
         faults += tally["fault"]
         print(
             f"{count} {what}, seed {given.seed}: {tally['refused']} refused with one sentence, "
-            f"{tally['ok']} read, {tally['fault']} faults, {time.perf_counter() - started:.0f} s"
+            f"{tally['ok']} done, {tally['fault']} faults, {time.perf_counter() - started:.0f} s"
         )
     return 1 if faults else 0
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pickle
 import random
+import shutil
 import socket
 from pathlib import Path
 
+import fuzz_writes
 import pytest
 from families import one_thread  # noqa: F401
 from fuzz import folder_case, outcome, run_folders, run_plans, watched
 from fuzz_targets import TARGETS, Target
+from fuzz_writes import run_writes
 from mutation import SENTINEL, damaged_folder, trap
 
 from blockfit.errors import BlockfitError
@@ -34,6 +37,28 @@ def test_random_plans_are_applied_or_refused_with_one_sentence(
     tally = run_plans(200, SEED)
     assert tally["fault"] == 0, capsys.readouterr().err
     assert min(tally["refused"], tally["ok"]) > 30
+
+
+def test_random_targets_are_written_alone_or_refused_and_nothing_of_the_users_is_lost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Case 1."""
+    tally = run_writes(300, SEED, outcome)
+    assert tally["fault"] == 0, capsys.readouterr().err
+    assert min(tally["refused"], tally["ok"]) > 60
+
+
+def test_the_fuzz_sees_a_writer_that_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deletes(target: str, overwrite: bool) -> fuzz_writes.Written:
+        shutil.rmtree("photos")
+        return fuzz_writes.Written(Path("new").resolve())
+
+    monkeypatch.setattr(fuzz_writes, "WRITERS", {"deleting": deletes})
+    result, _, said = fuzz_writes.write_case(0, SEED, outcome, tmp_path)
+    assert result == "fault"
+    assert "a foreign file was changed or is gone" in said
 
 
 def test_a_pickle_under_another_name_is_never_loaded(tmp_path: Path) -> None:

@@ -145,12 +145,14 @@ def _together(*runs: Callable[[], object]) -> list[BlockfitError]:
     return refused
 
 
+FORM = atomic.FolderForm("mark", "", ("mark", "other"))
+
+
 def _writes(folder: Path, text: str, meet: threading.Barrier) -> Callable[[], None]:
     """Fills a folder as ``save`` does; all writers reach the end before one takes the name."""
 
     def run() -> None:
-        atomic.check_target(folder, "mark", ["mark", "other"], overwrite=False)
-        with atomic.new_folder(folder) as partial:
+        with atomic.new_folder(folder, FORM) as partial:
             for name in ("mark", "other"):
                 (partial / name).write_text(text)
             meet.wait()
@@ -178,7 +180,7 @@ def test_of_two_runs_that_replace_a_folder_one_wins_whole(tmp_path: Path) -> Non
         meet = threading.Barrier(2)
 
         def run(text: str, meet: threading.Barrier = meet) -> None:
-            with atomic.new_folder(folder) as partial:
+            with atomic.new_folder(folder, FORM, overwrite=True) as partial:
                 (partial / "mark").write_text(text)
                 meet.wait()
 

@@ -88,7 +88,7 @@ def bench(
     started = time.perf_counter()
     for file, suffix in ((markdown_file, ".md"), (picture, ".png")):
         if file is not None:
-            check_file(file, suffix, overwrite)
+            check_file(file, page.FORMS[suffix], overwrite)
     settings = Settings(
         batch_sizes=batch_size or BATCH_SIZES,
         engines=engine or ENGINES[:1],
@@ -104,10 +104,10 @@ def bench(
         original = code.load(against)
         result = blockfit.bench(original, models, settings, blocks=blocks, say=out.say)
     if markdown_file is not None:
-        with new_file(markdown_file) as partial:
+        with new_file(markdown_file, page.FORMS[".md"], overwrite) as partial:
             partial.write_text(page.markdown(result), encoding="utf-8")
     if picture is not None:
-        with new_file(picture) as partial:
+        with new_file(picture, page.FORMS[".png"], overwrite) as partial:
             page.draw(result, partial)
     out.line(page.how_measured(result))
     out.table(page.COLUMNS, [page.cells(row) for row in result.rows])

@@ -141,10 +141,11 @@ def evaluate(
 def _checkpoint(name: str, models: Mapping[str, nn.Module | None], images: Images) -> Checkpoint:
     """Where the progress of an evaluation lies: beside the model, or here where it is no file."""
     from blockfit.checkpoint import Checkpoint, place_beside, settled
+    from blockfit.files import resolved
     from blockfit.models.tensors import fingerprint
 
-    path = Path(name)
-    target = path if path.exists() else Path(name.replace("/", "_"))
+    path = resolved(name)
+    target = path if path.exists() else resolved(name.replace("/", "_"))
     run = {
         "models": {k: None if m is None else fingerprint(m) for k, m in models.items()},
         "images": settled(images.description()),

@@ -115,6 +115,7 @@ def export(
         only_onnx = {"--opset": opset, "--compare-levels": compare_levels}
         opt.refuse(only_onnx, "goes with --onnx only")
     shape = None if resolution is None else Resolution.parse(resolution)
+    _check_output(form, output, overwrite)
     with out.working():
         out.say(f"loading {model}")
         saved = _saved(model, code, form)
@@ -141,6 +142,17 @@ _WRITE: dict[str, Callable[..., Any]] = {
     "onnx": lambda *what, **how: blockfit.export_onnx(*what, **how),
 }
 """Forms by the functions that write them, looked up when they are called: they import torch."""
+
+
+def _check_output(form: str, output: Path, overwrite: bool) -> None:
+    """Refuse now what the form's writer would refuse once the model is loaded."""
+    from blockfit.files import check_file, check_target
+    from blockfit.formats import exported_folder, onnx_file, program
+
+    if form in FOLDERS:
+        check_target(output, exported_folder.FORM, overwrite)
+    else:
+        check_file(output, (onnx_file if form == "onnx" else program).FORM, overwrite)
 
 
 def _form(**chosen: bool) -> str:

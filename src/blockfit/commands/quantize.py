@@ -81,6 +81,7 @@ def quantize(
     """Bring the weights of a compressed model to int8."""
     from blockfit.evaluation.stages import quantize as quantize_model
     from blockfit.evaluation.stages import stages
+    from blockfit.files import resolved
     from blockfit.formats.folder import load_saved
     from blockfit.formats.onnx_file import Session
     from blockfit.formats.quantize_onnx import ONNX_KINDS, quantize_onnx
@@ -95,8 +96,8 @@ def quantize(
         if int8 in ONNX_KINDS:
             used = _calibration(saved, images, images_limit, reading) if "static" in int8 else None
             quantize_onnx(saved, output, int8, used, overwrite=overwrite)
-            tiny: nn.Module = Session(output)
-            after = output.stat().st_size
+            tiny: nn.Module = Session(resolved(output))
+            after = resolved(output).stat().st_size
         else:
             _save(quantize_model(saved, int8), output, overwrite)
             tiny = blockfit.load(output)
@@ -144,14 +145,14 @@ def _check(
     """
     from blockfit.files import check_file
     from blockfit.formats.folder import check_folder
-    from blockfit.formats.onnx_file import SUFFIX
+    from blockfit.formats.onnx_file import FORM
     from blockfit.formats.quantize_onnx import ONNX_KINDS
     from blockfit.models.tensors import INT8_KINDS
 
     if int8 not in (known := (*INT8_KINDS, *ONNX_KINDS)):
         raise BlockfitError(f"unknown --int8 {int8!r}; choose one of {', '.join(known)}")
     if int8 in ONNX_KINDS:
-        check_file(output, SUFFIX, overwrite)
+        check_file(output, FORM, overwrite)
     else:
         check_folder(output, overwrite)
     if images is not None and int8 != "onnx-static":

@@ -72,11 +72,14 @@ def report(
 ) -> None:
     """Explain runs on one HTML page that needs no network."""
     from blockfit.commands.reporter import beside, small_model
+    from blockfit.files import check_kept, resolved
     from blockfit.reports.page import check_report, write_pictures, write_report
     from blockfit.reports.runs import read_runs
 
     started = time.perf_counter()
     check_report(output)
+    if pictures is not None:
+        check_kept(pictures)
     if (against is None) != (images is None):
         raise BlockfitError(
             "--against and --images go together: the original and the small model are shown the "
@@ -98,7 +101,7 @@ def report(
     out.result(
         {
             "output": str(output),
-            "bytes": output.expanduser().stat().st_size,
+            "bytes": resolved(output).stat().st_size,
             "model": content.model,
             "pictures": [str(path) for path in files],
             "seconds": round(time.perf_counter() - started, 3),

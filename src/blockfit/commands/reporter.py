@@ -18,6 +18,7 @@ from blockfit.errors import BlockfitError
 from blockfit.evaluation.analysis import analyze
 from blockfit.evaluation.side_by_side import side_by_side
 from blockfit.fields import Values
+from blockfit.files import expanded
 from blockfit.formats import folder as store
 from blockfit.models.blocks import Blocks
 from blockfit.reports.content import Content, joined
@@ -154,7 +155,7 @@ def small_model(
             saved = store.load_saved(run, device=device)
             return saved.model, saved.blocks
     for run in runs:
-        if (Path(run).expanduser() / SWEEP_MARK).is_file():
+        if (expanded(run) / SWEEP_MARK).is_file():
             chosen = content.chosen
             size = chosen.removed if remove is None and chosen is not None else remove
             result = from_sweep(run, Budget.of(remove=size) or Budget("remove", 1), original)

@@ -46,8 +46,10 @@ def sweep(
     """
     from blockfit.commands.reporter import Reporter
     from blockfit.search.recipes import recipe_for
+    from blockfit.search.sweep_file import check_sweep_folder
 
     started = time.perf_counter()
+    check_sweep_folder(output)
     page = Reporter(report)
     chosen = recipe_for(method.named(), **method.changes())
     protected, hold_out = judging.protected(), judging.part()

@@ -18,7 +18,7 @@ from blockfit.checkpoint import Checkpoint, settled
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
-from blockfit.files import check_target, new_folder
+from blockfit.files import FolderForm, check_target, new_folder
 from blockfit.fit.plan import Span, spans_up_to
 from blockfit.fit.similarity import Tables, merged, part
 from blockfit.models.blocks import Blocks, call, find_blocks, record
@@ -34,6 +34,8 @@ CSV = "similarity.csv"
 PICTURE = "similarity.png"
 FILES = (MARK, CSV, PICTURE)
 """All that an analysis folder may hold."""
+
+FORM = FolderForm(MARK, '"patch_tokens_per_image":', FILES)
 
 MOST_BYTES = 2 << 30
 """Memory for moments. The pairs of a large model take more, and then several passes."""
@@ -74,7 +76,7 @@ def check_folder(folder: str | Path, overwrite: bool = False) -> None:
     Raises:
         BlockfitError: where ``folder`` holds something that must not be replaced.
     """
-    check_target(Path(folder).expanduser(), MARK, FILES, overwrite)
+    check_target(folder, FORM, overwrite)
 
 
 @checked
@@ -156,15 +158,15 @@ def analyze(
     warned = (*changing(images), *_warnings(parts[0], where))
     result = Analysis(merged(parts), where, report, warned)
     if folder is not None and ranks.is_first():
-        result = write(result, folder)
+        result = write(result, folder, overwrite)
     if checkpoint is not None:
         checkpoint.forget()
     return result
 
 
-def write(result: Analysis, folder: str | Path) -> Analysis:
-    """Write an analysis to a folder that ``check_folder`` allowed; returns it with its files."""
-    with new_folder(Path(folder).expanduser()) as partial:
+def write(result: Analysis, folder: str | Path, overwrite: bool = False) -> Analysis:
+    """Write an analysis to a folder that ``check_folder`` allows; returns it with its files."""
+    with new_folder(folder, FORM, overwrite) as partial:
         result.tables.write_csv(partial / CSV)
         try:
             result.tables.draw(partial / PICTURE, str(result.report["model"]))

@@ -16,6 +16,7 @@ from blockfit import processes as ranks
 from blockfit.data.images import Images
 from blockfit.data.paths import from_path
 from blockfit.errors import BlockfitError
+from blockfit.files import expanded
 from blockfit.models.forward import call, evaluating
 from blockfit.models.head import primary_output
 from blockfit.models.preprocessing import Preprocessing
@@ -44,7 +45,7 @@ def open_masks(where: str, data: str | None = None, split: str | None = None) ->
     Raises:
         BlockfitError: where there is neither such a folder nor such a column.
     """
-    folder = Path(where).expanduser()
+    folder = expanded(where)
     if folder.is_dir():
         return _from_folder(folder)
     if data is None:

@@ -13,6 +13,7 @@ from torch import nn
 from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line, need
+from blockfit.files import FolderForm, expanded
 from blockfit.formats.folder import WEIGHTS, Saved
 from blockfit.formats.parity import Parity, Pictures, compare
 from blockfit.formats.traced import Bare, primary, run
@@ -24,6 +25,8 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 CARD, CODE = "README.md", "modeling_blockfit.py"
 FILES = (CONFIG, WEIGHTS, PREPROCESSOR, CARD, CODE)
 """All that such a folder may hold."""
+
+FORM = FolderForm(CARD, "Made with blockfit", FILES)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def push_folder(
     Raises:
         BlockfitError: where the folder is no exported one, or the Hub refuses or is out of reach.
     """
+    folder = expanded(folder)
     if missing := [name for name in (CONFIG, WEIGHTS, CARD) if not (folder / name).is_file()]:
         raise BlockfitError(
             f"{folder} has no {missing[0]}; push a folder that blockfit export --plain or --hub "

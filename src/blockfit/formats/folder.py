@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError, first_line
-from blockfit.files import PARTIAL, check_target, new_folder
+from blockfit.files import PARTIAL, FolderForm, check_target, expanded, new_folder
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
 from blockfit.formats.int8 import put_int8
@@ -46,6 +46,8 @@ WEIGHTS = "model.safetensors"
 FILES = (MARK, WEIGHTS, "config.json", "preprocessor_config.json")
 """All that a saved folder may hold."""
 
+FORM = FolderForm(MARK, '"blockfit":', FILES)
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -70,7 +72,7 @@ class Saved:
 
 def is_saved(folder: str | Path) -> bool:
     """Whether ``folder`` is one that ``save`` wrote."""
-    return (Path(folder).expanduser() / MARK).is_file()
+    return (expanded(folder) / MARK).is_file()
 
 
 def check_folder(folder: str | Path, overwrite: bool = False) -> None:
@@ -79,7 +81,7 @@ def check_folder(folder: str | Path, overwrite: bool = False) -> None:
     Raises:
         BlockfitError: where ``folder`` holds something that must not be replaced.
     """
-    check_target(Path(folder).expanduser(), MARK, FILES, overwrite)
+    check_target(folder, FORM, overwrite)
 
 
 def save(
@@ -112,8 +114,7 @@ def save(
             what ``source`` and ``plan`` rebuild, or the report is not JSON; later, where the file
             system refuses. ``folder`` is then as it was.
     """
-    target = Path(folder).expanduser()
-    check_folder(target, overwrite)
+    check_folder(folder, overwrite)
     if removed_plan(model, blocks) != plan:
         raise BlockfitError(
             f"the model was compressed by the plan {removed_plan(model, blocks)}, not by {plan}; "
@@ -129,7 +130,7 @@ def save(
         for name, tensor in held(tensors).items()
         if name not in manifest.tied
     }
-    with new_folder(target) as partial:
+    with new_folder(folder, FORM, overwrite) as partial:
         save_file(_own_memory(values), partial / WEIGHTS, metadata={"format": "pt"})
         for name in reversed(texts):  # the mark comes last: without it the folder does not load
             (partial / name).write_text(texts[name], encoding="utf-8")
@@ -277,7 +278,7 @@ def _own_memory(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _file(folder: str | Path, name: str) -> Path:
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if not path.is_dir():
         raise BlockfitError(f"there is no folder {folder}; check the path")
     real = Path(os.path.realpath(path))

@@ -25,7 +25,7 @@ from blockfit.formats.exported_folder import (
     CARD,
     CODE,
     CONFIG,
-    FILES,
+    FORM,
     ExportedFolder,
     compared,
     kept_blocks,
@@ -131,8 +131,7 @@ def export_hub(
         BlockfitError: for a model of another library, where the outputs differ, or the folder is
             taken. Nothing is left behind then.
     """
-    target = Path(folder).expanduser()
-    check_target(target, CONFIG, FILES, overwrite)
+    target = check_target(folder, FORM, overwrite)
     check_no_int8(saved.model, "exported")
     if saved.source.library != "transformers":
         raise BlockfitError(
@@ -141,7 +140,7 @@ def export_hub(
         )
     auto = _auto_class(saved)
     load = f'transformers.{auto}.from_pretrained("{{}}", trust_remote_code=True)'
-    with new_folder(target) as partial:
+    with new_folder(folder, FORM, overwrite) as partial:
         text = dumps(_config(saved, auto), "the config")
         (partial / CONFIG).write_text(text, encoding="utf-8")
         (partial / CODE).write_text(_code(saved), encoding="utf-8")

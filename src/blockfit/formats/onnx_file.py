@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line, need
-from blockfit.files import check_file, new_file
+from blockfit.files import FileForm, check_file, new_file
 from blockfit.formats.folder import Saved
 from blockfit.formats.parity import Parity, compare
 from blockfit.formats.passport import passport
@@ -25,6 +25,7 @@ from blockfit.formats.traced import Resolution, input_name, run
 from blockfit.models.cost import alternate
 
 SUFFIX = ".onnx"
+FORM = FileForm(SUFFIX, "blockfit.versions", (".data",))
 OPSET = 18
 """Widely read, and the lowest that torch's exporter writes without converting."""
 
@@ -118,8 +119,7 @@ def export_onnx(
         BlockfitError: where the exporter cannot follow the model or write the opset, the outputs
             differ, or the file is taken. Nothing is left behind then.
     """
-    target = Path(path).expanduser()
-    check_file(target, SUFFIX, overwrite)
+    target = check_file(path, FORM, overwrite)
     for name in ("onnx", "onnxscript", "onnxruntime"):
         need(name, "onnx")
     setting = Setting.of(saved, images, resolution, batch)
@@ -129,7 +129,7 @@ def export_onnx(
         )
     name = input_name(saved.model)
     program = _converted(setting, name, opset)
-    with new_file(target) as partial:
+    with new_file(path, FORM, overwrite) as partial:
         weights = sum(p.numel() * p.element_size() for p in setting.bare.parameters())
         program.save(partial, external_data=weights > ONE_FILE)
         session = Session(partial)

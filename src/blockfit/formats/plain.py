@@ -22,8 +22,7 @@ from blockfit.files import check_target, new_folder
 from blockfit.formats.card import model_card
 from blockfit.formats.exported_folder import (
     CARD,
-    CONFIG,
-    FILES,
+    FORM,
     ExportedFolder,
     compared,
     kept_blocks,
@@ -62,8 +61,7 @@ def export_plain(
             format, its config cannot say how many blocks are left, the outputs differ, or the
             folder is taken.
     """
-    target = Path(folder).expanduser()
-    check_target(target, CONFIG, FILES, overwrite)
+    target = check_target(folder, FORM, overwrite)
     check_no_int8(saved.model, "exported")
     model, source = plain_model(saved)
     local, online = f"local-dir:{folder}", "hf-hub:OWNER/NAME"
@@ -71,7 +69,7 @@ def export_plain(
     if source.library == "transformers":
         local, online = str(folder), "OWNER/NAME"
         load = f'transformers.{type(model).__name__}.from_pretrained("{{}}")'
-    with new_folder(target) as partial:
+    with new_folder(folder, FORM, overwrite) as partial:
         if source.library == "transformers":
             _write_transformers(model, source, partial)
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
-from blockfit.files import check_file, new_file
+from blockfit.files import FileForm, check_file, new_file
 from blockfit.formats.folder import Saved
 from blockfit.formats.int8 import check_no_int8
 from blockfit.formats.parity import Parity, Pictures, Run, compare
@@ -32,6 +32,7 @@ from blockfit.formats.traced import (
 from blockfit.models.head import observe
 
 SUFFIX = ".pt2"
+FORM = FileForm(SUFFIX, "blockfit.versions")
 
 
 @dataclass(frozen=True)
@@ -196,15 +197,14 @@ def export_program(
         BlockfitError: where torch.export cannot follow the model, its outputs differ, or the file
             is taken. Nothing is left behind then.
     """
-    target = Path(path).expanduser()
-    check_file(target, SUFFIX, overwrite)
+    target = check_file(path, FORM, overwrite)
     if resolution is not None and resolution.size is None:
         raise BlockfitError(
             "a .pt2 program takes one resolution: give it and export once for each, or use --onnx"
         )
     setting = Setting.of(saved, images, resolution, batch)
     program = setting.traced()
-    with new_file(target) as partial:
+    with new_file(path, FORM, overwrite) as partial:
         torch.export.save(program, partial, extra_files=passport(saved))
         again: Any = torch.export.load(partial).module()
         like = setting.example()

@@ -16,7 +16,7 @@ from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line
 from blockfit.files import check_file, new_file
 from blockfit.formats.folder import Saved
-from blockfit.formats.onnx_file import SUFFIX, Session, export_onnx
+from blockfit.formats.onnx_file import FORM, SUFFIX, Session, export_onnx
 
 ONNX_KINDS = ("onnx-dynamic", "onnx-static")
 """``onnx-dynamic`` scales activations as they come, ``onnx-static`` by calibration images."""
@@ -49,8 +49,7 @@ def quantize_onnx(
         BlockfitError: where the kind is unknown, images are missing, the export fails, or the file
             is taken.
     """
-    target = Path(path).expanduser()
-    check_file(target, SUFFIX, overwrite)
+    target = check_file(path, FORM, overwrite)
     if kind not in ONNX_KINDS:
         raise BlockfitError(f"unknown int8 kind {kind!r}; choose {' or '.join(ONNX_KINDS)}")
     if kind == "onnx-static" and images is None:
@@ -58,7 +57,7 @@ def quantize_onnx(
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / f"whole{SUFFIX}"
         export_onnx(saved, whole)
-        with new_file(target) as partial:
+        with new_file(path, FORM, overwrite) as partial:
             try:
                 with _quiet():
                     _rounded(whole, partial, kind, images)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from blockfit.errors import BlockfitError, first_line
+from blockfit.files import expanded
 from blockfit.models import from_open_clip as openclip
 from blockfit.models import libraries
 from blockfit.models.preprocessing import own_preprocessing
@@ -57,7 +58,7 @@ def load_model(
     wanted = read_dtype(dtype)
     if text == "demo":
         loaded = libraries.load_demo()
-    elif (folder := Path(text).expanduser()).is_dir():
+    elif (folder := expanded(text)).is_dir():
         if (folder / openclip.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
             how: dict[str, Any] = {"device": device, "dtype": dtype, **options}
             return load_model(f"open_clip/local-dir:{folder}", **how)

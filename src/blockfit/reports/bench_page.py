@@ -9,6 +9,7 @@ from typing import Any
 
 from blockfit.errors import need
 from blockfit.evaluation.speed import ORIGINAL, Bench, Row
+from blockfit.files import FileForm
 from blockfit.models.cost import Timing
 from blockfit.units import number, share
 
@@ -92,9 +93,18 @@ def remark_lines(result: Bench) -> Iterator[str]:
             yield f"{row.name}, {row.setting}: {remark}"
 
 
+SIGN = "<!-- written by blockfit bench -->"
+FORMS = {
+    ".md": FileForm(".md", SIGN),
+    ".png": FileForm(".png", "Software\0blockfit"),
+}
+"""The page and the picture, by what they are known again."""
+
+
 def markdown(result: Bench) -> str:
     """The comparison as a page of Markdown."""
     parts = [
+        SIGN,
         f"{how_measured(result)}.",
         _table(COLUMNS, [cells(row) for row in result.rows]),
         _table(cost_columns(result), cost_cells(result)),
@@ -134,7 +144,7 @@ def draw(result: Bench, path: str | Path) -> None:
     axis.set_xlabel("times as fast as the original (at the right: part of the promise)")
     axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     axis.set_title(_title(result.machine), fontsize=9, loc="left")
-    figure.savefig(path, dpi=110, format="png")
+    figure.savefig(path, dpi=110, format="png", metadata={"Software": "blockfit"})
 
 
 def _end(row: Row) -> float:

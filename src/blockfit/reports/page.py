@@ -8,15 +8,17 @@ import importlib
 from importlib.resources import files
 from pathlib import Path
 
-from blockfit.errors import BlockfitError, need
-from blockfit.files import new_file
+from blockfit.errors import need
+from blockfit.files import FileForm, check_file, check_kept, new_file
 from blockfit.formats.manifest import installed_versions
 from blockfit.reports.content import Content
 from blockfit.reports.views import all_plots, views
 
 GENERATOR = "blockfit"
 MARK = f'<meta name="generator" content="{GENERATOR}'
-"""What a page begins with that may be replaced by a newer one."""
+"""What a page holds that may be replaced by a newer one."""
+
+FORM = FileForm(None, MARK)
 
 LEGEND = """<ul class="legend" aria-label="Signs">
 <li><i></i>kept</li><li><i class="repaired"></i>kept, output weights solved anew</li>
@@ -67,20 +69,7 @@ def check_report(path: str | Path) -> None:
             raise BlockfitError(
                 f'a report needs {name}, which is not installed; pip install "blockfit[report]"'
             ) from error
-    target = Path(path).expanduser()
-    if target.is_dir():
-        raise BlockfitError(f"{target} is a folder; give a file to write, such as report.html")
-    if not target.exists():
-        return
-    try:
-        with target.open("rb") as file:
-            start = file.read(2048)
-    except OSError as error:
-        raise BlockfitError(
-            f"cannot read {target}: {error.strerror or error}; choose a new name"
-        ) from error
-    if MARK.encode() not in start:
-        raise BlockfitError(f"{target} is no report of blockfit's; choose a new name")
+    check_file(path, FORM, overwrite=True)
 
 
 def write_report(content: Content, path: str | Path, pictures: str | Path | None = None) -> None:
@@ -95,21 +84,22 @@ def write_report(content: Content, path: str | Path, pictures: str | Path | None
         BlockfitError: where ``path`` is taken or something cannot be written.
     """
     check_report(path)
-    target = Path(path).expanduser()
     page = render(content)
-    with new_file(target) as partial:
+    with new_file(path, FORM, overwrite=True) as partial:
         partial.write_text(page, encoding="utf-8")
     if pictures is not None:
         write_pictures(content, pictures)
 
 
 def write_pictures(content: Content, folder: str | Path) -> list[Path]:
-    """Every plot as ``NAME.png`` and ``NAME.svg``; the paths that were written."""
-    target = Path(folder).expanduser()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        return [path for plot in all_plots(content) for path in plot.write(target)]
-    except OSError as error:
-        raise BlockfitError(
-            f"cannot write to {target}: {error.strerror or error}; choose another folder"
-        ) from error
+    """Every plot as ``NAME.png`` and ``NAME.svg``; the paths that were written.
+
+    Raises:
+        BlockfitError: before anything is drawn, where a file of such a name is not an earlier plot.
+    """
+    target = check_kept(folder)
+    plots = all_plots(content)
+    for plot in plots:
+        plot.check(target)
+    written = [path for plot in plots for path in plot.write(target)]
+    return [Path(folder) / path.name for path in written]

@@ -16,6 +16,7 @@ from typing import Any
 
 from blockfit.errors import need
 from blockfit.evaluation.side_by_side import SideBySide
+from blockfit.files import FileForm, check_file, new_file
 from blockfit.fit.similarity import Table
 from blockfit.reports.content import Candidate
 from blockfit.search.held_out import MapError
@@ -73,6 +74,13 @@ _VARIABLES = {
 }
 
 
+FORMS = {
+    "png": FileForm(".png", "Software\0blockfit"),
+    "svg": FileForm(".svg", "<dc:title>blockfit<"),
+}
+"""The files of plots, by kind, and by what they are known again."""
+
+
 @dataclass(frozen=True)
 class Plot:
     """A figure that can be drawn in any colours.
@@ -96,7 +104,7 @@ class Plot:
             marks: id of a mark in the figure → attributes that it gets there, as HTML.
         """
         file = io.StringIO()
-        _write(self.draw(PAGE), file, "svg")
+        _write(self.draw(PAGE), file, "svg", signed=False)
         text = file.getvalue()
         text = text[text.index("<svg") :]
         for colour, variable in _VARIABLES.items():
@@ -110,11 +118,19 @@ class Plot:
         text = re.sub(r'href="#([^"]+)"', rf'href="#{self.name}-\1"', text)
         return re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", text).strip()
 
+    def check(self, folder: Path) -> None:
+        """Refuse now what ``write`` would refuse: another file of such a name in ``folder``."""
+        for kind, form in FORMS.items():
+            check_file(folder / f"{self.name}.{kind}", form, overwrite=True)
+
     def write(self, folder: Path) -> list[Path]:
-        """``NAME.png`` and ``NAME.svg`` in a folder that exists."""
-        paths = [folder / f"{self.name}.{kind}" for kind in ("png", "svg")]
-        for path in paths:
-            _write(self.draw(PAPER), path, path.suffix[1:])
+        """``NAME.png`` and ``NAME.svg`` in a folder, which is made where there is none."""
+        paths = []
+        for kind, form in FORMS.items():
+            path = folder / f"{self.name}.{kind}"
+            with new_file(path, form, overwrite=True) as partial:
+                _write(self.draw(PAPER), partial, kind)
+            paths.append(path)
         return paths
 
 
@@ -122,13 +138,16 @@ def _opening(found: re.Match[str]) -> str:
     return f'<svg viewBox="{found[1]}" aria-hidden="true" focusable="false">'
 
 
-def _write(figure: Any, target: Any, kind: str) -> None:
+def _write(figure: Any, target: Any, kind: str, signed: bool = True) -> None:
     import matplotlib
 
-    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    maker = "blockfit" if signed else None
+    metadata = {"Date": None, "Creator": maker, "Format": None, "Type": None}
     how = {"svg.fonttype": "none", "svg.hashsalt": "blockfit", "svg.image_inline": True}
     with matplotlib.rc_context(how):
-        more = {"metadata": metadata} if kind == "svg" else {"dpi": RATE}
+        more: dict[str, Any] = {"metadata": metadata}
+        if kind == "png":
+            more = {"dpi": RATE, "metadata": {"Software": maker}}
         figure.savefig(target, format=kind, transparent=kind == "svg", **more)
 
 

@@ -18,6 +18,7 @@ from blockfit.evaluation import analysis
 from blockfit.evaluation.paper import study as reproduce
 from blockfit.evaluation.paper.pages import FRACTIONS, WORDS
 from blockfit.fields import Values, read_values
+from blockfit.files import expanded
 from blockfit.fit.intervals import Interval
 from blockfit.fit.plan import MAP_KINDS, Plan, Span
 from blockfit.fit.similarity import METRICS, Tables
@@ -81,7 +82,7 @@ def read_run(path: str | Path) -> Content:
     Raises:
         BlockfitError: where it is none of blockfit's, or is damaged.
     """
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_file():
         return _evaluation(place)
     for mark, read in READERS.items():

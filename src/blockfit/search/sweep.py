@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -11,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
@@ -21,6 +18,7 @@ from blockfit.checkpoint import forget
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
+from blockfit.files import expanded
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Batch, Blocks
@@ -49,8 +47,10 @@ from blockfit.search.span_search import Point, most_removed
 from blockfit.search.sweep_file import (
     FORMAT,
     MARK,
+    check_sweep_folder,
     read_point_file,
     read_sweep_file,
+    write_point_file,
     write_sweep_file,
 )
 from blockfit.units import bytes_of
@@ -207,7 +207,7 @@ def sweep(
     Raises:
         BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
     """
-    target = Path(folder).expanduser()
+    target = check_sweep_folder(folder)
     at_least(0, seed=seed)
     at_least(1, latency_images=latency_images)
     room = None if max_memory is None else bytes_of(str(max_memory), "max_memory")
@@ -230,7 +230,7 @@ def sweep(
         frontier = Frontier(target, before or _begun(session, run))
         _go_through(frontier, session, _Looks(setting, parts, seed, say, progress))
     if resume is not None:
-        forget(Path(resume).expanduser())  # also what a run left that was stopped right here
+        forget(Path(resume))  # also what a run left that was stopped right here
     if latency_images is not None:
         few = replace(images, batch_size=latency_images)
         inputs = first_images(next(iter(few)), latency_images)
@@ -322,8 +322,8 @@ def _go_through(frontier: Frontier, session: Session, looks: _Looks) -> None:
     search.restore(data["search"])
     data["original"].setdefault("top1", session.held_out.top1)
     done = {point["removed"] for point in data["points"]}
-    if ranks.is_first():
-        target.mkdir(parents=True, exist_ok=True)
+    if ranks.is_first() and not (target / MARK).exists():
+        write_sweep_file(target / MARK, data)  # a run that is killed leaves a folder that it knows
     for size in range(1, search.largest + 1):
         if size in done:
             continue
@@ -364,7 +364,7 @@ def read_sweep(folder: str | Path) -> Frontier:
     Raises:
         BlockfitError: where it is none, or is damaged.
     """
-    target = Path(folder).expanduser()
+    target = expanded(folder)
     path = target / MARK
     if not path.is_file():
         raise BlockfitError(f"{folder} is no sweep folder (it has no {MARK}); make one with sweep")
@@ -457,13 +457,7 @@ def _write_point(folder: Path, session: Session, point: Point, started: float) -
     tensors: dict[str, Tensor] = {f"weights.{k}": v for k, v in solution.weights.items()}
     for number, module in enumerate(solution.maps):
         tensors |= {f"maps.{number}.{k}": v for k, v in module.state_dict().items()}
-    name = f"removed-{point.removed:02d}.safetensors"
-    partial = folder / f"{name}.partial"
-    try:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
-        os.replace(partial, folder / name)
-    except (OSError, SafetensorError) as error:
-        raise BlockfitError(f"cannot write to {folder}: {error}; make room") from error
+    name = write_point_file(folder, point.removed, tensors)
     parameters, flops = session.sizes.of(solution.plan)
     return {
         "removed": point.removed,
@@ -505,15 +499,7 @@ def _filled(entry: Replacement, values: dict[str, Tensor], blocks: Blocks, path:
 
 def _resume(target: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """What a stopped sweep of the same run left; refuses a folder of anything else."""
-    if not target.exists():
-        return None
-    if not target.is_dir():
-        raise BlockfitError(f"{target} is a file; give a folder to write the sweep to")
-    if not (target / MARK).is_file():
-        if any(p for p in target.iterdir() if not p.name.endswith(".partial")) and not list(
-            target.glob("removed-*.safetensors")
-        ):
-            raise BlockfitError(f"{target} is not empty and holds no sweep; choose a new folder")
+    if not (check_sweep_folder(target) / MARK).is_file():
         return None
     data = read_sweep_file(target / MARK)
     if data["run"] != run:

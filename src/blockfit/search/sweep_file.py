@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from blockfit.errors import BlockfitError
+from blockfit.files import check_kept, is_unfinished, kept_file
 from blockfit.fit.plan import Plan
 from blockfit.models.blocks import read_blocks
 from blockfit.models.source import Source
@@ -18,6 +21,7 @@ from blockfit.untrusted import open_tensors, read_json
 
 MARK = "sweep.json"
 FORMAT = 1
+POINTS = "removed-*.safetensors"
 
 _NUMBER, _COUNT, _TEXT, _OBJECT, _MAYBE = "a number", "a whole number", "a text", "an object", None
 _YES_OR_NO = "true or false"
@@ -93,21 +97,64 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
     return data
 
 
+def check_sweep_folder(folder: str | Path) -> Path:
+    """Refuse now a folder that holds anything but a sweep, or cannot be written.
+
+    Returns:
+        The resolved path, which is to be written.
+
+    Raises:
+        BlockfitError: it says which.
+    """
+    target = check_kept(folder)
+    if not target.exists():
+        return target
+    if not (target / MARK).is_file():
+        if any(not is_unfinished(entry.name) for entry in target.iterdir()):
+            raise BlockfitError(f"{folder} is not empty and holds no sweep; choose a new folder")
+        return target
+    data = read_sweep_file(target / MARK)
+    known = {point["file"] for point in data["points"]}
+    for path in target.glob(POINTS):
+        if path.name not in known and not _is_point(path):
+            raise BlockfitError(
+                f"{path} is no plan of the sweep and stands where one is written; move it away or "
+                "choose a new folder"
+            )
+    return target
+
+
+def write_point_file(folder: Path, removed: int, tensors: Mapping[str, Tensor]) -> str:
+    """Write the tensors of one point; the name of its file.
+
+    Raises:
+        BlockfitError: where it cannot be written.
+    """
+    path = folder / f"removed-{removed:02d}.safetensors"
+    if path.exists() and not _is_point(path):
+        raise BlockfitError(f"{path} is no plan of the sweep; move it away and run the sweep again")
+    with kept_file(path) as partial:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
+    return path.name
+
+
+def _is_point(path: Path) -> bool:
+    """Whether a file holds what ``write_point_file`` writes: weights and maps, nothing else."""
+    try:
+        with open_tensors(path) as stored:
+            return all(key.startswith(("weights.", "maps.")) for key in stored.keys())  # noqa: SIM118
+    except BlockfitError:
+        return False
+
+
 def write_sweep_file(path: Path, data: dict[str, Any]) -> None:
     """Write ``sweep.json`` whole or not at all.
 
     Raises:
         BlockfitError: where it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise BlockfitError(f"cannot write {path}: {error}; make room") from error
+    with kept_file(path) as partial:
+        partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
 def read_point_file(folder: Path, name: str) -> dict[str, Tensor]:

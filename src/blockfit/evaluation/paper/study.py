@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from blockfit.evaluation.paper.experiments import EXPERIMENTS, Experiment
 from blockfit.evaluation.paper.lab import Lab, Row, stopwatch
 from blockfit.evaluation.paper.pages import as_csv, as_table, similarity_table
 from blockfit.evaluation.paper.writeup import finding
+from blockfit.files import check_kept, is_unfinished, kept_file, resolved
 from blockfit.untrusted import read_json
 
 MARK = "reproduction.json"
@@ -22,6 +22,7 @@ INDEX = "index.md"
 FORMAT = 1
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 ENDINGS = (".csv", ".md", ".png")
+_NAMES = {MARK, INDEX, *(f"{name}{ending}" for name in BY_NAME for ending in ENDINGS)}
 _OTHER = {
     "version": "another version of blockfit",
     "model": "another model",
@@ -60,15 +61,17 @@ def earlier(folder: Path, about: Mapping[str, Any] | None = None) -> dict[str, A
     Raises:
         BlockfitError: where the folder holds something else, or experiments about something else.
     """
-    if not folder.exists():
+    target = check_kept(folder)
+    if not target.exists():
         return None
-    if not folder.is_dir():
-        raise BlockfitError(f"{folder} is a file; give a folder to write to")
-    mark = folder / MARK
+    mark = target / MARK
     if not mark.is_file():
-        if any(not entry.name.endswith(".partial") for entry in folder.iterdir()):
+        if any(not is_unfinished(entry.name) for entry in target.iterdir()):
             raise BlockfitError(f"{folder} is not empty and holds no experiments; choose a new one")
         return None
+    for path in target.iterdir():
+        if path.name in _NAMES and not path.is_file():
+            raise BlockfitError(f"{path} is no file; move it away or choose a new folder")
     try:
         data = read_json(mark, exact=False)
     except BlockfitError as error:
@@ -113,11 +116,8 @@ def reproduce(
             run.
     """
     about = json.loads(json.dumps(about))
+    folder = resolved(folder)
     data = earlier(folder, about) or {"format": FORMAT, "about": about, "experiments": {}}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
     if not (folder / MARK).exists():  # a run that is killed leaves a folder that it knows again
         _write_text(folder / MARK, json.dumps(data, indent=1, allow_nan=False) + "\n")
     for experiment in experiments:
@@ -172,17 +172,14 @@ def _write(
 ) -> None:
     name, rows = experiment.name, entry["rows"]
     _write_text(folder / f"{name}.csv", as_csv(rows))
-    partial = folder / f"{name}.png.partial"
     title = f"{experiment.title}: {about['model']['name']}"
     if name != "similarity":
         title += f"\n{about['test']['source']}, {about['test']['images']} test images"
     try:
-        draw(name, rows, partial, title)
-        os.replace(partial, folder / f"{name}.png")
+        with kept_file(folder / f"{name}.png") as partial:
+            draw(name, rows, partial, title)
     except BlockfitError as error:
         warn(str(error))
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
     picture = f"![{experiment.title}]({name}.png)\n\n" if _has(folder, f"{name}.png") else ""
     table = similarity_table(rows) if name == "similarity" else as_table(rows)
     used = "; ".join(f"{key} {_words(value)}" for key, value in entry["settings"].items())
@@ -240,19 +237,5 @@ def _has(folder: Path, name: str) -> bool:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> BlockfitError:
-    return BlockfitError(
-        f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
-    )
+    with kept_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
