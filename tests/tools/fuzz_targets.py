@@ -27,6 +27,7 @@ from stored import KINDS, PLAN, REPORT, small_model
 import blockfit
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import analysis
+from blockfit.files import foreign
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import MAP_KINDS, Plan
 from blockfit.formats import folder as store
@@ -134,12 +135,9 @@ def _original(folder: Path, empty: Path) -> None:
 
 def _overwrite(folder: Path, empty: Path) -> None:
     """Nobody's folder is taken for one of blockfit's unless all in it is."""
-    for check in (store.check_folder, analysis.check_folder):
-        try:
-            check(folder, True)
-        except BlockfitError:
-            continue
-    store.check_folder(folder, True)
+    found = [foreign(folder, form) for form in (store.FORM, analysis.FORM)]
+    if None not in found:
+        raise BlockfitError(f"{folder} {found[0]}")
 
 
 def _walk(source: Any) -> None:

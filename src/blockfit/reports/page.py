@@ -8,7 +8,7 @@ import importlib
 from importlib.resources import files
 from pathlib import Path
 
-from blockfit.errors import need
+from blockfit.errors import BlockfitError, need
 from blockfit.files import FileForm, check_file, check_kept, new_file
 from blockfit.formats.manifest import installed_versions
 from blockfit.reports.content import Content
