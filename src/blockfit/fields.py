@@ -5,13 +5,28 @@ A saved folder may come from somebody else: nothing in it is taken for what it c
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blockfit.errors import BlockfitError
 from blockfit.untrusted import read_json
+
+T = TypeVar("T")
+
+_KINDS: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+}
 
 
 class Values:
@@ -137,3 +152,54 @@ def check_keys(values: Mapping[str, Any], expected: Any, where: str) -> None:
         raise BlockfitError(f"{where}: unknown key {unknown[0]!r}")
     if missing := [name for name in expected if name not in values]:
         raise BlockfitError(f"{where}: key {missing[0]!r} is missing")
+
+
+def read(kind: type[T], value: object, where: str) -> T:
+    """A frozen dataclass from the JSON object that its ``asdict`` or ``to_json`` wrote.
+
+    Every field has to be there, nothing else may be, and each has to be of its annotated type. A
+    field whose type has a ``from_json`` of its own is read by it.
+
+    Args:
+        kind: the dataclass.
+        value: what was read.
+        where: the file and the keys that led here, for messages.
+
+    Raises:
+        BlockfitError: names the place and the key.
+    """
+    values = object_of(value, where)
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
+    check_keys(values, names, where)
+    hints = typing.get_type_hints(kind)
+    made = {name: typed(hints[name], values[name], f"{where}: {name}") for name in names}
+    try:
+        return kind(**made)
+    except BlockfitError as error:
+        raise BlockfitError(f"{where}: {error}") from error
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as the annotation ``kind`` takes it: lists become tuples where it says so.
+
+    Raises:
+        BlockfitError: where it is of another type; names the place.
+    """
+    if kind is Any:
+        return value
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        (one,) = (part for part in inner if part is not type(None))  # "or nothing" is all there is
+        return None if value is None else typed(one, value, where)
+    if hasattr(kind, "from_json"):
+        return kind.from_json(value, where)
+    if dataclasses.is_dataclass(kind):
+        return read(typing.cast(Any, kind), value, where)
+    json_kind: Any = {tuple: list, float: (int, float)}.get(origin, origin)
+    if not isinstance(value, json_kind) or (isinstance(value, bool) and origin is not bool):
+        raise BlockfitError(f"{where} must be {_KINDS[origin]}, got {value!r:.60}")
+    if origin in (list, tuple):
+        return origin(typed(inner[0], one, f"{where}[{i}]") for i, one in enumerate(value))
+    if origin is dict:
+        return {name: typed(inner[1], one, f"{where}: {name}") for name, one in value.items()}
+    return value

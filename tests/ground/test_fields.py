@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blockfit.errors import BlockfitError
-from blockfit.fields import Values, read_values
+from blockfit.fields import Values, read, read_values
 
 
 def test_missing_and_null_values_are_unknown() -> None:
@@ -64,3 +67,56 @@ def test_a_file_that_holds_no_object_is_refused(tmp_path: Path, text: str) -> No
         read_values(path)
     with pytest.raises(BlockfitError, match="cannot read"):
         read_values(tmp_path / "missing.json")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size > 9:
+            raise BlockfitError("size is too large")
+
+
+@dataclass(frozen=True)
+class Tree:
+    name: str
+    part: float
+    tall: bool
+    leaves: tuple[Leaf, ...]
+    note: str | None
+    paths: dict[str, list[int]]
+    free: Any
+
+
+TREE = Tree("oak", 1, True, (Leaf(1), Leaf(2)), None, {"a": [1, 2]}, {"x": [None]})
+
+
+def test_a_dataclass_is_read_back_from_what_asdict_wrote() -> None:
+    value = json.loads(json.dumps(asdict(TREE)))
+    assert read(Tree, value, "file") == TREE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": 3}, "file: name must be a text, got 3"),
+        ({"part": "1"}, "file: part must be a number, got '1'"),
+        ({"part": True}, "file: part must be a number, got True"),
+        ({"tall": 1}, "file: tall must be true or false, got 1"),
+        ({"note": 1}, "file: note must be a text, got 1"),
+        ({"leaves": {}}, "file: leaves must be a list, got {}"),
+        ({"leaves": [3]}, "file: leaves[0] must hold an object, got int"),
+        ({"leaves": [{"size": 1.0}]}, "file: leaves[0]: size must be a whole number, got 1.0"),
+        ({"leaves": [{"size": 10}]}, "file: leaves[0]: size is too large"),
+        ({"leaves": [{}]}, "file: leaves[0]: key 'size' is missing"),
+        ({"paths": {"a": [True]}}, "file: paths: a[0] must be a whole number, got True"),
+        ({"colour": 1}, "file: unknown key 'colour'"),
+    ],
+)
+def test_what_does_not_fit_a_dataclass_is_named_by_its_place(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BlockfitError) as caught:
+        read(Tree, {**json.loads(json.dumps(asdict(TREE))), **change}, "file")
+    assert str(caught.value) == message

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blockfit.errors import BlockfitError
-from blockfit.fields import check_keys, object_of
+from blockfit.fields import check_keys, object_of, typed
 from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Blocks, read_blocks
 from blockfit.models.source import Source
@@ -130,22 +130,18 @@ def read_manifest(path: Path) -> Manifest:
     blocks = read_blocks(values["blocks"], f"{where}: blocks")
     plan = _within(where, lambda: Plan.from_json(values["plan"], "plan"))
     _within(f"{where}: plan", lambda: plan.check(blocks.depth))
-    versions = object_of(values["versions"], f"{where}: versions")
-    for name, value in versions.items():
-        if not isinstance(value, str | None):
-            raise BlockfitError(f"{where}: versions: {name} must be a text or null, got {value!r}")
-    other = object_of(values["other_dtypes"], f"{where}: other_dtypes")
+    versions = typed(dict[str, str | None], values["versions"], f"{where}: versions")
+    other = typed(dict[str, str], values["other_dtypes"], f"{where}: other_dtypes")
+    tied = typed(dict[str, str], values["tied"], f"{where}: tied")
+    layout = typed(dict[str, list[int]], values["layout"], f"{where}: layout")
     for name, value in {"dtype": values["dtype"], **other}.items():
         if not isinstance(value, str) or value not in FLOATING:
             raise BlockfitError(f"{where}: {name}: unknown dtype {value!r}")
-    tied = object_of(values["tied"], f"{where}: tied")
     for name, value in tied.items():
-        if not isinstance(value, str) or value in tied:
+        if value in tied:
             raise BlockfitError(f"{where}: tied: {name} must name a tensor, got {value!r}")
-    layout = object_of(values["layout"], f"{where}: layout")
     for name, value in layout.items():
-        whole = isinstance(value, list) and all(type(dim) is int for dim in value)
-        if not whole or sorted(value) != list(range(len(value))):
+        if sorted(value) != list(range(len(value))):
             raise BlockfitError(f"{where}: layout: {name} must order dimensions, got {value!r}")
     return Manifest(
         source=_within(where, lambda: Source.from_json(values["base"], "base")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blockfit.arguments import checked
 from blockfit.errors import BlockfitError
-from blockfit.fields import check_keys, object_of
+from blockfit.fields import read
 from blockfit.models.forward import (
     Batch,
     block_class,
@@ -394,15 +394,8 @@ def _count_prefix_tokens(first: Tensor) -> int:
 
 def read_blocks(value: Any, where: str) -> Blocks:
     """Where a model keeps its blocks, from JSON; ``where`` names the place in messages."""
-    entries = object_of(value, where)
-    kinds = {"path": str, "input_name": str}
-    least = {"depth": 1, "width": 1, "prefix_tokens": 0, "output_items": 0}
-    check_keys(entries, [field.name for field in fields(Blocks)], where)
-    for name, entry in entries.items():
-        kind = kinds.get(name, int)
-        if not isinstance(entry, kind) or isinstance(entry, bool):
-            wanted = "a text" if kind is str else "a whole number"
-            raise BlockfitError(f"{where}: {name} must be {wanted}, got {entry!r}")
-        if isinstance(entry, int) and entry < least[name]:
-            raise BlockfitError(f"{where}: {name} must be at least {least[name]}, got {entry}")
-    return Blocks(**entries)
+    found = read(Blocks, value, where)
+    for name, least in {"depth": 1, "width": 1, "prefix_tokens": 0, "output_items": 0}.items():
+        if (entry := getattr(found, name)) < least:
+            raise BlockfitError(f"{where}: {name} must be at least {least}, got {entry}")
+    return found

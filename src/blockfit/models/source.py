@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from blockfit.errors import BlockfitError
+from blockfit.fields import read
 from blockfit.models.preprocessing import Preprocessing
 
 LIBRARIES = ("timm", "transformers", "torchvision", "open_clip", "demo", "module")
@@ -65,23 +66,7 @@ class Source:
     @classmethod
     def from_json(cls, value: object, where: str = "base") -> Source:
         """Read what ``to_json`` wrote; ``where`` names the place in messages."""
-        keys = ("library", "name", "arguments", "licence", "preprocessing")
-        if not isinstance(value, Mapping):
-            raise BlockfitError(f"{where}: expected an object, got {value!r}")
-        if unknown := sorted(set(map(str, value)) - set(keys)):
-            raise BlockfitError(f"{where}: unknown key {unknown[0]!r}")
-        if missing := [key for key in keys if key not in value]:
-            raise BlockfitError(f"{where}: key {missing[0]!r} is missing")
-        if not isinstance(value["library"], str) or not isinstance(value["name"], str):
-            raise BlockfitError(f"{where}: library and name must be texts")
-        if not isinstance(value["arguments"], Mapping):
-            raise BlockfitError(f"{where}: arguments must be an object")
-        if not isinstance(value["licence"], str | None):
-            raise BlockfitError(f"{where}: licence must be a text or null")
-        own = value["preprocessing"]
-        prepared = None if own is None else Preprocessing.from_json(own, f"{where}: preprocessing")
-        arguments = dict(value["arguments"])
-        return cls(value["library"], value["name"], arguments, value["licence"], prepared)
+        return read(cls, value, where)
 
 
 _LOADS = re.compile(

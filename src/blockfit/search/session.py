@@ -171,7 +171,8 @@ class Session:
         for block in self._whole:
             if not 0 <= block < blocks.depth:
                 raise BlockfitError(
-                    f"whole: block {block} does not exist; the model has blocks 0–{blocks.depth - 1}"
+                    f"whole: block {block} does not exist; the model has blocks "
+                    f"0–{blocks.depth - 1}"
                 )
         spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist
         shelf = None
