@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from families import CLASSES, DEPTH, FAMILIES, WIDTH, Family, one_thread  # noqa: F401
 from torch import Tensor, nn
 
+import blockfit
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
@@ -333,3 +335,52 @@ def test_features_lead_to_the_logits_through_the_head(name: str) -> None:
     parts = seen.features.chunk(family.heads, dim=1)
     mean = torch.stack([h(part) for h, part in zip(heads, parts, strict=True)]).mean(0)
     torch.testing.assert_close(mean, final[0])
+
+
+@every_family
+def test_the_public_functions_work_on_every_family(name: str, tmp_path: Path) -> None:
+    """Case 2: what docs/models.md promises, from compress to load, through what users call."""
+    family, images = FAMILIES[name], FAMILIES[name].images(12)
+    model = family.build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    small = blockfit.compress(model, images, spans=[(1, 2)])
+    assert_same(list(before.values()), list(model.state_dict().values()))
+    gone = sum(p.numel() for p in family.blocks(model)[1].parameters())
+    # A map that is worse than nothing on the held-out images is dropped.
+    (entry,) = small.plan
+    added = WIDTH * (WIDTH + 1) if entry.map == "affine" else 0
+    assert count(small.model) == count(model) - gone + added
+
+    worth = blockfit.evaluate(small, images, against=model, measure=False)
+    assert worth.images == len(images)
+    assert worth.original is not None
+    assert worth.original.flops == small.report["flops_before"]
+    assert worth.compressed.flops == small.report["flops_after"] < worth.original.flops
+    assert worth.compressed.parameters == count(small.model)
+    assert worth.fidelity is not None
+    assert (worth.fidelity.kl is not None) == bool(family.heads)
+    assert 0 < worth.fidelity.feature_relative_error < 2
+
+    blockfit.save(small, tmp_path / "small")
+    fresh = family.build(1) if small.source.library == "module" else None
+    back = blockfit.load(tmp_path / "small", model=fresh)
+    assert_same(run(family, back, images), run(family, small.model, images))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm-naflex-map",
+        "timm-cait",
+        "dinov2-backbone",
+        "torchvision-vit",
+        "open_clip",
+        "plain-tuple",
+    ],
+)
+def test_sweeps_reach_every_size_on_models_of_every_library(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    found = blockfit.sweep(family.build(), family.images(12), tmp_path / "sweep", recipe="plain")
+    assert [point["removed"] for point in found.points] == [*range(1, DEPTH - 1)]
+    small = blockfit.from_sweep(tmp_path / "sweep", remove=1, model=family.build())
+    assert small.report["removed_blocks"] >= 1

@@ -77,6 +77,12 @@ TIMM: dict[str, Family] = {
     "timm-siglip-bare": _family(
         "vit_base_patch16_siglip_224", heads=0, patch_size=8, num_classes=0
     ),
+    # Images of any size, pooled by attention with a learned query.
+    "timm-naflex-map": Family(
+        make=_make("naflexvit_base_patch16_siglip"), image=32, path="blocks", prefix_tokens=none,
+        heads=1,
+    ),
+    "timm-pe-core": _family("vit_pe_core_base_patch16_224", patch_size=8),
     # Its class token enters behind the blocks.
     "timm-cait": _family(
         "cait_xxs24_224", prefix_tokens=none, states=_patch_states, patch_size=8
