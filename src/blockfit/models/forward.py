@@ -155,7 +155,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def block_class(module: nn.Module) -> type[nn.Module]:
     """The class of a block; for a block that was replaced, the class of the one that was there."""
-    kind: type[nn.Module] = getattr(type(module), "_blockfit_replaces", type(module))
+    replaced = getattr(type(module), "_blockfit_replaces", type(module))
+    kind: type[nn.Module] = module.__dict__.get("_blockfit_stands_for", replaced)
     return kind
 
 

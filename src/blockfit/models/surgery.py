@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import Identity, PerTokenType, empty_map
 from blockfit.fit.plan import Plan, Replacement
+from blockfit.models.attentions import asks_for_map, follow
 from blockfit.models.blocks import Blocks, block_modules, named_blocks
 from blockfit.models.forward import block_class
 from blockfit.models.narrowed import narrow, narrowings_of
@@ -34,9 +35,25 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Read the hidden state as the removed block did, ignore all other arguments, map it."""
+    if asks_for_map(kwargs):
+        raise BlockfitError(
+            f"this block was removed ({self._blockfit_replacement}) and has no attention map; ask "
+            "a block that was kept"
+        )
     hidden = self.map(args[0] if args else kwargs[self._blockfit_input_name])
     items = self._blockfit_output_items
     return (hidden, *[None] * (items - 1)) if items else hidden
+
+
+def _set(self: Any, name: str, value: Any) -> None:
+    """As every module; but tools that give all blocks a class of their own pass this one over.
+
+    There is nothing in it that their forward could use. Subclasses of its own class are taken.
+    """
+    if name != "__class__" or issubclass(value, type(self)):
+        nn.Module.__setattr__(self, name, value)
+    else:
+        self.__dict__["_blockfit_stands_for"] = value  # so that it is still one of its list
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
@@ -54,6 +71,7 @@ def _replacement_class(replaced: type[nn.Module]) -> type[nn.Module]:
         "_blockfit_replaces": replaced,
         "extra_repr": lambda self: str(self._blockfit_replacement),
         **{name: getattr(nn.Module, name) for name in _OWN},
+        "__setattr__": _set,
     }
     made = type(f"Replaced{replaced.__name__}", (replaced,), members)
     # Set after the class exists: some libraries wrap the forward of every new subclass.
@@ -150,6 +168,9 @@ def apply_plan(model: nn.Module, blocks: Blocks, plan: Plan, maps: Sequence[nn.M
         for name, child in parent._modules.items():
             if id(child) in swaps:
                 parent._modules[name] = swaps[id(child)][1]
+    if swaps:
+        after = block_modules(model, blocks)
+        follow(model, blocks.path, [not is_replaced(module) for module in after])
 
 
 def _check(
