@@ -21,44 +21,27 @@ if TYPE_CHECKING:
 Smalls = Annotated[
     list[str], typer.Argument(metavar="SMALL...", help="Folders that compress wrote, or models.")
 ]
-Original = Annotated[
-    str, opt.option("--against", help="The original.", panel=opt.DATA, metavar="MODEL")
-]
+Original = Annotated[str, opt.option("--against", "The original.", opt.DATA, "MODEL")]
 BatchSizes = Annotated[
     list[int] | None,
-    opt.option(
-        "--batch-size",
-        help="Images per pass; 1 and 32. Repeatable.",
-        panel=opt.HOW,
-        metavar="N",
-    ),
+    opt.option("--batch-size", "Images per pass; 1 and 32. Repeatable.", opt.HOW, "N"),
 ]
 Engines = Annotated[
-    list[str] | None,
-    opt.option(
-        "--engine", help="eager, compiled, onnx. Repeatable.", panel=opt.HOW, metavar="NAME"
-    ),
+    list[str] | None, opt.option("--engine", "eager, compiled, onnx. Repeatable.", opt.HOW, "NAME")
 ]
 Dtypes = Annotated[
     list[str] | None,
-    opt.option(
-        "--dtype", help="float32, bfloat16, float16. Repeatable.", panel=opt.HOW, metavar="NAME"
-    ),
+    opt.option("--dtype", "float32, bfloat16, float16. Repeatable.", opt.HOW, "NAME"),
 ]
 Threads = Annotated[
-    int | None,
-    opt.option("--threads", help="On the CPU; torch's own by default.", panel=opt.HOW, metavar="N"),
+    int | None, opt.option("--threads", "On the CPU; torch's own by default.", opt.HOW, "N")
 ]
-Rounds = Annotated[
-    int, opt.option("--rounds", help="Timed passes of each model.", panel=opt.HOW, metavar="N")
-]
+Rounds = Annotated[int, opt.option("--rounds", "Timed passes of each model.", opt.HOW, "N")]
 MarkdownFile = Annotated[
-    Path | None,
-    opt.option("--markdown", help="Write the tables to this file.", panel=opt.OUT, metavar="FILE"),
+    Path | None, opt.option("--markdown", "Write the tables to this file.", opt.OUT, "FILE")
 ]
 PictureFile = Annotated[
-    Path | None,
-    opt.option("--picture", help="Draw the speed-ups as a PNG.", panel=opt.OUT, metavar="FILE"),
+    Path | None, opt.option("--picture", "Draw the speed-ups as a PNG.", opt.OUT, "FILE")
 ]
 
 

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 Dtypes = Annotated[
     list[str] | None,
-    opt.option(
-        "--dtype",
-        help="bfloat16, float16; both by default. Repeatable.",
-        panel=opt.HOW,
-        metavar="NAME",
-    ),
+    opt.option("--dtype", "bfloat16, float16; both by default. Repeatable.", opt.HOW, "NAME"),
 ]
 
 

@@ -13,9 +13,7 @@ from blockfit.commands.tables import show_compression, show_evaluation
 IMAGES = 512
 """Calibration images."""
 
-Remove = Annotated[
-    int, opt.option("--remove", help="Remove so many blocks.", panel=opt.REMOVE, metavar="N")
-]
+Remove = Annotated[int, opt.option("--remove", "Remove so many blocks.", opt.REMOVE, "N")]
 
 
 @command("Start", "blockfit demo")

@@ -22,58 +22,38 @@ Protocol = Annotated[
     list[str] | None,
     opt.option(
         "--protocol",
-        help="Judge as well by knn, probe, probe-sgd, retrieval, zero-shot, dense. Repeatable.",
-        panel=opt.HOW,
-        metavar="NAME",
+        "Judge as well by knn, probe, probe-sgd, retrieval, zero-shot, dense. Repeatable.",
+        opt.HOW,
+        "NAME",
     ),
 ]
 Train = Annotated[
-    str | None,
-    opt.option(
-        "--train", help="Labelled, for --protocol to learn from.", panel=opt.DATA, metavar="DATA"
-    ),
+    str | None, opt.option("--train", "Labelled, for --protocol to learn from.", opt.DATA, "DATA")
 ]
 TrainLimit = Annotated[
-    int | None,
-    opt.option(
-        "--train-limit", help="Draw so many of --train.", panel=opt.DATA, metavar="N", rare=True
-    ),
+    int | None, opt.option("--train-limit", "Draw so many of --train.", opt.DATA, "N", rare=True)
 ]
 Classes = Annotated[
     Path | None,
     opt.option(
-        "--classes",
-        help="Class names for zero-shot, one per line.",
-        panel=opt.DATA,
-        metavar="FILE",
-        rare=True,
+        "--classes", "Class names for zero-shot, one per line.", opt.DATA, "FILE", rare=True
     ),
 ]
 Prompts = Annotated[
     list[str] | None,
     opt.option(
-        "--prompt",
-        help="For zero-shot, {} is the class name. Repeatable.",
-        panel=opt.HOW,
-        metavar="TEXT",
-        rare=True,
+        "--prompt", "For zero-shot, {} is the class name. Repeatable.", opt.HOW, "TEXT", rare=True
     ),
 ]
 Masks = Annotated[
     str | None,
     opt.option(
-        "--masks",
-        help="For dense: a folder, or a column of --images.",
-        panel=opt.DATA,
-        metavar="NAME",
-        rare=True,
+        "--masks", "For dense: a folder, or a column of --images.", opt.DATA, "NAME", rare=True
     ),
 ]
 
 
-NoSpeed = Annotated[
-    bool, opt.option("--no-speed", help="Leave time and memory unmeasured.", panel=opt.HOW)
-]
+NoSpeed = Annotated[bool, opt.option("--no-speed", "Leave time and memory unmeasured.", opt.HOW)]
 
 
 @command(

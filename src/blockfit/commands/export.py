@@ -22,59 +22,33 @@ if TYPE_CHECKING:
     from blockfit.formats.program import Exported
 
 PlainCheckpoint = Annotated[
-    bool,
-    opt.option(
-        "--plain",
-        help="A stock transformers or timm checkpoint, fewer blocks.",
-        panel=opt.FORM,
-    ),
+    bool, opt.option("--plain", "A stock transformers or timm checkpoint, fewer blocks.", opt.FORM)
 ]
-Onnx = Annotated[bool, opt.option("--onnx", help="An ONNX file.", panel=opt.FORM)]
-Pt2 = Annotated[bool, opt.option("--pt2", help="A torch.export program (.pt2).", panel=opt.FORM)]
-Hub = Annotated[
-    bool,
-    opt.option("--hub", help="A transformers folder with its own code.", panel=opt.FORM),
-]
+Onnx = Annotated[bool, opt.option("--onnx", "An ONNX file.", opt.FORM)]
+Pt2 = Annotated[bool, opt.option("--pt2", "A torch.export program (.pt2).", opt.FORM)]
+Hub = Annotated[bool, opt.option("--hub", "A transformers folder with its own code.", opt.FORM)]
 Target = Annotated[
-    Path,
-    opt.option("--output", "-o", help="Folder or file to write.", panel=opt.OUT, metavar="PATH"),
+    Path, opt.option("--output", "Folder or file to write.", opt.OUT, "PATH", short="-o")
 ]
 ResolutionText = Annotated[
     str | None,
     opt.option(
-        "--resolution",
-        help="224, 224x320 (height first) or dynamic; else the model's.",
-        panel=opt.HOW,
-        metavar="SIZE",
+        "--resolution", "224, 224x320 (height first) or dynamic; else the model's.", opt.HOW, "SIZE"
     ),
 ]
 FixedBatch = Annotated[
     int | None,
-    opt.option(
-        "--fixed-batch",
-        help="Take so many images only, not any number.",
-        panel=opt.HOW,
-        metavar="N",
-    ),
+    opt.option("--fixed-batch", "Take so many images only, not any number.", opt.HOW, "N"),
 ]
 Opset = Annotated[
-    int | None,
-    opt.option("--opset", help="Version of the ONNX operator set; 18.", panel=opt.HOW, metavar="N"),
+    int | None, opt.option("--opset", "Version of the ONNX operator set; 18.", opt.HOW, "N")
 ]
 CompareLevels = Annotated[
-    bool,
-    opt.option(
-        "--compare-levels", help="Time onnxruntime's graph optimisation levels.", panel=opt.HOW
-    ),
+    bool, opt.option("--compare-levels", "Time onnxruntime's graph optimisation levels.", opt.HOW)
 ]
 Pictures = Annotated[
     str | None,
-    opt.option(
-        "--images",
-        help="To compare on; else two sample photographs.",
-        panel=opt.DATA,
-        metavar="DATA",
-    ),
+    opt.option("--images", "To compare on; else two sample photographs.", opt.DATA, "DATA"),
 ]
 
 FOLDERS = ("plain", "hub")

@@ -42,7 +42,7 @@ def _show_all(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-HelpAll = option(ALL, help="Show all options.", panel=OUT, is_eager=True, callback=_show_all)
+HelpAll = option(ALL, "Show all options.", OUT, is_eager=True, callback=_show_all)
 
 
 class Command(TyperCommand):

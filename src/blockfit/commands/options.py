@@ -41,14 +41,17 @@ class Rare(str):
 
 
 def option(
-    *names: str,
+    name: str,
     help: str,
     panel: str = OUT,
     metavar: str | None = None,
+    *,
+    short: str | None = None,
     rare: bool = False,
     **more: Any,
 ) -> Any:
     """An option in one of the panels of ``--help``; a rare one shows with ``--help-all`` only."""
+    names = [name] if short is None else [name, short]
     shown = Rare(panel) if rare else panel
     return typer.Option(*names, help=help, rich_help_panel=shown, metavar=metavar, **more)
 
@@ -61,329 +64,165 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 MaybeModel = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
 Small = Annotated[str, typer.Argument(help="A folder that compress wrote, or any model.")]
 Against = Annotated[
-    str | None,
-    option("--against", help="The original, to compare with.", panel=DATA, metavar="MODEL"),
+    str | None, option("--against", "The original, to compare with.", DATA, "MODEL")
 ]
 Pictures = Annotated[
-    str,
-    option(
-        "--images", help="Folder, file, pattern, data set or digits.", panel=DATA, metavar="DATA"
-    ),
+    str, option("--images", "Folder, file, pattern, data set or digits.", DATA, "DATA")
 ]
 MaybePictures = Annotated[
-    str | None,
-    option(
-        "--images", help="Folder, file, pattern, data set or digits.", panel=DATA, metavar="DATA"
-    ),
+    str | None, option("--images", "Folder, file, pattern, data set or digits.", DATA, "DATA")
 ]
 
 
-def how_many(text: str) -> int | str:
-    """A number of images, or ``all``."""
+def how_many(text: str | int) -> int | str:
+    """A number of images, or ``all``; a default is a number already."""
+    if isinstance(text, int):
+        return text
     if text == "all" or text.strip().isdecimal():
         return text if text == "all" else int(text)
     raise typer.BadParameter(f"{text!r} is no number of images; write one, such as 512, or all")
 
 
 Limit = Annotated[
-    Any,
-    option(
-        "--limit",
-        help="Draw so many over the whole set.",
-        panel=DATA,
-        parser=how_many,
-        metavar="N|all",
-    ),
+    Any, option("--limit", "Draw so many over the whole set.", DATA, "N|all", parser=how_many)
 ]
-Seed = Annotated[int, option("--seed", help="Of every draw.", panel=DATA, metavar="N", rare=True)]
-BatchSize = Annotated[
-    int, option("--batch-size", help="Images per forward.", panel=DATA, metavar="N", rare=True)
-]
+Seed = Annotated[int, option("--seed", "Of every draw.", DATA, "N", rare=True)]
+BatchSize = Annotated[int, option("--batch-size", "Images per forward.", DATA, "N", rare=True)]
 ImageColumn = Annotated[
-    str | None,
-    option(
-        "--image-column",
-        help="Of a table; found by its type.",
-        panel=DATA,
-        metavar="NAME",
-        rare=True,
-    ),
+    str | None, option("--image-column", "Of a table; found by its type.", DATA, "NAME", rare=True)
 ]
 LabelColumn = Annotated[
-    str | None,
-    option(
-        "--label-column",
-        help="Of a table; found by its type.",
-        panel=DATA,
-        metavar="NAME",
-        rare=True,
-    ),
+    str | None, option("--label-column", "Of a table; found by its type.", DATA, "NAME", rare=True)
 ]
 Workers = Annotated[
-    int,
-    option(
-        "--workers",
-        help="Processes that decode; 0: this one.",
-        panel=DATA,
-        metavar="N",
-        rare=True,
-    ),
+    int, option("--workers", "Processes that decode; 0: this one.", DATA, "N", rare=True)
 ]
 MaxPixels = Annotated[
     int | None,
-    option(
-        "--max-pixels",
-        help="Pictures of more are unreadable; 178956970.",
-        panel=DATA,
-        metavar="N",
-        rare=True,
-    ),
+    option("--max-pixels", "Pictures of more are unreadable; 178956970.", DATA, "N", rare=True),
 ]
-Device = Annotated[
-    str, option("--device", help="auto (cuda, mps, cpu), cuda:1, …", panel=DATA, metavar="NAME")
-]
+Device = Annotated[str, option("--device", "auto (cuda, mps, cpu), cuda:1, …", DATA, "NAME")]
 TrustRemoteCode = Annotated[
     bool,
-    option(
-        "--trust-remote-code",
-        help="Run code that comes with a Hub checkpoint.",
-        panel=DATA,
-        rare=True,
-    ),
+    option("--trust-remote-code", "Run code that comes with a Hub checkpoint.", DATA, rare=True),
 ]
 BlocksPath = Annotated[
     str | None,
-    option(
-        "--blocks",
-        help="Dotted path of the list of blocks; else found.",
-        panel=DATA,
-        metavar="PATH",
-        rare=True,
-    ),
+    option("--blocks", "Dotted path of the list of blocks; else found.", DATA, "PATH", rare=True),
 ]
 
 # -- what to remove, and how --------------------------------------------------------------------
 
 Params = Annotated[
-    str | None,
-    option("--params", help="Keep at most this part: 62% or 0.62.", panel=REMOVE, metavar="PART"),
+    str | None, option("--params", "Keep at most this part: 62% or 0.62.", REMOVE, "PART")
 ]
-Remove = Annotated[
-    int | None, option("--remove", help="Remove so many blocks.", panel=REMOVE, metavar="N")
-]
+Remove = Annotated[int | None, option("--remove", "Remove so many blocks.", REMOVE, "N")]
 Flops = Annotated[
-    str | None,
-    option(
-        "--flops", help="Keep at most this part of them.", panel=REMOVE, metavar="PART", rare=True
-    ),
+    str | None, option("--flops", "Keep at most this part of them.", REMOVE, "PART", rare=True)
 ]
 Latency = Annotated[
-    str | None,
-    option(
-        "--latency", help="At most this part of it, on this machine.", panel=REMOVE, metavar="PART"
-    ),
+    str | None, option("--latency", "At most this part of it, on this machine.", REMOVE, "PART")
 ]
 MaxDrop = Annotated[
-    float | None,
-    option("--max-drop", help="Lose at most so many points of top-1.", panel=REMOVE, metavar="X"),
+    float | None, option("--max-drop", "Lose at most so many points of top-1.", REMOVE, "X")
 ]
 MaxKl = Annotated[
-    float | None,
-    option(
-        "--max-kl",
-        help="At most this KL divergence, in nats.",
-        panel=REMOVE,
-        metavar="X",
-        rare=True,
-    ),
+    float | None, option("--max-kl", "At most this KL divergence, in nats.", REMOVE, "X", rare=True)
 ]
 FromSweep = Annotated[
-    Path | None,
-    option("--from", help="A sweep; needs a budget, no images.", panel=REMOVE, metavar="FOLDER"),
+    Path | None, option("--from", "A sweep; needs a budget, no images.", REMOVE, "FOLDER")
 ]
 Spans = Annotated[
     list[str] | None,
-    option(
-        "--span",
-        help="By hand: 9:11 removes blocks 9, 10. Repeatable.",
-        panel=REMOVE,
-        metavar="A:B",
-        rare=True,
-    ),
+    option("--span", "By hand: 9:11 removes blocks 9, 10. Repeatable.", REMOVE, "A:B", rare=True),
 ]
 RecipeName = Annotated[
     str | None,
-    option(
-        "--recipe",
-        help="default, paper, plain.",
-        panel=HOW,
-        metavar="NAME",
-        rare=True,
-        show_default=False,
-    ),
+    option("--recipe", "default, paper, plain.", HOW, "NAME", rare=True, show_default=False),
 ]
-Plain = Annotated[
-    bool, option("--plain", help="As --recipe plain: adds no module.", panel=HOW, rare=True)
-]
-Map = Annotated[
-    str | None,
-    option("--map", help=f"{', '.join(MAP_KINDS)}.", panel=HOW, metavar="KIND", rare=True),
-]
-Rank = Annotated[
-    int | None, option("--rank", help="Of low-rank maps.", panel=HOW, metavar="N", rare=True)
-]
+Plain = Annotated[bool, option("--plain", "As --recipe plain: adds no module.", HOW, rare=True)]
+Map = Annotated[str | None, option("--map", f"{', '.join(MAP_KINDS)}.", HOW, "KIND", rare=True)]
+Rank = Annotated[int | None, option("--rank", "Of low-rank maps.", HOW, "N", rare=True)]
 Repair = Annotated[
-    str | None,
-    option("--repair", help="none, mlp, mlp+attention.", panel=HOW, metavar="WHAT", rare=True),
+    str | None, option("--repair", "none, mlp, mlp+attention.", HOW, "WHAT", rare=True)
 ]
 Ridge = Annotated[
-    str | None,
-    option(
-        "--ridge",
-        help="λ of the maps (0: least squares) or auto.",
-        panel=HOW,
-        metavar="X",
-        rare=True,
-    ),
+    str | None, option("--ridge", "λ of the maps (0: least squares) or auto.", HOW, "X", rare=True)
 ]
 RepairRidge = Annotated[
     float | None,
     option(
-        "--repair-ridge",
-        help="λ of the repairs, towards the original weights.",
-        panel=HOW,
-        metavar="X",
-        rare=True,
+        "--repair-ridge", "λ of the repairs, towards the original weights.", HOW, "X", rare=True
     ),
 ]
 PrefixWeight = Annotated[
     float | None,
-    option(
-        "--prefix-weight",
-        help="Of a prefix token in fits; patch tokens: 1.",
-        panel=HOW,
-        metavar="X",
-        rare=True,
-    ),
+    option("--prefix-weight", "Of a prefix token in fits; patch tokens: 1.", HOW, "X", rare=True),
 ]
 PerTokenType = Annotated[
-    bool,
-    option(
-        "--per-token-type",
-        help="One map for prefix, one for patch tokens.",
-        panel=HOW,
-        rare=True,
-    ),
+    bool, option("--per-token-type", "One map for prefix, one for patch tokens.", HOW, rare=True)
 ]
 Select = Annotated[
     str | None,
     option(
         "--select",
-        help="Choose spans by effect, mse, angular, first, last, random.",
-        panel=HOW,
-        metavar="HOW",
+        "Choose spans by effect, mse, angular, first, last, random.",
+        HOW,
+        "HOW",
         rare=True,
     ),
 ]
-Contiguous = Annotated[bool, option("--contiguous", help="One span only.", panel=HOW, rare=True)]
+Contiguous = Annotated[bool, option("--contiguous", "One span only.", HOW, rare=True)]
 Protect = Annotated[
-    str | None,
-    option(
-        "--protect",
-        help="Blocks that must stay, such as 3,6,9.",
-        panel=HOW,
-        metavar="LIST",
-        rare=True,
-    ),
+    str | None, option("--protect", "Blocks that must stay, such as 3,6,9.", HOW, "LIST", rare=True)
 ]
 Whole = Annotated[
-    str | None,
-    option("--whole", help="Blocks that nothing may cut.", panel=HOW, metavar="LIST", rare=True),
+    str | None, option("--whole", "Blocks that nothing may cut.", HOW, "LIST", rare=True)
 ]
 Cuts = Annotated[
     str | None,
-    option(
-        "--cuts",
-        help="What may go, of blocks,mlp,values,keys.  [default: all]",
-        panel=HOW,
-        metavar="LIST",
-    ),
+    option("--cuts", "What may go, of blocks,mlp,values,keys.  [default: all]", HOW, "LIST"),
 ]
 MultipleOf = Annotated[
     int | None,
     option(
-        "--multiple-of",
-        help="Widths of MLPs are multiples of it.  [default: 32]",
-        panel=HOW,
-        metavar="N",
-        rare=True,
+        "--multiple-of", "Widths of MLPs are multiples of it.  [default: 32]", HOW, "N", rare=True
     ),
 ]
 HoldOut = Annotated[
     float | None,
-    option(
-        "--hold-out",
-        help="Part of the images that chooses the plan: 0.2.",
-        panel=HOW,
-        metavar="PART",
-        rare=True,
-    ),
+    option("--hold-out", "Part of the images that chooses the plan: 0.2.", HOW, "PART", rare=True),
 ]
 Final = Annotated[
     int | None,
-    option(
-        "--final",
-        help="Images for the final figures alone: 1000, or a fifth.",
-        panel=HOW,
-        metavar="N",
-        rare=True,
-    ),
+    option("--final", "Images for the final figures alone: 1000, or a fifth.", HOW, "N", rare=True),
 ]
 ForceBudget = Annotated[
     bool,
     option(
-        "--force-budget",
-        help="Go by what --max-… measures, not by what is sure.",
-        panel=REMOVE,
-        rare=True,
+        "--force-budget", "Go by what --max-… measures, not by what is sure.", REMOVE, rare=True
     ),
 ]
 MaxMemory = Annotated[
     str | None,
-    option(
-        "--max-memory",
-        help="For sums and states above the model: 2GB.",
-        panel=HOW,
-        metavar="SIZE",
-        rare=True,
-    ),
+    option("--max-memory", "For sums and states above the model: 2GB.", HOW, "SIZE", rare=True),
 ]
 
 # -- what is written and said -------------------------------------------------------------------
 
-Folder = Annotated[
-    Path, option("--output", "-o", help="Folder to write.", panel=OUT, metavar="FOLDER")
-]
+Folder = Annotated[Path, option("--output", "Folder to write.", OUT, "FOLDER", short="-o")]
 MaybeFolder = Annotated[
-    Path | None, option("--output", "-o", help="Folder to write.", panel=OUT, metavar="FOLDER")
+    Path | None, option("--output", "Folder to write.", OUT, "FOLDER", short="-o")
 ]
-Overwrite = Annotated[
-    bool, option("--overwrite", help="Replace what an earlier run wrote.", panel=OUT)
-]
+Overwrite = Annotated[bool, option("--overwrite", "Replace what an earlier run wrote.", OUT)]
 ReportFile = Annotated[
-    Path | None,
-    option("--report", help="Explain the run on one HTML page.", panel=OUT, metavar="FILE"),
+    Path | None, option("--report", "Explain the run on one HTML page.", OUT, "FILE")
 ]
-Resume = Annotated[
-    bool,
-    option("--resume", help="Save progress, and go on from it.", panel=OUT, rare=True),
-]
-Json = Annotated[bool, option("--json", help="One JSON object on standard output.", panel=OUT)]
-Quiet = Annotated[bool, option("--quiet", "-q", help="Errors only.", panel=OUT, rare=True)]
-Verbose = Annotated[
-    bool, option("--verbose", "-v", help="Log what is done; more tables.", panel=OUT)
-]
-Debug = Annotated[bool, option("--debug", help="Show tracebacks.", panel=OUT, rare=True)]
+Resume = Annotated[bool, option("--resume", "Save progress, and go on from it.", OUT, rare=True)]
+Json = Annotated[bool, option("--json", "One JSON object on standard output.", OUT)]
+Quiet = Annotated[bool, option("--quiet", "Errors only.", OUT, short="-q", rare=True)]
+Verbose = Annotated[bool, option("--verbose", "Log what is done; more tables.", OUT, short="-v")]
+Debug = Annotated[bool, option("--debug", "Show tracebacks.", OUT, rare=True)]
 
 
 # -- groups: a parameter of such a type becomes the options of its fields --------------------------

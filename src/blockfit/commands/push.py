@@ -13,9 +13,7 @@ from blockfit.commands.output import Output
 
 Exported = Annotated[Path, typer.Argument(help="That export --plain or --hub wrote.")]
 Repository = Annotated[str, typer.Argument(help="Where to, as owner/name.")]
-Private = Annotated[
-    bool, opt.option("--private", help="Where the repository is new.", panel=opt.OUT)
-]
+Private = Annotated[bool, opt.option("--private", "Where the repository is new.", opt.OUT)]
 
 
 @command("Deploy", "blockfit push stock/ OWNER/NAME")

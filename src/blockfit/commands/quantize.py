@@ -32,35 +32,19 @@ COLUMNS = (
 
 Small = Annotated[str, typer.Argument(metavar="SMALL", help="A folder that compress wrote.")]
 Int8 = Annotated[
-    str,
-    opt.option(
-        "--int8",
-        help="weight-only, dynamic, onnx-dynamic, onnx-static.",
-        panel=opt.HOW,
-        metavar="KIND",
-    ),
+    str, opt.option("--int8", "weight-only, dynamic, onnx-dynamic, onnx-static.", opt.HOW, "KIND")
 ]
 Target = Annotated[
-    Path,
-    opt.option(
-        "--output", "-o", help="Folder, or ONNX file, to write.", panel=opt.OUT, metavar="PATH"
-    ),
+    Path, opt.option("--output", "Folder, or ONNX file, to write.", opt.OUT, "PATH", short="-o")
 ]
 Calibration = Annotated[
-    str | None,
-    opt.option(
-        "--images", help="For onnx-static; else those of compress.", panel=opt.DATA, metavar="DATA"
-    ),
+    str | None, opt.option("--images", "For onnx-static; else those of compress.", opt.DATA, "DATA")
 ]
 CalibrationLimit = Annotated[
-    int | None,
-    opt.option(
-        "--images-limit", help="Draw so many of --images.", panel=opt.DATA, metavar="N", rare=True
-    ),
+    int | None, opt.option("--images-limit", "Draw so many of --images.", opt.DATA, "N", rare=True)
 ]
 TestData = Annotated[
-    str | None,
-    opt.option("--test", help="Images to compare all stages on.", panel=opt.DATA, metavar="DATA"),
+    str | None, opt.option("--test", "Images to compare all stages on.", opt.DATA, "DATA")
 ]
 
 

@@ -20,33 +20,20 @@ Runs = Annotated[
         help="Folders of compress, sweep, analyze, reproduce; files of evaluate --json."
     ),
 ]
-Page = Annotated[
-    Path, opt.option("--output", "-o", help="File to write.", panel=opt.OUT, metavar="FILE")
-]
+Page = Annotated[Path, opt.option("--output", "File to write.", opt.OUT, "FILE", short="-o")]
 Against = Annotated[
     str | None,
-    opt.option(
-        "--against",
-        help="The original, to show images side by side.",
-        panel=opt.DATA,
-        metavar="MODEL",
-    ),
+    opt.option("--against", "The original, to show images side by side.", opt.DATA, "MODEL"),
 ]
 Pictures = Annotated[
-    str | None,
-    opt.option("--images", help="What both models are shown.", panel=opt.DATA, metavar="DATA"),
+    str | None, opt.option("--images", "What both models are shown.", opt.DATA, "DATA")
 ]
 Remove = Annotated[
-    int | None,
-    opt.option(
-        "--remove", help="Which plan of a sweep: so many blocks less.", panel=opt.DATA, metavar="N"
-    ),
+    int | None, opt.option("--remove", "Which plan of a sweep: so many blocks less.", opt.DATA, "N")
 ]
 Files = Annotated[
     Path | None,
-    opt.option(
-        "--pictures", help="Folder for every plot as PNG and SVG.", panel=opt.OUT, metavar="FOLDER"
-    ),
+    opt.option("--pictures", "Folder for every plot as PNG and SVG.", opt.OUT, "FOLDER"),
 ]
 
 

@@ -12,89 +12,45 @@ from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
 from blockfit.errors import BlockfitError
 
-Data = Annotated[
-    str | None,
-    opt.option("--images", help="Labelled, with both parts.", panel=opt.DATA, metavar="DATA"),
-]
+Data = Annotated[str | None, opt.option("--images", "Labelled, with both parts.", opt.DATA, "DATA")]
 TrainData = Annotated[
-    str | None,
-    opt.option("--train", help="The training part by itself.", panel=opt.DATA, metavar="DATA"),
+    str | None, opt.option("--train", "The training part by itself.", opt.DATA, "DATA")
 ]
-TestPart = Annotated[
-    str | None,
-    opt.option("--test", help="The test part by itself.", panel=opt.DATA, metavar="DATA"),
-]
+TestPart = Annotated[str | None, opt.option("--test", "The test part by itself.", opt.DATA, "DATA")]
 Transfer = Annotated[
     list[str] | None,
-    opt.option(
-        "--transfer",
-        help="Others to fit maps on. Repeatable.",
-        panel=opt.DATA,
-        metavar="DATA",
-    ),
+    opt.option("--transfer", "Others to fit maps on. Repeatable.", opt.DATA, "DATA"),
 ]
 TrainLimit = Annotated[
     int | None,
-    opt.option(
-        "--train-limit",
-        help="Draw so many images for probes.",
-        panel=opt.DATA,
-        metavar="N",
-        rare=True,
-    ),
+    opt.option("--train-limit", "Draw so many images for probes.", opt.DATA, "N", rare=True),
 ]
 TestLimit = Annotated[
-    int | None,
-    opt.option(
-        "--test-limit",
-        help="Draw so many test images.",
-        panel=opt.DATA,
-        metavar="N",
-        rare=True,
-    ),
+    int | None, opt.option("--test-limit", "Draw so many test images.", opt.DATA, "N", rare=True)
 ]
 Names = Annotated[
     str | None,
     opt.option(
         "--experiments",
-        help="Some of similarity,spans,several,translators,samples,positions,transfer,seeds.",
-        panel=opt.HOW,
-        metavar="LIST",
+        "Some of similarity,spans,several,translators,samples,positions,transfer,seeds.",
+        opt.HOW,
+        "LIST",
     ),
 ]
-Quick = Annotated[
-    bool, opt.option("--quick", help="Minutes on a CPU: less of everything.", panel=opt.HOW)
-]
+Quick = Annotated[bool, opt.option("--quick", "Minutes on a CPU: less of everything.", opt.HOW)]
 JudgeName = Annotated[
     str | None,
-    opt.option(
-        "--judge",
-        help="head, probe-fixed, probe-new; head where it fits.",
-        panel=opt.HOW,
-        metavar="NAME",
-    ),
+    opt.option("--judge", "head, probe-fixed, probe-new; head where it fits.", opt.HOW, "NAME"),
 ]
-Calibration = Annotated[
-    int | None,
-    opt.option("--limit", help="Calibration images: 500.", panel=opt.HOW, metavar="N"),
-]
+Calibration = Annotated[int | None, opt.option("--limit", "Calibration images: 500.", opt.HOW, "N")]
 Samples = Annotated[
     str | None,
-    opt.option(
-        "--samples",
-        help="Numbers of images to compare: 50,500.",
-        panel=opt.HOW,
-        metavar="LIST",
-        rare=True,
-    ),
+    opt.option("--samples", "Numbers of images to compare: 50,500.", opt.HOW, "LIST", rare=True),
 ]
 Seeds = Annotated[
-    int | None,
-    opt.option("--seeds", help="Draws to average over: 3.", panel=opt.HOW, metavar="N", rare=True),
+    int | None, opt.option("--seeds", "Draws to average over: 3.", opt.HOW, "N", rare=True)
 ]
-Output_ = Annotated[
-    Path, opt.option("--output", "-o", help="Folder to write.", panel=opt.OUT, metavar="FOLDER")
-]
+Output_ = Annotated[Path, opt.option("--output", "Folder to write.", opt.OUT, "FOLDER", short="-o")]
 
 
 @dataclass(frozen=True)

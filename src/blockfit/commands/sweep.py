@@ -16,12 +16,7 @@ from blockfit.errors import BlockfitError
 
 MeasureLatency = Annotated[
     int | None,
-    opt.option(
-        "--measure-latency",
-        help="Time every plan, so many images per forward.",
-        panel=opt.HOW,
-        metavar="N",
-    ),
+    opt.option("--measure-latency", "Time every plan, so many images per forward.", opt.HOW, "N"),
 ]
 
 
