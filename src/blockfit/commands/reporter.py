@@ -157,8 +157,11 @@ def small_model(
     for run in runs:
         if (expanded(run) / SWEEP_MARK).is_file():
             chosen = content.chosen
-            size = chosen.removed if remove is None and chosen is not None else remove
-            result = from_sweep(run, Budget.of(remove=size) or Budget("remove", 1), original)
+            budget = Budget.of(remove=remove)
+            if budget is None and chosen is not None and chosen.target is not None:
+                budget = Budget("params", chosen.target)
+            size = 1 if chosen is None else chosen.removed
+            result = from_sweep(run, budget or Budget("remove", size), original)
             return result.model, result.blocks
     raise BlockfitError(
         "there is no small model to show; give a folder that compress or sweep wrote as well"

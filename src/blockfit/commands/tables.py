@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from blockfit.fit.plan import PARTS, Plan
 from blockfit.units import amount, number, percent, share
 
 if TYPE_CHECKING:
@@ -193,6 +194,17 @@ def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:
     out.warn(warnings)
 
 
+def short_plan(plan: Plan) -> str:
+    """A plan in a few words: its spans, and what is left of narrowed parts on average."""
+    words = [str(entry) for entry in plan]
+    for part in PARTS:
+        cuts = [cut for cut in plan.narrowings if cut.part == part]
+        if cuts:
+            left = sum(cut.kept for cut in cuts) / sum(cut.size for cut in cuts)
+            words.append(f"{part} {left:.0%} in {len(cuts)} blocks")
+    return ", ".join(words)
+
+
 def show_frontier(
     out: Output, points: Iterable[Mapping[str, Any]], original: Mapping[str, Any]
 ) -> None:
@@ -216,10 +228,10 @@ def show_frontier(
         columns["top-1"] = lambda point: percent(point.get("top1"))
     columns |= {
         "feature error": lambda point: number(point["held_out"]["feature_relative_error"]),
-        "plan": lambda point: ", ".join(
-            f"{entry['start']}:{entry['stop']} {entry['map']}" for entry in point["plan"]
-        ),
+        "plan": lambda point: short_plan(Plan.from_json(point["plan"])),
     }
+    if all("share" in point for point in known):
+        del columns["removed"]
     title = "The best plan for every size, on held-out images"
     if original.get("top1") is not None:
         title += f"; the original's top-1 is {percent(original['top1'])}"

@@ -13,6 +13,7 @@ from typing import Any
 from blockfit.fields import Values
 from blockfit.fit.plan import Plan
 from blockfit.models.source import Source
+from blockfit.search.budget import Budget
 from blockfit.search.recipes import RECIPES, recipe_for, recipe_json
 from blockfit.search.session import HOLD_OUT
 
@@ -33,9 +34,11 @@ def compress_line(report: Values, plan: Plan, source: Source, folder: Path) -> s
     return _on_images("compress", report, source.loads_as, words, folder)
 
 
-def from_line(sweep: Path, removed: int) -> str:
+def from_line(sweep: Path, budget: Budget) -> str:
     """For a plan of a sweep."""
-    return _line("compress", "--from", str(sweep), "--remove", str(removed), "-o", str(SMALL))
+    value = f"{budget.value:.0f}" if budget.kind == "remove" else f"{100 * budget.value:g}%"
+    words = (f"--{budget.kind}", value, "-o", str(SMALL))
+    return _line("compress", "--from", str(sweep), *words)
 
 
 def by_hand_line(run: Values, plan: Plan, source: Source, folder: Path = SMALL) -> str | None:

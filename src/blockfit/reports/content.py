@@ -35,6 +35,8 @@ class Candidate:
         top1: the original's and its own on the held-out images, where known.
         latency: of the original's, and the quartiles of the rounds; where it was measured.
         final: figures of images that decided nothing, where there are any.
+        target: the part of the parameters that the plan was found for; ``None`` for a number of
+            removed blocks.
     """
 
     plan: Plan
@@ -49,6 +51,24 @@ class Candidate:
     top1: tuple[float | None, float | None] = (None, None)
     latency: tuple[float, float, float] | None = None
     final: Final | None = None
+    target: float | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other plans of its sweep."""
+        return str(self.removed) if self.target is None else f"p{1000 * self.target:.0f}"
+
+    @property
+    def name(self) -> str:
+        """What it is called: by the blocks that go, or by the parameters that stay."""
+        if self.target is not None:
+            return f"{self.target:.0%} of the parameters"
+        return "1 block removed" if self.removed == 1 else f"{self.removed} blocks removed"
+
+    @property
+    def label(self) -> str:
+        """The same in a picture."""
+        return str(self.removed) if self.target is None else f"{self.target:.0%}"
 
     @property
     def removed(self) -> int:
@@ -107,7 +127,7 @@ class Content:
     Args:
         model: its name.
         compressed: the one small model that the report is about.
-        frontier: of a sweep, by removed blocks.
+        frontier: of a sweep, the gentlest first.
         similarity: of the original's hidden states.
         experiments: of the paper, on this model.
         evaluation: figures of ``Evaluation.to_json``, checked.
@@ -177,9 +197,10 @@ class Evaluated:
 
 
 def suggested(frontier: Sequence[Candidate]) -> Candidate | None:
-    """The plan that removes most at a loss of at most ``SAFE_LOSS``; the first where none does."""
+    """The smallest plan at a loss of at most ``SAFE_LOSS``; the first where none does."""
     safe = [c for c in frontier if c.loss is not None and c.loss <= SAFE_LOSS]
-    return max(safe, key=lambda c: c.removed, default=frontier[0] if frontier else None)
+    smallest = min(safe, key=lambda c: c.share("parameters") or 1.0, default=None)
+    return smallest or (frontier[0] if frontier else None)
 
 
 def joined(parts: Mapping[str, Content]) -> Content:

@@ -174,10 +174,10 @@ def _figure(palette: Palette, height: float, columns: int = 1) -> tuple[Any, Any
 def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | None:
     """One loss of all plans of a sweep against what remains; ``None`` where nothing is known.
 
-    The mark of a plan has the id ``plan-N``, N being the blocks that it removes.
+    The mark of a plan has the id ``plan-`` and its key.
     """
     found = [
-        (candidate.removed, x, y)
+        (candidate, x, y)
         for candidate in candidates
         if (x := candidate.share(size)) is not None and (y := candidate.value(loss)) is not None
     ]
@@ -186,7 +186,7 @@ def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | No
     part = loss in ("agreement", "top1")
     log = not part and all(y > 0 for _, _, y in found)
     whole = candidates[0].top1[0] if loss == "top1" else None
-    spreads = {c.removed: c.latency[1:] for c in candidates if c.latency and size == "latency"}
+    spreads = {c.key: c.latency[1:] for c in candidates if c.latency and size == "latency"}
 
     def draw(palette: Palette) -> Any:
         figure, axis = _figure(palette, 3.1)
@@ -200,16 +200,16 @@ def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | No
                 "original", (0, whole), (4, 3), xycoords=("axes fraction", "data"),
                 textcoords="offset points", fontsize=7.5, color=palette.other,
             )  # fmt: skip
-        for removed, x, y in found:
-            if removed in spreads:
-                axis.plot(spreads[removed], [y, y], color=palette.soft, lw=2.2, alpha=0.6)
+        for plan, x, y in found:
+            if plan.key in spreads:
+                axis.plot(spreads[plan.key], [y, y], color=palette.soft, lw=2.2, alpha=0.6)
             axis.plot(
                 [x], [y], "o", color=palette.main, ms=8, mec=palette.paper, mew=1,
-                gid=f"plan-{removed}", clip_on=False,
+                gid=f"plan-{plan.key}", clip_on=False,
             )  # fmt: skip
-        for removed, x, y in found[:: max(1, len(found) // 10)]:
+        for plan, x, y in found[:: max(1, len(found) // 10)]:
             axis.annotate(
-                str(removed), (x, y), (0, 7), textcoords="offset points", ha="center",
+                plan.label, (x, y), (0, 7), textcoords="offset points", ha="center",
                 fontsize=7.5, color=palette.soft,
             )  # fmt: skip
         axis.set(xlabel=SIZES[size], ylabel=LOSSES[loss])
@@ -225,8 +225,7 @@ def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | No
     first, last = found[0], found[-1]
     text = (
         f"{LOSSES[loss]} of {len(found)} plans against {SIZES[size]}: from {first[2]:.3g} at "
-        f"{first[1]:.0%} with {first[0]} blocks removed to {last[2]:.3g} at {last[1]:.0%} with "
-        f"{last[0]}."
+        f"{first[1]:.0%} ({first[0].name}) to {last[2]:.3g} at {last[1]:.0%} ({last[0].name})."
     )
     text += "" if whole is None else f" The original's is {whole:.3g}."
     return Plot(f"frontier-{loss}-{size}".replace("_", "-"), f"{LOSSES[loss]}", text, draw)

@@ -160,7 +160,7 @@ def _sweep(folder: Path) -> Content:
     depth, run = data.inner("blocks").whole("depth"), data.inner("run")
     if depth is None:
         raise BlockfitError(f"{where}: blocks: key 'depth' is missing; run the sweep again")
-    points = data.several("points")
+    points = [Values(point, str(where)) for point in found.points]
     candidates = [_point(point, found, data, depth, source) for point in points]
     commands: tuple[Command, ...] = ()
     sizes = {point.inner("latency").whole("batch_size") for point in points}
@@ -169,7 +169,7 @@ def _sweep(folder: Path) -> Content:
         commands = (Command("The sweep", line),)
     return Content(
         source.name,
-        frontier=tuple(sorted(candidates, key=lambda candidate: candidate.removed)),
+        frontier=tuple(candidates),
         facts=only_known(
             [
                 *model_facts(source),
@@ -189,12 +189,14 @@ def _point(
     plan.check(depth)
     run, original = data.inner("run"), data.inner("original")
     removed, warnings = len(plan.removed_blocks), point.texts("warnings")
-    line: str | None = from_line(found.folder, removed)
-    best = found.best(Budget("remove", removed))["removed"]
-    if best != removed:
+    target = point.number("share")
+    budget = Budget("remove", removed) if target is None else Budget("params", target)
+    line: str | None = from_line(found.folder, budget)
+    best = found.best(budget)
+    if best["file"] != point.text("file"):
         warnings += (
-            f"the plan that removes {best} blocks is smaller and lost less on the held-out "
-            f"images: --from with --remove {removed} makes that one",
+            f"the plan {sweeps.named(best, gerund=True)} is smaller and lost less on the held-out "
+            f"images: --from with the budget of this one makes that one",
         )
         line = by_hand_line(run, plan, source)
     return Candidate(
@@ -210,6 +212,7 @@ def _point(
         top1=(original.number("top1"), point.number("top1")),
         latency=_latency(point),
         final=_final(point.inner("final")),
+        target=target,
     )
 
 

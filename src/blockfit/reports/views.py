@@ -91,8 +91,10 @@ def _subtitle(content: Content, chosen: Candidate | None) -> str:
         states = len(content.similarity.boundaries) if content.similarity else 0
         return f"An analysis of {states} hidden states" if states else ""
     if content.compressed is None:
-        sizes = [c.removed for c in content.frontier]
-        return f"A sweep of plans that remove {min(sizes)} to {max(sizes)} of {chosen.depth} blocks"
+        first, last = content.frontier[0], content.frontier[-1]
+        return f"A sweep of {len(content.frontier)} plans: {first.name} to {last.name}"
+    if chosen.plan.narrowings:
+        return f"Narrowed: {chosen.plan}"
     return f"{_blocks(chosen.removed)} of {chosen.depth} replaced: {chosen.plan}"
 
 
@@ -101,10 +103,11 @@ def _blocks(count: int) -> str:
 
 
 def _candidate(candidate: Candidate) -> View:
-    plot = plots.map_errors(candidate, f"maps-{candidate.removed}")
+    plot = plots.map_errors(candidate, f"maps-{candidate.key}")
     return {
-        "removed": candidate.removed,
-        "title": f"{_blocks(candidate.removed)} removed",
+        "key": candidate.key,
+        "title": candidate.name,
+        "label": candidate.label,
         "plan": str(candidate.plan),
         "figures": _figures(candidate),
         "chain": _chain(candidate),
@@ -208,7 +211,7 @@ def _frontier(candidates: Sequence[Candidate], chosen: Candidate | None) -> View
         for size, words in plots.SIZES.items():
             plot = plots.frontier(candidates, size, key)
             if plot is not None:
-                marks = {f"plan-{c.removed}": _mark(c) for c in candidates}
+                marks = {f"plan-{c.key}": _mark(c) for c in candidates}
                 caption = f"{plot.title} against {words}"
                 if size == "latency":
                     caption += "; the bars span the middle half of the rounds"
@@ -223,20 +226,21 @@ def _frontier(candidates: Sequence[Candidate], chosen: Candidate | None) -> View
     rows = zip(*columns.values(), strict=True)
     return {
         "losses": losses,
+        "first": "Removed" if candidates[0].target is None else "For",
         "header": list(columns),
         "views": [
             {**_candidate(candidate), "columns": row}
             for candidate, row in zip(candidates, rows, strict=True)
         ],
-        "chosen": None if chosen is None else chosen.removed,
+        "chosen": None if chosen is None else chosen.key,
         "images": "" if images is None else f"{images:.0f}",
     }
 
 
 def _mark(candidate: Candidate) -> str:
-    words = f"{_blocks(candidate.removed)} removed: {_figures(candidate)}"
+    words = f"{candidate.name}: {_figures(candidate)}"
     return (
-        f'role="radio" tabindex="-1" aria-checked="false" data-plan="{candidate.removed}" '
+        f'role="radio" tabindex="-1" aria-checked="false" data-plan="{candidate.key}" '
         f'aria-label="{words}"'
     )
 

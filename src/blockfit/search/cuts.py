@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -101,6 +102,17 @@ class CutSearch:
         )
         self._curves: list[Curve] | None = None
         self._spans: list[tuple[Plan, float]] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What was measured so far, as JSON values, to go on from after a stop."""
+        spans = [[plan.to_json(), effect] for plan, effect in self.spans]
+        return {"curves": [curve.to_json() for curve in self.curves], "spans": spans}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` returned."""
+        if "curves" in state:
+            self._curves = [Curve.from_json(value) for value in state["curves"]]
+            self._spans = [(Plan.from_json(plan), float(e)) for plan, e in state["spans"]]
 
     @property
     def curves(self) -> list[Curve]:

@@ -190,6 +190,10 @@ class Session:
         self._search: Search | None = None
         self._cuts: CutSearch | None = None
 
+    def say(self, line: str) -> None:
+        """Tell what is being done."""
+        self._say(line)
+
     def with_recipe(self, recipe: Recipe) -> Session:
         """The same calibration under another recipe."""
         other = copy.copy(self)

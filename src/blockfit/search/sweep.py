@@ -28,6 +28,7 @@ from blockfit.models.load import load_model, source_of
 from blockfit.models.source import Source
 from blockfit.models.tensors import fingerprint
 from blockfit.search.budget import Budget
+from blockfit.search.cuts import Share
 from blockfit.search.final import (
     APART,
     FINAL_IMAGES,
@@ -55,6 +56,9 @@ from blockfit.search.sweep_file import (
 )
 from blockfit.units import bytes_of
 
+POINTS = (0.95, 0.90, 0.84, 0.78, 0.70, 0.62, 0.55, 0.50, 0.45, 0.40)
+"""Parts of the parameters that the plans of a sweep leave."""
+
 UNKNOWN = {
     "flops": "does not know FLOPs, which cannot be counted for its model; use remove or params",
     "latency": "holds no latencies; give the same sweep again with latency_images=1, "
@@ -81,9 +85,14 @@ class Frontier:
 
     @property
     def points(self) -> list[dict[str, Any]]:
-        """One entry per number of removed blocks, smallest first."""
+        """One entry per plan, the gentlest first."""
         points: list[dict[str, Any]] = self.data["points"]
-        return sorted(points, key=lambda point: point["removed"])
+        return sorted(points, key=lambda point: (-point.get("share", 1.0), point["removed"]))
+
+    @property
+    def narrows(self) -> bool:
+        """Whether its plans are of parts of the parameters, not of numbers of removed blocks."""
+        return any("share" in point for point in self.data["points"])
 
     def best(self, budget: Budget, force: bool = False) -> dict[str, Any]:
         """The point of smallest held-out loss that meets ``budget``.
@@ -101,6 +110,11 @@ class Frontier:
         """
         if budget.kind in ("max_kl", "max_drop"):
             return self._furthest(budget, force)
+        if budget.kind == "remove" and self.narrows:
+            raise BlockfitError(
+                f"the plans of the sweep {self.folder} narrow parts of blocks, and were found for "
+                "parts of the parameters; use params, or sweep with cuts='blocks' into a new folder"
+            )
         known = [(point, self._figures(point)) for point in self.points]
         known = [(point, figures) for point, figures in known if budget.kind in figures]
         if not known:
@@ -108,9 +122,9 @@ class Frontier:
         fitting = [p for p, figures in known if budget.met_by_size(figures)]
         if fitting:
             return min(fitting, key=lambda p: (loss_of(p), p["removed"]))
+        first, last = (named(point, gerund=True) for point in (self.points[0], self.points[-1]))
         raise BlockfitError(
-            f"no plan of the sweep {self.folder} meets {budget}; it removes "
-            f"{self.points[0]['removed']} to {self.points[-1]['removed']} blocks"
+            f"no plan of the sweep {self.folder} meets {budget}; they go from {first} to {last}"
         )
 
     def _furthest(self, budget: Budget, force: bool) -> dict[str, Any]:
@@ -125,7 +139,7 @@ class Frontier:
         if best is not None:
             return best
         assert verdict is not None
-        least = f"removing {self.points[0]['removed']} costs {verdict.value:.3g}"
+        least = f"{named(self.points[0], gerund=True)} costs {verdict.value:.3g}"
         if verdict.value > budget.value:
             raise BlockfitError(
                 f"no plan of the sweep {self.folder} keeps {budget}: {least} already; ask for more"
@@ -156,6 +170,15 @@ def judged_of(point: dict[str, Any], budget: Budget, force: bool = False) -> Ver
     return None if judged is None else Judged(**judged).verdict(budget, force)
 
 
+def named(point: dict[str, Any], gerund: bool = False) -> str:
+    """A point in words: by the part of the parameters that it leaves, or the blocks it removes."""
+    if "share" in point:
+        return f"{'leaving ' if gerund else ''}{point['share']:.0%} of the parameters"
+    count = point["removed"]
+    blocks = f"{count} block{'' if count == 1 else 's'}"
+    return f"removing {blocks}" if gerund else blocks
+
+
 def loss_of(point: dict[str, Any]) -> float:
     """The held-out loss of a point: KL, or relative feature error without a head."""
     held_out = point["held_out"]
@@ -170,7 +193,11 @@ def sweep(
     folder: str | Path,
     *,
     recipe: str | Recipe = "default",
+    cuts: Iterable[str] | str | None = None,
+    points: Iterable[float] = POINTS,
     protect: Iterable[int] = (),
+    whole: Iterable[int] = (),
+    multiple_of: int | None = None,
     blocks: str | None = None,
     hold_out: float = HOLD_OUT,
     final: int | None = None,
@@ -181,9 +208,11 @@ def sweep(
     max_memory: int | str | None = None,
     latency_images: int | None = None,
 ) -> Frontier:
-    """Find the best plan for every size, from 1 removed block to all but two.
+    """Find the best plans from gentle to small, from one calibration.
 
-    Every finished size is written at once (by the first process, where there are several); a sweep
+    Where parts of blocks may be narrowed, one plan for each of ``points``; where only whole blocks
+    may go (``cuts="blocks"``, ``recipe="paper"``), one for every number of them, to all but two.
+    Every finished plan is written at once (by the first process, where there are several); a sweep
     that was stopped goes on where it was when it is called again with the same arguments.
 
     Args:
@@ -191,7 +220,12 @@ def sweep(
         images: ``Images``, or whatever ``blockfit.images`` takes.
         folder: new, empty, or of the same sweep.
         recipe: as in ``compress``.
-        protect: blocks that must stay.
+        cuts: as in ``compress``.
+        points: parts of the parameters that the plans leave; those that cannot be reached are
+            left out.
+        protect: blocks that must stay; their parts may be narrowed.
+        whole: as in ``compress``.
+        multiple_of: as in ``compress``.
         blocks: dotted path of the list of blocks, where looking is not enough.
         hold_out: part of the images that chooses the plans.
         final: as in ``compress``; every plan has its final figures.
@@ -215,20 +249,25 @@ def sweep(
         model = load_model(model)
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
-    chosen = recipe_for(recipe)
+    at_least(1, multiple_of=multiple_of)
+    chosen, shares = recipe_for(recipe, cuts=cuts), shares_of(points)
     parts = parts_of_sweep(images.draw(CALIBRATION_IMAGES, seed), final, seed)
     run = run_json(model, parts, chosen, protect, hold_out, seed)
+    if chosen.narrows:
+        run |= {"whole": sorted(set(whole)), "multiple_of": multiple_of, "shares": shares}
     before = ranks.agreed(lambda: _resume(target, run))
     setting = Setting.of(model, parts.calibration, blocks, hold_out, seed)
-    largest = most_removed(setting.blocks.depth, run["protect"])
-    done = set() if before is None else {p["removed"] for p in before["points"]}
-    if before is not None and done >= set(range(1, largest + 1)):
+    if before is not None and _complete(before, run, setting):
         frontier = Frontier(target, before)
     else:
         checkpoint = checkpoint_of(resume, run, parts.calibration, setting.blocks)
-        session = Session(setting, chosen, protect, seed, say, progress, checkpoint, room)
+        session = Session(
+            setting, chosen, protect, seed, say, progress, checkpoint, room, whole, multiple_of
+        )
         frontier = Frontier(target, before or _begun(session, run))
-        _go_through(frontier, session, _Looks(setting, parts, seed, say, progress))
+        looks = _Looks(setting, parts, seed, say, progress)
+        go = _go_through_shares if session.narrows() else _go_through
+        go(frontier, session, looks)
     if resume is not None:
         forget(Path(resume))  # also what a run left that was stopped right here
     if latency_images is not None:
@@ -236,6 +275,28 @@ def sweep(
         inputs = first_images(next(iter(few)), latency_images)
         _measure(frontier, setting, inputs, say)
     return frontier
+
+
+def shares_of(points: Iterable[float]) -> list[float]:
+    """Parts of the parameters, the largest first.
+
+    Raises:
+        BlockfitError: where one is not between 0 and 1, or there is none.
+    """
+    shares = sorted({float(point) for point in points}, reverse=True)
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise BlockfitError(
+            f"points must be parts between 0 and 1, such as 0.9 and 0.62, got {shares or 'none'}"
+        )
+    return shares
+
+
+def _complete(data: dict[str, Any], run: dict[str, Any], setting: Setting) -> bool:
+    """Whether a sweep has all of its plans."""
+    if "shares" in data["search"]:
+        return {p["share"] for p in data["points"]} >= set(data["search"]["shares"])
+    done = {p["removed"] for p in data["points"]}
+    return done >= set(range(1, most_removed(setting.blocks.depth, run["protect"]) + 1))
 
 
 def parts_of_sweep(images: Images, final: int | None, seed: int) -> Parts:
@@ -284,7 +345,7 @@ class _Looks:
         parts = self._parts
         if parts.final is None:
             return {"final": None}
-        self._say(f"{point.removed} blocks: final figures")
+        self._say(f"final figures of {point.solution.plan}")
         model, blocks = self._setting.model, self._setting.blocks
         small = built(model, point.solution, blocks)
         found = [
@@ -336,26 +397,54 @@ def _go_through(frontier: Frontier, session: Session, looks: _Looks) -> None:
             write_sweep_file(target / MARK, data)
 
 
+def _go_through_shares(frontier: Frontier, session: Session, looks: _Looks) -> None:
+    """Find, and write at once, the plans for parts of the parameters that are not there yet."""
+    target, data, cuts = frontier.folder, frontier.data, session.cuts
+    data["original"].setdefault("top1", session.held_out.top1)
+    cuts.restore(data["search"])
+    smallest = cuts.smallest(Share("params", 1.0))
+    shares = [share for share in data["run"]["shares"] if share > smallest]
+    if not shares:
+        raise BlockfitError(
+            f"with all gone that may go, {smallest:.1%} of the parameters remain, more than any of "
+            "the points; give larger ones, or allow more kinds of cuts"
+        )
+    if ranks.is_first():
+        target.mkdir(parents=True, exist_ok=True)
+    done = {point["share"] for point in data["points"]}
+    for share in shares:
+        if share in done:
+            continue
+        started = time.perf_counter()
+        session.say(f"{share:.0%} of the parameters")
+        point = cuts.point(cuts.plan(Share("params", share)))
+        data["search"], worth = {**cuts.state(), "shares": shares}, looks.of(point)
+        if ranks.is_first():
+            written = _write_point(target, session, point, started, share)
+            data["points"].append({**written, **worth})
+            write_sweep_file(target / MARK, data)
+
+
 def _measure(frontier: Frontier, setting: Setting, inputs: Batch, say: Say | None) -> None:
     """Time every plan that was not timed in the same way, from what lies in the folder.
 
     The first of several processes does it, one plan after the other, so that none waits long.
     """
 
-    def missing() -> list[int]:
+    def missing() -> list[str]:
         now = way_of(setting.model, inputs).items()
-        return [p["removed"] for p in frontier.points if not now <= p.get("latency", {}).items()]
+        return [p["file"] for p in frontier.points if not now <= p.get("latency", {}).items()]
 
-    def timed(removed: int) -> None:
-        point = next(p for p in frontier.points if p["removed"] == removed)
+    def timed(file: str) -> None:
+        point = next(p for p in frontier.points if p["file"] == file)
         solution = _read_point(frontier.folder, point, setting.blocks)
         point["latency"] = asdict(latency_of(setting.model, setting.blocks, solution, inputs))
         write_sweep_file(frontier.folder / MARK, frontier.data)
 
-    for removed in ranks.agreed(missing):
+    for file in ranks.agreed(missing):
         if say is not None:
-            say(f"{removed} blocks: latency")
-        ranks.agreed(partial(timed, removed))
+            say(f"latency of {Path(file).stem}")
+        ranks.agreed(partial(timed, file))
 
 
 def read_sweep(folder: str | Path) -> Frontier:
@@ -452,14 +541,18 @@ def _name(data: dict[str, Any]) -> str:
     return name
 
 
-def _write_point(folder: Path, session: Session, point: Point, started: float) -> dict[str, Any]:
+def _write_point(
+    folder: Path, session: Session, point: Point, started: float, share: float | None = None
+) -> dict[str, Any]:
     solution = point.solution
     tensors: dict[str, Tensor] = {f"weights.{k}": v for k, v in solution.weights.items()}
     for number, module in enumerate(solution.maps):
         tensors |= {f"maps.{number}.{k}": v for k, v in module.state_dict().items()}
-    name = write_point_file(folder, point.removed, tensors)
+    stem = f"removed-{point.removed:02d}" if share is None else f"params-{100 * share:g}"
+    name = write_point_file(folder, stem, tensors)
     parameters, flops = session.sizes.of(solution.plan)
     return {
+        **({} if share is None else {"share": share}),
         "removed": point.removed,
         "plan": solution.plan.to_json(),
         "parameters": parameters,

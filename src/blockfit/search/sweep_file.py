@@ -21,7 +21,7 @@ from blockfit.untrusted import open_tensors, read_json
 
 MARK = "sweep.json"
 FORMAT = 1
-POINTS = "removed-*.safetensors"
+POINTS = ("removed-*.safetensors", "params-*.safetensors")
 
 _NUMBER, _COUNT, _TEXT, _OBJECT, _MAYBE = "a number", "a whole number", "a text", "an object", None
 _YES_OR_NO = "true or false"
@@ -30,13 +30,15 @@ _FORM: dict[str, Any] = {
     "run": {
         "recipe": _OBJECT, "protect": [_COUNT], "hold_out": _NUMBER, "seed": _COUNT,
         "model": _TEXT, "calibration": _OBJECT, "apart": [_COUNT],
+        "whole": [_COUNT], "multiple_of": (_COUNT, _MAYBE), "shares": [_NUMBER],
     },
     "source": _OBJECT,
     "blocks": _OBJECT,
     "original": {"parameters": _COUNT, "flops": (_NUMBER, _MAYBE), "top1": (_NUMBER, _MAYBE)},
     "points": [
         {
-            "removed": _COUNT, "plan": [_OBJECT], "parameters": _COUNT, "flops": (_NUMBER, _MAYBE),
+            "share": _NUMBER, "removed": _COUNT, "plan": [_OBJECT], "parameters": _COUNT,
+            "flops": (_NUMBER, _MAYBE),
             "held_out": {
                 "images": _COUNT, "kl": (_NUMBER, _MAYBE), "agreement": (_NUMBER, _MAYBE),
                 "feature_cosine": _NUMBER, "feature_relative_error": _NUMBER,
@@ -65,7 +67,10 @@ _FORM: dict[str, Any] = {
 }  # fmt: skip
 """Keys and what stands behind them: kinds, objects, lists of one kind, or one of several."""
 
-LATER_KEYS = {"repaired_blocks", "top1", "latency", "apart", "final", "judged"}
+LATER_KEYS = {
+    "repaired_blocks", "top1", "latency", "apart", "final", "judged",
+    "whole", "multiple_of", "shares", "share",
+}  # fmt: skip
 """Keys that sweeps of earlier versions lack, and sweeps of which nothing was timed."""
 
 
@@ -91,7 +96,7 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
             _check_point(point, blocks.depth, f"points[{number}]")
     except BlockfitError as error:
         raise BlockfitError(f"{path}: {error}; run the sweep again") from error
-    sizes = [point["removed"] for point in data["points"]]
+    sizes = [point.get("share", point["removed"]) for point in data["points"]]
     if len(set(sizes)) < len(sizes):
         raise BlockfitError(f"{path}: points: a size appears twice; run the sweep again")
     return data
@@ -115,7 +120,7 @@ def check_sweep_folder(folder: str | Path) -> Path:
         return target
     data = read_sweep_file(target / MARK)
     known = {point["file"] for point in data["points"]}
-    for path in target.glob(POINTS):
+    for path in (one for pattern in POINTS for one in target.glob(pattern)):
         if path.name not in known and not _is_point(path):
             raise BlockfitError(
                 f"{path} is no plan of the sweep and stands where one is written; move it away or "
@@ -124,13 +129,13 @@ def check_sweep_folder(folder: str | Path) -> Path:
     return target
 
 
-def write_point_file(folder: Path, removed: int, tensors: Mapping[str, Tensor]) -> str:
+def write_point_file(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
     """Write the tensors of one point; the name of its file.
 
     Raises:
         BlockfitError: where it cannot be written.
     """
-    path = folder / f"removed-{removed:02d}.safetensors"
+    path = folder / f"{stem}.safetensors"
     if path.exists() and not _is_point(path):
         raise BlockfitError(f"{path} is no plan of the sweep; move it away and run the sweep again")
     with kept_file(path) as partial:
