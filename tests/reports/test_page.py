@@ -177,4 +177,4 @@ def test_commands_end_with_a_report_where_one_is_asked_for(tmp_path: Path) -> No
     taken = tmp_path / "taken.html"
     taken.write_text("mine")
     refused = blockfit_command("demo", "--report", taken)
-    assert "is no report of blockfit's" in refused.error
+    assert "was not written by blockfit" in refused.error

@@ -116,7 +116,7 @@ def test_a_plan_that_a_smaller_model_beats_is_made_by_hand(
     assert "--from" not in beaten.command
     for entry in plan:
         assert f"--span {entry['start']}:{entry['stop']}" in beaten.command
-    assert any("removes 3 blocks is smaller" in text for text in beaten.warnings)
+    assert any("removing 3 blocks is smaller" in text for text in beaten.warnings)
 
 
 def test_an_analysis_is_read_as_it_was_written(runs: dict[str, Path]) -> None:

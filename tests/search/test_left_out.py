@@ -40,7 +40,9 @@ def needing(*blocks: int) -> Any:
 IDENTITY = {"recipe": "plain", "map": "identity"}
 
 
-@pytest.mark.parametrize("budget", [{"remove": 2}, {"params": 0.7}, {"max_kl": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "budget", [{"remove": 2}, {"params": 0.7}, {"max_kl": 0.5, "force_budget": True}], ids=str
+)
 def test_a_candidate_that_cannot_be_run_is_left_out_and_named(budget: dict[str, Any]) -> None:
     model, images = needing(3), small_images(32)
     small = blockfit.compress(model, images, **IDENTITY, **budget)
@@ -56,7 +58,9 @@ def test_a_candidate_that_cannot_be_run_is_left_out_and_named(budget: dict[str, 
 
 def test_a_sweep_goes_on_without_them(tmp_path: Path) -> None:
     recipe = blockfit.Recipe(maps=("identity",))
-    found = blockfit.sweep(needing(3), small_images(32), tmp_path / "sweep", recipe=recipe)
+    found = blockfit.sweep(
+        needing(3), small_images(32), tmp_path / "sweep", recipe=recipe, cuts="blocks"
+    )
     plans = [Plan.from_json(point["plan"]) for point in found.points]
     assert [len(plan.removed_blocks) for plan in plans] == [1, 2, 3, 4]
     assert all(3 not in plan.removed_blocks for plan in plans)

@@ -33,7 +33,7 @@ def small_part(images):
 @pytest.fixture(scope="module")
 def folder(model, images, tmp_path_factory):
     target = tmp_path_factory.mktemp("sweep") / "all"
-    sweep(model, images, target)
+    sweep(model, images, target, cuts="blocks")
     return target
 
 
@@ -43,7 +43,7 @@ def timed(folder, model, images, tmp_path_factory):
     shutil.copytree(folder, target)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Search, "solved", never)
-        sweep(model, images, target, latency_images=2)
+        sweep(model, images, target, cuts="blocks", latency_images=2)
     return target
 
 
@@ -109,7 +109,8 @@ def test_a_drop_budget_takes_the_last_plan_up_to_which_all_bounds_keep_it(folder
 
 def test_a_drop_that_the_sweeps_images_cannot_show_is_refused(folder, model):
     with pytest.raises(
-        blockfit.BlockfitError, match=r"64 images .* cannot show max_drop 0\.5: removing 1 costs 0"
+        blockfit.BlockfitError,
+        match=r"64 images .* cannot show max_drop 0\.5: removing 1 block costs 0",
     ):
         from_sweep(folder, Budget("max_drop", 0.5), model)
     forced = from_sweep(folder, Budget("max_drop", 0.5), model, force_budget=True).report
@@ -137,7 +138,7 @@ def test_a_finished_sweep_is_timed_from_what_it_wrote(folder, timed, model, imag
         assert (found["batch_size"], found["threads"]) == (2, torch.get_num_threads())
     assert points[-1]["latency"]["ratio"] < 0.8  # two of twelve blocks are left
     written = (timed / MARK).read_bytes()
-    sweep(model, images, timed, latency_images=2)
+    sweep(model, images, timed, cuts="blocks", latency_images=2)
     assert (timed / MARK).read_bytes() == written  # nothing was timed twice
 
 
@@ -201,11 +202,11 @@ def test_a_model_from_a_sweep_tells_where_it_is_from(folder):
 def test_a_sweep_of_another_number_of_images_is_another_sweep(folder, model):
     more = small_part(blockfit.images("digits", model, limit=48, seed=0))
     with pytest.raises(blockfit.BlockfitError, match="another calibration"):
-        sweep(model, more, folder)
+        sweep(model, more, folder, cuts="blocks")
 
 
 def test_a_sweep_of_single_spans_reaches_every_size(model, images, tmp_path):
-    frontier = sweep(model, images, tmp_path / "paper", recipe="paper")
+    frontier = sweep(model, images, tmp_path / "paper", cuts="blocks", recipe="paper")
     assert [[e["stop"] - e["start"] for e in p["plan"]] for p in frontier.points] == [
         [size] for size in range(1, 11)
     ]
@@ -231,7 +232,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_an_unbroken_one(folder, model, imag
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Search, "solved", stops)
         with pytest.raises(KeyboardInterrupt):
-            sweep(model, images, target)
+            sweep(model, images, target, cuts="blocks")
     assert [p["removed"] for p in read_sweep(target).points] == [1, 2, 3]
     asked = []
 
@@ -241,7 +242,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_an_unbroken_one(folder, model, imag
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Search, "solved", counts)
-        sweep(model, images, target)
+        sweep(model, images, target, cuts="blocks")
     assert asked == list(range(4, 11))
     unbroken, resumed = read_sweep(folder), read_sweep(target)
     for left, right in zip(unbroken.points, resumed.points, strict=True):
@@ -252,7 +253,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_an_unbroken_one(folder, model, imag
 
 def test_a_folder_of_another_sweep_is_refused(folder, model, images):
     with pytest.raises(blockfit.BlockfitError, match="another seed"):
-        sweep(model, images, folder, seed=7)
+        sweep(model, images, folder, cuts="blocks", seed=7)
 
 
 def test_another_model_is_refused(folder):

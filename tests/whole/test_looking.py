@@ -51,7 +51,7 @@ def test_without_flops_all_but_their_budget_works(tmp_path: Path) -> None:
     assert "FLOPs are unknown" in markdown(found)
     draw(found, tmp_path / "bench.png")
 
-    sweep(model, images, tmp_path / "sweep")
+    sweep(model, images, tmp_path / "sweep", cuts="blocks")
     frontier = read_sweep(tmp_path / "sweep")
     assert [point["flops"] for point in frontier.points] == [None, None]
     chosen = from_sweep(tmp_path / "sweep", Budget("params", 0.9), model)

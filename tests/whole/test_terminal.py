@@ -69,6 +69,7 @@ def test_a_sweep_that_is_stopped_at_once_says_that_there_is_nothing(
 
 def test_ctrl_c_in_a_process_of_its_own_leaves_nothing_half_done(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "blockfit", "sweep", "demo", "--images", "digits"]
+    command += ["--cuts", "blocks"]
     running = subprocess.Popen(
         [*command, "-v", "-o", str(tmp_path / "sweep")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

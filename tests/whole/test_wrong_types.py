@@ -38,6 +38,11 @@ COMMON: dict[str, list[Any]] = {
     "resume": [3, b"x", ["a"]],
     "max_memory": [2.5, [3], "much", -1],
 }
+CUTS: dict[str, list[Any]] = {
+    "cuts": [3, "x", ["mlp", "x"], [3], []],
+    "multiple_of": [2.5, "a", [3], 0, -1],
+    "whole": ["3,6", 3, [2.5], ["a"], [99]],
+}
 BUDGETS: dict[str, list[Any]] = {
     "remove": ["a", [1], {}, 1.5, -1, 0, 99],
     "params": ["a", [1], {}, 0, -1, 62],
@@ -49,7 +54,7 @@ BUDGETS: dict[str, list[Any]] = {
 NAME = [None, 3, object(), [1], b"x"]
 EXPORT = {"small": NAME, "folder": PATH, "images": [3, object(), {}], "overwrite": FLAG}
 WRONG: dict[str, dict[str, list[Any]]] = {
-    "compress": COMMON | BUDGETS | {
+    "compress": COMMON | BUDGETS | CUTS | {
         "spans": ["2:4", 3, [3], [(1,)], [("a", 2)], [(2, 1)], [(1, 2, 3)], [None], [], {"a": 1}],
         "map": [3, ["affine"], "unknown"],
         "rank": [2.5, "a", [3], 0, -1],
@@ -59,10 +64,11 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "repair": [3, True, "unknown", ["mlp"]],
         "repair_ridge": ["a", [1], -1, float("nan")],
         "inplace": FLAG, "force_budget": FLAG, "plan": [3, "x", [1], Plan()],
-        "cuts": [3, "x", ["mlp", "x"], [3], []], "multiple_of": [2.5, "a", [3], 0, -1],
-        "whole": ["3,6", 3, [2.5], ["a"], [99]],
     },
-    "sweep": COMMON | {"folder": PATH, "latency_images": [2.5, "a", [3], 0, -1]},
+    "sweep": COMMON | CUTS | {
+        "points": [3, "a", [2.5], ["a"], [], [0]], "folder": PATH,
+        "latency_images": [2.5, "a", [3], 0, -1],
+    },
     "from_sweep": BUDGETS | {
         "folder": PATH, "budget": ["remove", 3, object()], "model": [3, object(), [1], int],
         "force_budget": FLAG,
@@ -110,11 +116,14 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("right")
     model, images = small_vit(3), small_images(16)
     small = blockfit.compress(model, images, spans=["1:2"])
-    blockfit.sweep(model, images, folder / "sweep")
+    blockfit.sweep(model, images, folder / "sweep", cuts="blocks")
     blockfit.save(small, folder / "small")
     right: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "compress": (blockfit.compress, {"model": model, "images": images, "spans": [(1, 2)]}),
-        "sweep": (blockfit.sweep, {"model": model, "images": images, "folder": folder / "sweep"}),
+        "sweep": (
+            blockfit.sweep,
+            {"model": model, "images": images, "folder": folder / "sweep", "cuts": "blocks"},
+        ),
         "from_sweep": (
             blockfit.from_sweep,
             {"folder": folder / "sweep", "budget": Budget("remove", 1), "model": model},
@@ -185,7 +194,9 @@ def test_protected_blocks_that_come_from_a_generator_are_kept(tmp_path: Path) ->
     small = blockfit.compress(model, images, remove=1, protect=(n for n in (0, 1, 2)))
     assert small.report["protect"] == [0, 1, 2]
     assert small.plan.removed_blocks == (3,)
-    found = blockfit.sweep(model, images, tmp_path / "sweep", protect=iter([0, 1, 2]))
+    found = blockfit.sweep(
+        model, images, tmp_path / "sweep", cuts="blocks", protect=iter([0, 1, 2])
+    )
     assert {tuple(p["plan"][0].values())[:2] for p in found.points} == {(3, 4)}
 
 

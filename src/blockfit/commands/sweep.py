@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import blockfit
 from blockfit.commands import options as opt
@@ -20,6 +20,32 @@ MeasureLatency = Annotated[
 ]
 
 
+Points = Annotated[
+    str | None,
+    opt.option(
+        "--points",
+        help="Percent of the parameters.  [default: 95,90,84,78,70,62,55,50,45,40]",
+        panel=opt.HOW,
+        metavar="LIST",
+    ),
+]
+
+
+def shares(text: str) -> list[float]:
+    """``95,90,62`` as parts.
+
+    Raises:
+        BlockfitError: where something is no percentage.
+    """
+    try:
+        found = [float(part.strip().removesuffix("%")) / 100 for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share < 1 for share in found):
+        raise BlockfitError(f"cannot read --points {text!r}; write percentages, such as 95,78,62")
+    return found
+
+
 @command("Start", "blockfit sweep MODEL --images PHOTOS -o sweep/")
 def sweep(
     out: Output,
@@ -32,6 +58,7 @@ def sweep(
     judging: opt.Judging,
     running: opt.Running,
     blocks: opt.BlocksPath = None,
+    points: Points = None,
     measure_latency: MeasureLatency = None,
     report: opt.ReportFile = None,
 ) -> None:
@@ -48,6 +75,7 @@ def sweep(
     page = Reporter(report)
     chosen = recipe_for(method.named(), **method.changes())
     protected, hold_out = judging.protected(), judging.part()
+    given: dict[str, Any] = {} if points is None else {"points": shares(points)}
     with out.working(), keeping(lambda: _finished(output)):
         original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
         frontier = blockfit.sweep(
@@ -56,6 +84,9 @@ def sweep(
             output,
             recipe=chosen,
             protect=protected,
+            whole=judging.kept_whole(),
+            multiple_of=judging.multiple_of,
+            **given,
             blocks=blocks,
             hold_out=hold_out,
             final=judging.final,

@@ -43,6 +43,8 @@ def from_line(sweep: Path, budget: Budget) -> str:
 
 def by_hand_line(run: Values, plan: Plan, source: Source, folder: Path = SMALL) -> str | None:
     """With every span named; ``None`` where options cannot say it."""
+    if plan.narrowings:
+        return None
     kinds = {(entry.map, entry.rank, entry.per_token_type) for entry in plan}
     how = _recipe(run.inner("recipe"), by_hand=True)
     if len(kinds) != 1 or how is None:

@@ -132,6 +132,15 @@ def _fit_batch(asked: int) -> int:
     return 1 << (min(asked, QUICK_IMAGES).bit_length() - 1)
 
 
+def check_whole(whole: Iterable[int], depth: int) -> None:
+    """Refuse blocks that do not exist."""
+    for block in whole:
+        if not 0 <= block < depth:
+            raise BlockfitError(
+                f"whole: block {block} does not exist; the model has blocks 0–{depth - 1}"
+            )
+
+
 class Session:
     """Calibrates once; then finds plans for any number of budgets.
 
@@ -168,12 +177,7 @@ class Session:
         self._whole, self._multiple = tuple(sorted(set(whole))), multiple
         self._say, self._progress = say or (lambda line: None), progress
         model, blocks = setting.model, setting.blocks
-        for block in self._whole:
-            if not 0 <= block < blocks.depth:
-                raise BlockfitError(
-                    f"whole: block {block} does not exist; the model has blocks "
-                    f"0–{blocks.depth - 1}"
-                )
+        check_whole(self._whole, blocks.depth)
         spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist
         shelf = None
         if max_memory is not None:

@@ -42,7 +42,15 @@ from blockfit.search.latency import latency_of, way_of
 from blockfit.search.loss_budget import Judged, Verdict, beyond_bound
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.run import Result, checkpoint_of, run_json
-from blockfit.search.session import CALIBRATION_IMAGES, HOLD_OUT, Progress, Say, Session, Setting
+from blockfit.search.session import (
+    CALIBRATION_IMAGES,
+    HOLD_OUT,
+    Progress,
+    Say,
+    Session,
+    Setting,
+    check_whole,
+)
 from blockfit.search.solve import Solution
 from blockfit.search.span_search import Point, most_removed
 from blockfit.search.sweep_file import (
@@ -257,6 +265,7 @@ def sweep(
         run |= {"whole": sorted(set(whole)), "multiple_of": multiple_of, "shares": shares}
     before = ranks.agreed(lambda: _resume(target, run))
     setting = Setting.of(model, parts.calibration, blocks, hold_out, seed)
+    check_whole(whole, setting.blocks.depth)
     if before is not None and _complete(before, run, setting):
         frontier = Frontier(target, before)
     else:

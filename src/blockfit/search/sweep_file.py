@@ -189,6 +189,8 @@ def _check_point(point: dict[str, Any], depth: int, where: str) -> None:
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise BlockfitError(f"{where}: file: {name!r} is no file of a sweep")
     _check_share(point, where)
+    if not 0 < point.get("share", 0.5) < 1:
+        raise BlockfitError(f"{where}: share must be between 0 and 1, got {point['share']}")
     judged = point.get("judged", {})
     if judged and judged["worse"] + judged["better"] > judged["labelled"]:
         raise BlockfitError(f"{where}: judged: more answers have changed than there are labels")
