@@ -1,7 +1,8 @@
 """blockfit: pretrained vision transformers made smaller and faster without training.
 
-Transformer Blocks Approximation (Cannistraci et al., arXiv 2410.04941): redundant runs of blocks
-are replaced by maps that are fitted in closed form on a few hundred unlabelled images.
+Transformer Blocks Approximation (Cannistraci et al., arXiv 2410.04941) replaces redundant runs of
+blocks by maps; blockfit also narrows what is redundant inside blocks. All of it is solved in closed
+form on a few hundred unlabelled images.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # for type checkers and editors; each name is imported when i
         sweep,
     )
     from blockfit.errors import BlockfitError, BlockfitWarning
-    from blockfit.fit.plan import Plan, Replacement, Span
+    from blockfit.fit.plan import Narrowing, Plan, Replacement, Span
     from blockfit.models.blocks import Blocks, find_blocks
     from blockfit.search.recipes import RECIPES, Recipe
     from blockfit.search.solve import Options
@@ -41,6 +42,7 @@ __all__ = [
     "BlockfitError",
     "BlockfitWarning",
     "Blocks",
+    "Narrowing",
     "Options",
     "Plan",
     "Recipe",
@@ -70,6 +72,7 @@ _ELSEWHERE = {
     "BlockfitError": "errors",
     "BlockfitWarning": "errors",
     "Blocks": "models.blocks",
+    "Narrowing": "fit.plan",
     "Options": "search.solve",
     "Plan": "fit.plan",
     "Recipe": "search.recipes",

@@ -69,10 +69,10 @@ def test_every_image_is_on_one_process(count: int, tmp_path: Path) -> None:
     assert max(map(len, found)) - min(map(len, found)) <= 8
 
 
-def compressed(recipe: str) -> dict[str, Any]:
+def compressed(recipe: str, **budget: Any) -> dict[str, Any]:
     labels = (torch.arange(80) % 4).numpy()
     images = open_images((small_pictures(80), labels), batch_size=8)
-    result = api.compress(small_vit(), images, remove=2, recipe=recipe)
+    result = api.compress(small_vit(), images, recipe=recipe, **(budget or {"remove": 2}))
     weights = torch.cat([value.flatten() for value in result.model.state_dict().values()])
     return {
         "plan": result.plan.to_json(),
@@ -95,6 +95,23 @@ def test_the_plan_and_the_model_are_those_of_one_process(
         torch.tensor(found[0]["weights"]), torch.tensor(alone["weights"]), **close
     )
     assert found[0]["held_out"] == pytest.approx(alone["held_out"], rel=1e-4)
+
+
+def narrowed() -> dict[str, Any]:
+    return compressed("default", params=0.7)
+
+
+@pytest.mark.parametrize("count", [2, 11])
+def test_narrowed_models_are_those_of_one_process(count: int, tmp_path: Path) -> None:
+    """Eleven processes: one of them has no batch at all."""
+    alone, found = narrowed(), on_ranks(count, narrowed, folder=tmp_path)
+    assert any("part" in cut for cut in alone["plan"])
+    for one in found:
+        assert one["plan"] == alone["plan"]
+        assert one["weights"] == found[0]["weights"]
+    torch.testing.assert_close(
+        torch.tensor(found[0]["weights"]), torch.tensor(alone["weights"]), rtol=1e-3, atol=1e-4
+    )
 
 
 def latency() -> list[Any]:

@@ -130,6 +130,12 @@ class Spread:
             xx = _square(x[0], x[0])[None] if heads == 1 else x.transpose(1, 2) @ x
         return cls(float(x.shape[1]), x.sum(1).cpu().double(), xx.cpu().double())
 
+    @classmethod
+    def zeros(cls, heads: int, size: int) -> Spread:
+        """The sums of no rows."""
+        shapes = (heads, size), (heads, size, size)
+        return cls(0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
     def __add__(self, other: Spread) -> Spread:
         return Spread(self.count + other.count, self.sum + other.sum, self.xx + other.xx)
 

@@ -141,7 +141,11 @@ class PartSums:
         self.block = originals.modules[index]
         self.writers = originals.writers(index)
         self.parts = dict(originals.parts(index).whole)
-        self.sums: dict[str, Spread] = {}
+        self.sums = {
+            name: Spread.zeros(part.heads, part.size)
+            for kind, part in self.parts.items()
+            for name in (("queries", "keys") if kind == "keys" else (kind,))
+        }
         for b, seen in enumerate(originals.traces):
             hidden = originals.state(b, index)
             places = originals.places(b)
@@ -192,7 +196,7 @@ class PartSums:
             found["queries"] = Spread.of(pair[0], keys.heads)
             found["keys"] = Spread.of(centred(pair[1]), keys.heads)
         for name, spread in found.items():
-            self.sums[name] = self.sums[name] + spread if name in self.sums else spread
+            self.sums[name] = self.sums[name] + spread
 
 
 def candidates(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from blockfit.fit.moments import Regression, Spread
 from blockfit.fit.narrow import Basis, Kept, Removal, key_basis, remove_neurons, value_basis
 from blockfit.fit.plan import Narrowing, Rows
-from blockfit.models.residual import Writer
 
 Layers = dict[str, Tensor]
 """Parameters of one block by their names inside it."""
@@ -182,44 +181,9 @@ def of_some(problem: Regression, inputs: Tensor) -> Regression:
     )
 
 
-@dataclass(frozen=True)
-class BlockSums:
-    """What the narrowing of one block's parts is found from, on what reaches the block.
-
-    Args:
-        neurons: of what the MLP's writer reads.
-        mixed: of what the output projection reads.
-        queries: about zero.
-        keys: about their mean over each image.
-    """
-
-    neurons: Spread | None = None
-    mixed: Spread | None = None
-    queries: Spread | None = None
-    keys: Spread | None = None
-
-
-def shifted(writer: Writer, block: nn.Module, change: Tensor, mean: Tensor) -> Tensor | None:
-    """The writer's bias once it takes over the mean of what is written no more.
-
-    Args:
-        writer: of the part.
-        block: with its own layers.
-        change: old weight less the new one over the old inputs, shape (d, inputs).
-        mean: of the inputs, shape (inputs,).
-    """
-    _, bias = writer.effective(block)
-    return None if bias is None else bias + change @ mean
-
-
 def centred(keys: Tensor) -> Tensor:
     """Keys about their mean over each image: what all have in common cancels in the softmax.
 
     Shape (images, tokens, heads · m).
     """
     return keys - keys.mean(dim=1, keepdim=True)
-
-
-def added(sums: Sequence[Spread], more: Sequence[Spread]) -> list[Spread]:
-    """Sums and further ones, one by one; the further ones alone where there are none yet."""
-    return list(more) if not sums else [a + b for a, b in zip(sums, more, strict=True)]

@@ -35,7 +35,6 @@ from blockfit.models.residual import (
 from blockfit.models.surgery import apply_plan, swapped
 from blockfit.search.narrowing import (
     Rewritten,
-    added,
     centred,
     key_bases,
     narrowed_values,
@@ -315,11 +314,12 @@ class _Walk:
         assert self.hidden is not None
         block, width = self.originals.modules[index], cut.heads * cut.size
         layers = {rows.layer for rows in cut.rows}
-        sums: list[Spread] = []
+        sums = [Spread.zeros(cut.heads, cut.size) for _ in cut.rows]
         for seen, hidden in zip(self.originals.traces, self.hidden, strict=True):
             out = outputs_of(block, layers, seen.runner(block, index), hidden)
             pair = [out[r.layer][..., r.start : r.start + width] for r in cut.rows]
-            sums = added(sums, [Spread.of(one, cut.heads) for one in (pair[0], centred(pair[1]))])
+            more = (Spread.of(pair[0], cut.heads), Spread.of(centred(pair[1]), cut.heads))
+            sums = [one + other for one, other in zip(sums, more, strict=True)]
         queries, keys = (one.over_ranks() for one in sums)
         put_keys(rewritten, block, cut, key_bases(queries, keys))
 
@@ -388,10 +388,10 @@ class _Walk:
     ) -> tuple[list[Tensor], tuple[Tensor, Tensor | None]]:
         """What the narrower projection reads, and its weights to start from."""
         weight, bias = attention.effective(block)
-        total: list[Spread] = []
+        mixed = Spread.zeros(cut.heads, cut.size)
         for x in read:
-            total = added(total, [Spread.of(x, cut.heads)])
-        mixed = total[0].over_ranks()
+            mixed = mixed + Spread.of(x, cut.heads)
+        mixed = mixed.over_ranks()
         bases = value_bases(mixed, weight)
         put_values(rewritten, block, cut, bases)
         prior = values_prior(cut, bases), bias
