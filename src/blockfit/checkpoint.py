@@ -48,7 +48,7 @@ def place_beside(target: Path) -> Path:
 
 def settled(description: Mapping[str, Any]) -> dict[str, Any]:
     """``Images.description`` without what only a walk over the images finds out."""
-    return {k: v for k, v in description.items() if k not in ("skipped", "used")}
+    return {k: v for k, v in description.items() if k not in ("skipped", "used", "labels")}
 
 
 class Checkpoint:

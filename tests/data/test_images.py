@@ -183,13 +183,13 @@ class Named(nn.Module):
         (("Fly", "BEE", "Ant"), [1, 2, 0, 1, 2, 0]),
         (("wasp", "bee, honey bee", "x", "house fly, fly", "ant"), [1, 4, 3, 1, 4, 3]),
         (("bee", "ant", "fly"), [0, 1, 2, 0, 1, 2]),
-        (("red", "green", "blue"), [0, 1, 2, 0, 1, 2]),
-        (("bee", "ant", "fly, x", "fly, y"), [0, 1, 2, 0, 1, 2]),
+        (("red", "green", "blue"), None),
+        (("bee", "ant", "fly, x", "fly, y"), [0, 1, -1, 0, 1, -1]),
     ],
     ids=["other order", "other case", "aliases", "same order", "other names", "shared alias"],
 )
-def test_labels_go_by_name_where_all_names_are_the_models(
-    names: tuple[str, ...], expected: list[int]
+def test_labels_go_by_name_where_names_are_the_models(
+    names: tuple[str, ...], expected: list[int] | None
 ) -> None:
     assert labels(images(table(), Named(*names), preprocessing=PIXELS)) == expected
 

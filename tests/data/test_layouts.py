@@ -248,6 +248,7 @@ def test_imagenets_folder_gives_its_splits_and_its_order_of_classes(tmp_path: Pa
     assert labels(data) == [0, 0, 217, 217, 217, 701]  # tench, English springer, parachute
     assert data.class_names is not None
     assert [data.class_names[i] for i in (0, 217, 701)] == ["n01440764", "n02102040", "n03888257"]
+    assert data.labels_line == "labels by WordNet id: 3 of 3 folders"
     model.num_classes = 3  # type: ignore[assignment]
     assert labels(images(f"{tmp_path}:val", model, preprocessing=PIXELS)) == [0, 0, 1, 1, 1, 2]
 

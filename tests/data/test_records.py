@@ -31,8 +31,7 @@ def test_a_folder_per_class_gives_labels_in_the_order_of_the_names(tmp_path: Pat
 def test_a_flat_folder_and_a_single_subfolder_have_no_labels(tmp_path: Path) -> None:
     folder_of(tmp_path / "one", 3)
     assert labels(images(tmp_path, preprocessing=PIXELS)) is None
-    folder_of(tmp_path / "two", 3)
-    folder_of(tmp_path, 1)
+    folder_of(tmp_path, 4)
     data = images(tmp_path, preprocessing=PIXELS)
     assert labels(data) is None
     assert len(data) == 7
@@ -91,21 +90,20 @@ def test_without_a_model_and_a_preprocessing_it_is_asked_for(tmp_path: Path) -> 
         images(tmp_path, nn.Linear(2, 2))
 
 
-def test_images_of_different_sizes_need_a_preprocessing_that_cuts_them(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encoded(grey(1, 8)))
-    (tmp_path / "b.png").write_bytes(encoded(grey(2, 9)))
+def test_neighbours_of_another_size_begin_a_new_batch(tmp_path: Path) -> None:
+    """Case 15: pictures whose aspect ratio is kept come in batches of one size each."""
+    sizes = (8, 9, 9, 8, 8)
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.png").write_bytes(encoded(grey(i, size)))
 
     def whole(image: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
-    with pytest.raises(BlockfitError, match=r"differ in shape, \(3, 8, 8\) and \(3, 9, 9\)"):
-        levels(images(tmp_path, preprocessing=whole))
-    alone = images(tmp_path, preprocessing=whole, batch_size=1)
-    assert [batch.names for batch in alone.batches()] == [
-        [str(tmp_path / "a.png")],
-        [str(tmp_path / "b.png")],
-    ]
-    assert alone.description()["preprocessing"] == "custom"
+    data = images(tmp_path, preprocessing=whole, batch_size=4)
+    found = [(b.number, b.places, len(b.names), b.inputs.shape[-1]) for b in data.batches()]
+    assert found == [(0, [0], 1, 8), (1, [1, 2], 2, 9), (3, [3], 1, 8), (4, [4], 1, 8)]
+    assert [batch.number for batch in data.batches(start=2)] == [2, 3, 4]  # from the middle of one
+    assert data.description()["preprocessing"] == "custom"
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "saved folder", "object"])

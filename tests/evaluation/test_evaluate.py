@@ -183,10 +183,27 @@ def test_images_without_a_label_are_left_out_of_the_accuracy() -> None:
     assert evaluate(compressed, data, measure=False).compressed.top1 == 0.75
 
 
-def test_labels_that_the_head_does_not_have_are_refused() -> None:
+@pytest.mark.parametrize("batch_size", [1, 4, 10])
+@pytest.mark.parametrize("missing", [-1, 9, 5])
+def test_a_label_that_is_missing_or_beyond_the_head_costs_one_image(
+    missing: int, batch_size: int
+) -> None:
+    """Case 8: the accuracy on the others does not depend on the batches."""
     _, compressed, _, _ = pair("plain")
-    data = images((FAMILIES["plain"].images(4), torch.tensor([0, 1, 9, 2])))
-    with pytest.raises(BlockfitError, match="have a label 9, but the model's head has 5 classes"):
+    pictures = FAMILIES["plain"].images(10)
+    with torch.no_grad():
+        labels = compressed(pictures).argmax(1)
+    labels[::2] = (labels[::2] + 1) % CLASSES
+    labels[[1, 4]] = missing
+    data = images((pictures, labels), batch_size=batch_size)
+    found = evaluate(compressed, data, measure=False).compressed
+    assert (found.top1, found.labelled) == (0.5, 8)
+
+
+def test_labels_of_another_data_set_are_refused() -> None:
+    _, compressed, _, _ = pair("plain")
+    data = images((FAMILIES["plain"].images(4), torch.tensor([0, 7, 9, 6])))
+    with pytest.raises(BlockfitError, match="3 of 4 labels are beyond the classes of the model's"):
         evaluate(compressed, data, measure=False)
 
 

@@ -130,7 +130,7 @@ def test_wrong_calls_say_what_is_missing() -> None:
     family = FAMILIES["timm-vit"]
     model = family.build()
     blocks = find_blocks(model, family.images())
-    with pytest.raises(BlockfitError, match="without a label"):
+    with pytest.raises(BlockfitError, match="holds no images with a label"):
         extract(model, blocks, images(family.images()))
     with pytest.raises(BlockfitError, match="unknown protocol 'svm'; choose one of knn"):
         check_protocols(["knn", "svm"])

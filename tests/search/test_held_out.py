@@ -13,6 +13,7 @@ from small import SmallViT, small_blocks, small_images, small_pictures, small_vi
 from torch import Tensor, nn
 
 from blockfit.data.images import images as open_images
+from blockfit.data.labels import Matching
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
@@ -162,10 +163,13 @@ def test_accuracy_counts_labelled_images_and_only_labels_of_the_heads_classes() 
     labels[0], labels[1] = (labels[0] + 1) % 4, -1
     half_labelled = HeldOut(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
     assert half_labelled.top1 == pytest.approx(18 / 19)
-    labels[2] = 4
-    others = HeldOut(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    labels[2] = 4  # no class of the head: this one is not counted either
+    one_outside = HeldOut(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    assert one_outside.top1 == pytest.approx(17 / 18)
+    others = HeldOut(model, blocks, open_images((NEW, labels.numpy() + 4), batch_size=8))
     assert (others.top1, others.judge(solution)[2]) == (None, None)
-    three = replace(open_images((NEW, labels.numpy() % 3)), class_names=["a", "b", "c"])
+    names = Matching(names=["a", "b", "c"], own=["a", "b", "c"])
+    three = replace(open_images((NEW, labels.numpy() % 3)), matching=names)
     assert HeldOut(model, blocks, three).top1 is None
 
 

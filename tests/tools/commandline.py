@@ -14,7 +14,7 @@ import pytest
 from blockfit.commands import app as cli
 
 FEW = ("--images", "digits", "--limit", "40")
-TOLD = ("images: ", "preprocessing: ", "device: ", "[")
+TOLD = ("images: ", "preprocessing: ", "labels", "device: ", "[")
 """How lines begin on standard error that say what a command works with and does."""
 
 

@@ -71,6 +71,7 @@ def test_compress_shows_people_the_result_on_standard_output(tmp_path: Path) -> 
     assert [line for line in done.err.splitlines() if line[0] != "["] == [
         "images: 40 of 1198 from digits, drawn with seed 0",
         "preprocessing: none, tensors as given",
+        "labels by number",
         "device: cpu",
     ]
     for text in (

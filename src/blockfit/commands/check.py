@@ -40,7 +40,7 @@ def check(
         out.say(f"loading {small}")
         model, where = loading.load_small(small)
         pictures = reading.open(images, model)
-        show_images(out, pictures.description(), loading.place())
+        show_images(out, pictures, loading.place())
         if where is None or blocks is not None:
             where = blockfit.find_blocks(model, next(iter(pictures), None), blocks)
         found = []

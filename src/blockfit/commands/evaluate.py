@@ -94,7 +94,7 @@ def evaluate(
         own = source_of(compressed).preprocessing is not None or original is None
         prepared = compressed if own else original
         pictures = reading.open(images, prepared)
-        show_images(out, pictures.description(), loading.place())
+        show_images(out, pictures, loading.place())
         if blocks is not None:
             where = blockfit.find_blocks(compressed, next(iter(pictures), None), blocks)
         out.say("evaluating")
@@ -111,6 +111,8 @@ def evaluate(
         ).to_json()
         if wanted.protocols:
             learn = reading.open(train, prepared, limit=train_limit) if train else None
+            if learn is not None:
+                show_images(out, learn)
             worth["protocols"] = wanted.judge(out, models, where, learn, pictures, images)
         if checkpoint is not None:
             checkpoint.forget()

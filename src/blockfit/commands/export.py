@@ -96,7 +96,7 @@ def export(
         pictures = None
         if images is not None:
             pictures = reading.open(images, saved.model)
-            show_images(out, pictures.description())
+            show_images(out, pictures)
         out.say(f"writing {output} and comparing it with the model")
         how: dict[str, Any] = {"images": pictures, "overwrite": overwrite}
         if form not in FOLDERS:

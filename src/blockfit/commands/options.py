@@ -499,5 +499,5 @@ def opened(
         from blockfit.search.session import CALIBRATION_IMAGES
 
         pictures = given.draw(CALIBRATION_IMAGES, reading.seed)
-    show_images(out, pictures.description(), loading.place(), pictures is not given)
+    show_images(out, pictures, loading.place(), pictures is not given)
     return loaded, pictures

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,9 @@ from rich.text import Text
 from blockfit import processes as ranks
 from blockfit.commands.wording import as_options
 from blockfit.errors import BlockfitError, BlockfitWarning
+
+if TYPE_CHECKING:
+    from blockfit.data.images import Images
 
 WIDTH = 110
 """Columns of tables where standard output is no terminal."""
@@ -38,6 +41,9 @@ TURN_S = 4.0
 """How long other processes than the first wait before they say what went wrong."""
 
 INTERRUPTED_TEXT = "interrupted; nothing unfinished was saved"
+
+SHOWN = 3
+"""Names of skipped images that a line shows."""
 
 LOG = logging.getLogger("blockfit")
 
@@ -75,6 +81,7 @@ class Output:
         self._names = names or {}
         first = ranks.is_first()
         self.verbose = verbose
+        self._images: list[Images] = []
         self.as_json, self.quiet = as_json and first, quiet or not first
         self._console, self._page = (
             Console(
@@ -151,10 +158,38 @@ class Output:
             table.add_row(*row)
         self._page.print(table)
 
+    def reads(self, images: Images) -> None:
+        """Note images of this command, to tell with the result what was skipped of them."""
+        self._images.append(images)
+
     def result(self, value: Mapping[str, Any]) -> None:
-        """The one JSON object on standard output, where it was asked for."""
+        """What was skipped, and the one JSON object on standard output where it was asked for.
+
+        Under ``data`` it says for each set of images what was used, skipped and left out, and how
+        labels were matched.
+        """
+        told = [images.description() for images in self._images]
+        self.warn(line for one in told if (line := skipped_line(one)) is not None)
         if self.as_json:
-            typer.echo(json.dumps(value, allow_nan=False))
+            data = {"data": told} if told else {}
+            typer.echo(json.dumps({**value, **data}, allow_nan=False))
+
+
+def skipped_line(told: Mapping[str, Any]) -> str | None:
+    """One line on the pictures of ``Images.description`` that are left out; ``None`` for none."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in told["left_out"].items():
+        reasons.setdefault(why, []).append(name)
+    if told["skipped"]:
+        reasons["cannot be read"] = list(told["skipped"])
+    if not reasons:
+        return None
+    count = sum(map(len, reasons.values()))
+    parts = [
+        f"{', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''} ({why})"
+        for why, names in reasons.items()
+    ]
+    return f"{count} image{'s' if count > 1 else ''} left out: {'; '.join(parts)}"
 
 
 def clock(started: float) -> str:

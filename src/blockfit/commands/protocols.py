@@ -71,7 +71,9 @@ class Wanted:
         if train is not None:
             learnt = _features(out, there, where, train, "train")
             out.say("learning from the features")
-            found |= judge(self._learning, learnt, tested)
+            names = (test.records.class_names, train.records.class_names)
+            same = {name: features.among(*names) for name, features in tested.items()}
+            found |= judge(self._learning, learnt, same)
         if "zero-shot" in self.protocols:
             found["zero-shot"] = self._zero_shot(out, there, test, tested)
         if self.masks is not None:
@@ -90,7 +92,8 @@ class Wanted:
         test: Images,
         tested: Mapping[str, Features],
     ) -> dict[str, float]:
-        names = read_names(self.classes) if self.classes is not None else test.class_names
+        own = test.records.class_names
+        names = read_names(self.classes) if self.classes is not None else own
         if not names:
             raise BlockfitError(
                 "the images come without class names; give --classes FILE, one name per line in "
@@ -100,7 +103,8 @@ class Wanted:
         out.say(f"embedding the names of {len(names)} classes")
         tokenize = tokenizer(model, source_of(model))
         classes = class_embeddings(model, tokenize, names, self.prompts or [PROMPT])
-        return {name: zero_shot(classes, features) for name, features in tested.items()}
+        among = {name: features.among(own, names) for name, features in tested.items()}
+        return {name: zero_shot(classes, features) for name, features in among.items()}
 
 
 def _features(

@@ -94,7 +94,7 @@ def quantize(
             models = {ORIGINAL: original, COMPRESSED: saved.model, f"+ int8 {int8}": tiny}
             sizes = dict(zip(models, (size_bytes(original), before, after), strict=True))
             pictures = reading.open(test, saved.model)
-            show_images(out, pictures.description())
+            show_images(out, pictures)
             out.say("comparing")
             found = stages(models, sizes, pictures, saved, progress=out.count)
     out.line(f"weights: {amount(before, 'B')} → {amount(after, 'B')}, in {output}")

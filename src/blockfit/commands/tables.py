@@ -10,24 +10,30 @@ from blockfit.units import amount, number, percent, share
 
 if TYPE_CHECKING:
     from blockfit.commands.output import Output
+    from blockfit.data.images import Images
     from blockfit.fit.similarity import Tables
 
 BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
 
 
 def show_images(
-    out: Output, told: Mapping[str, Any], device: str | None = None, usual: bool = False
+    out: Output, images: Images, device: str | None = None, usual: bool = False
 ) -> None:
-    """Which images are used and how they are prepared, from ``Images.description``; and where.
+    """Which images are used, how they are prepared and their labels matched; and where.
 
-    ``usual`` says that nobody asked for that number of images.
+    ``usual`` says that nobody asked for that number of images. What is skipped is told with the
+    result, when all of them have been read.
     """
+    told = images.description()
     drawn = "" if told["used"] == told["total"] else f", drawn with seed {told['seed']}"
     drawn += "; --limit all for all" if usual else ""
     out.note(f"images: {told['used']:,} of {told['total']:,} from {told['source']}{drawn}")
     out.note(f"preprocessing: {told['preprocessing']}")
+    if told["labels"] is not None:
+        out.note(told["labels"]["line"])
     if device is not None:
         out.note(f"device: {device}")
+    out.reads(images)
 
 
 def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None:
@@ -159,7 +165,9 @@ def show_evaluation(out: Output, worth: Mapping[str, Any]) -> None:
     header = BEFORE_AFTER
     if worth["original"] is None:
         header, rows = ("", "model"), [(name, value) for name, _, value, _ in rows]
-    out.table(header, rows, f"On {worth['images']} images")
+    labelled = after.get("labelled", 0)
+    some = f", {labelled} of them labelled" if 0 < labelled < worth["images"] else ""
+    out.table(header, rows, f"On {worth['images']} images{some}")
     if figures := _figures(worth.get("intervals") or {}):
         ends = ", ".join(f"{name} {ends}" for name, _, ends, _ in figures)
         out.line(f"{worth['intervals']['confidence']:.0%} intervals: {ends}")

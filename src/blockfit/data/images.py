@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,14 +22,15 @@ from torch.utils.data import DataLoader, Dataset
 from blockfit import processes as ranks
 from blockfit.arguments import at_least, checked
 from blockfit.data.decode import Unreadable, decode
-from blockfit.data.labels import model_labels
+from blockfit.data.labels import Matching, match
 from blockfit.data.loaders import Stream, stream_of
 from blockfit.data.paths import from_files, from_path
 from blockfit.data.records import Records, from_arrays, from_digits, from_items
+from blockfit.data.streams import from_stream, from_transformed, is_streamed, is_transformed
 from blockfit.data.tables import from_dataset, one_split
 from blockfit.errors import BlockfitError
 from blockfit.models.forward import Batch
-from blockfit.models.preprocessing import Preprocessing, preprocessing_of
+from blockfit.models.preprocessing import Preprocessing, channels_taken, preprocessing_of
 
 MOST_UNREADABLE = 0.1
 """The share of unreadable images beyond which a run stops."""
@@ -42,9 +44,10 @@ class LabelledBatch:
 
     Args:
         inputs: a tensor (B, C, H, W), or a mapping of tensors that the model takes by name.
-        labels: int64 (B,), in the order of the model's classes; ``None`` where there are none.
+        labels: int64 (B,), numbers of the model's classes, −1 for an image that has none of them;
+            ``None`` where no image of the batch has one.
         names: B names, of files or positions.
-        number: of the batch among all of the walk, shards of other processes included.
+        number: the place of its first image, with which another walk can begin.
         places: B numbers, of the images in the walk's order; an unreadable image has one, too.
     """
 
@@ -53,6 +56,8 @@ class LabelledBatch:
     names: list[str]
     number: int = 0
     places: list[int] = field(default_factory=list)
+    own_labels: Tensor | None = None
+    """The same as the data set numbers them: int64 (B,), −1 for an image without a label."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +80,10 @@ class Images:
     seed: int
     workers: int
     drawn: int
-    class_names: list[str] | None
-    new_label: dict[int, int] | None = None
+    matching: Matching = field(default_factory=Matching)
     unreadable: dict[int, str] = field(default_factory=dict)
+    uncounted: dict[int, str] = field(default_factory=dict)
+    labelled: set[int] = field(default_factory=set)
     max_pixels: int | None = None
     shard: tuple[int, int] = (0, 1)
     limited: bool = False
@@ -91,6 +97,17 @@ class Images:
         return (batch.inputs for batch in self.batches())
 
     @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of ``LabelledBatch.labels``, where known."""
+        return self.matching.names
+
+    @property
+    def labels_line(self) -> str | None:
+        """One line on how labels were matched and what is not counted; ``None`` without labels."""
+        told = self._labels_told()
+        return None if told is None else str(told["line"])
+
+    @property
     def skipped(self) -> list[str]:
         """The names of the unreadable images met so far."""
         if not self.unreadable:
@@ -100,8 +117,10 @@ class Images:
     def batches(self, start: int = 0) -> Iterator[LabelledBatch]:
         """The images in batches, with labels and names.
 
+        Neighbours of another size begin a new batch.
+
         Args:
-            start: begin with the batch of this number.
+            start: begin with the image at this place.
 
         Raises:
             BlockfitError: where more than ``MOST_UNREADABLE`` of the images cannot be read.
@@ -109,19 +128,20 @@ class Images:
         if isinstance(self.records, Stream):
             yield from self._streamed(self.records, start)
             return
-        numbers = [n for n in self._numbers() if n >= start]
+        size = self.batch_size
+        numbers = [n for n in self._numbers() if (n + 1) * size > start]
         for number, samples in zip(numbers, self._samples(numbers), strict=True):
-            for sample in samples:
+            good: list[tuple[int, _Sample]] = []
+            for place, sample in enumerate(samples, number * size):
                 if sample.fault is not None:
                     raise BlockfitError(sample.fault)
                 if sample.inputs is None:
                     self.unreadable[sample.position] = sample.name
                     self._stop_if_too_many(sample.reason)
-            good = [i for i, sample in enumerate(samples) if sample.inputs is not None]
-            if good:
-                batch = self._batch([samples[i] for i in good])
-                places = [number * self.batch_size + i for i in good]
-                yield replace(batch, number=number, places=places)
+                elif place >= start:
+                    good.append((place, sample))
+            for _, alike in itertools.groupby(good, lambda one: _shape(one[1])):
+                yield self._batch(list(alike))
 
     def own(self) -> Images:
         """The share of this process: every n-th batch of a run on n processes."""
@@ -154,10 +174,8 @@ class Images:
         if self.limited or len(self.positions) <= count:
             return self
         order = np.random.default_rng(seed).permutation(self.positions)
-        return replace(
-            self, positions=order[:count], beyond=order[count:], seed=seed, drawn=count,
-            limited=True,
-        )  # fmt: skip
+        drawn, beyond = (_in_order(self.records, part) for part in np.split(order, [count]))
+        return replace(self, positions=drawn, beyond=beyond, seed=seed, drawn=count, limited=True)
 
     def apart(self, count: int, seed: int) -> tuple[Images, Images]:
         """These images, and ``count`` others that were given: those ``beyond`` come first.
@@ -217,6 +235,8 @@ class Images:
             "used": len(self),
             "seed": self.seed,
             "skipped": self.skipped,
+            "left_out": dict(self.records.left_out),
+            "labels": self._labels_told(),
             "columns": dict(self.records.columns),
             "preprocessing": preprocessing,
         }
@@ -226,19 +246,20 @@ class Images:
 
     def _streamed(self, stream: Stream, start: int) -> Iterator[LabelledBatch]:
         rank, of = self.shard
-        numbers: Iterable[int] = itertools.count()
-        positions, first = self.positions, 0
+        places: Sequence[int] = range(len(self.positions))
         if stream.by_position:  # only the batches of this shard are made
-            numbers = own = [n for n in self._numbers() if n >= start]
-            positions = np.concatenate([positions[:0], *map(self._chunk, own)])
-        pieces = stream.batches(positions, self.batch_size)
-        for number, (inputs, labels, names) in zip(numbers, pieces, strict=False):
-            if stream.by_position:
-                first = number * self.batch_size
-            places = list(range(first, first + len(names)))
-            first += len(names)
-            if number >= start and number % of == rank:
-                yield LabelledBatch(inputs, self._relabelled(labels), names, number, places)
+            size = self.batch_size
+            own = [n for n in self._numbers() if (n + 1) * size > start]
+            places = [p for n in own for p in places[n * size : (n + 1) * size]]
+        done = 0
+        pieces = stream.batches(self.positions[list(places)], self.batch_size)
+        for number, (inputs, given, names) in enumerate(pieces):
+            here = list(places[done : done + len(names)])
+            done += len(names)
+            if here[0] >= start and (stream.by_position or number % of == rank):
+                known = [None] * len(names) if given is None else given.tolist()
+                labels, own_labels = self._numbered([int(name) for name in names], known)
+                yield LabelledBatch(inputs, labels, names, here[0], here, own_labels)
 
     def _chunk(self, number: int) -> np.ndarray:
         """The positions of one batch."""
@@ -283,29 +304,49 @@ class Images:
             f"read: {', '.join(names[:3])}{more} ({reason}); remove or repair them"
         )
 
-    def _batch(self, samples: Sequence[_Sample]) -> LabelledBatch:
-        tensors = [cast(Tensor, s.inputs) for s in samples]
-        shapes = {tuple(t.shape) for t in tensors}
-        if len(shapes) > 1:
-            raise BlockfitError(
-                f"the prepared images differ in shape, {' and '.join(map(str, sorted(shapes)[:2]))}"
-                "; use a preprocessing that cuts them to one size, or batch_size=1"
-            )
-        numbers = [s.label for s in samples]
-        labels = None
-        if all(number is not None for number in numbers):
-            labels = torch.tensor(numbers, dtype=torch.int64)
-        return LabelledBatch(
-            torch.stack(tensors), self._relabelled(labels), [s.name for s in samples]
-        )
+    def _batch(self, alike: Sequence[tuple[int, _Sample]]) -> LabelledBatch:
+        places, samples = [place for place, _ in alike], [sample for _, sample in alike]
+        labels, own = self._numbered([s.position for s in samples], [s.label for s in samples])
+        inputs = torch.stack([cast(Tensor, sample.inputs) for sample in samples])
+        names = [sample.name for sample in samples]
+        return LabelledBatch(inputs, labels, names, places[0], places, own)
 
-    def _relabelled(self, labels: Tensor | None) -> Tensor | None:
-        if labels is None or self.new_label is None:
-            return labels
-        numbers = [self.new_label.get(int(label)) for label in labels]
-        if any(number is None for number in numbers):
+    def _numbered(
+        self, positions: Sequence[int], given: Sequence[int | None]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Labels as the model numbers them, and as the data set does; what has none is noted."""
+        own = [-1 if label is None or label < 0 else label for label in given]
+        numbers = [self.matching.of(label) for label in own]
+        for position, label, number in zip(positions, own, numbers, strict=True):
+            if label >= 0:
+                self.labelled.add(position)
+            if number is None:
+                self.uncounted[position] = self.matching.call(label)
+        found = [-1 if number is None else number for number in numbers]
+        return _tensor_of(found), _tensor_of(own)
+
+    def _labels_told(self) -> dict[str, Any] | None:
+        """How labels were matched and how many images are not counted, as JSON values."""
+        own = [i for i in self._own().tolist() if i not in self.unreadable]
+        if self.labelled.isdisjoint(own):
             return None
-        return torch.tensor(numbers, dtype=torch.int64)
+        missing = Counter(self.uncounted[i] for i in own if i in self.uncounted)
+        ordered = dict(missing.most_common())
+        return {
+            "by": self.matching.by,
+            "counted": len(own) - missing.total(),
+            "not_counted": {name or "no label": count for name, count in ordered.items()},
+            "line": self.matching.line(ordered),
+        }
+
+
+def _tensor_of(numbers: list[int]) -> Tensor | None:
+    """``None`` where all are −1."""
+    return torch.tensor(numbers, dtype=torch.int64) if max(numbers) >= 0 else None
+
+
+def _shape(sample: _Sample) -> tuple[int, ...]:
+    return tuple(cast(Tensor, sample.inputs).shape)
 
 
 @checked
@@ -339,6 +380,7 @@ def images(
               ``imagenet-1k`` (from the Hub or its cache), ``digits`` (the demo's)
             - a uint8 array (N, H, W[, C]), a tensor (N, C, H, W) that is already prepared, or a
               pair of one of them and labels
+            - a data set of ``datasets``, with the user's transform or streamed, too
             - a data set with positions, such as torchvision's; a ``DataLoader`` or any re-iterable
               of tensors, (tensor, label) pairs or dictionaries
         model: the model whose preprocessing and class names are used.
@@ -362,7 +404,7 @@ def images(
         raise BlockfitError(f'limit must be a number of images or "all", got {limit!r}')
     at_least(1, batch_size=batch_size, limit=count, max_pixels=max_pixels)
     at_least(0, workers=workers, seed=seed)
-    records = _records(source, image_column, label_column, split)
+    records = _records(source, image_column, label_column, split, count, seed)
     if records.size == 0:
         raise BlockfitError(f"{records.source} holds no images; give one that holds some")
     prepare = _prepare(records, model, preprocessing)
@@ -370,13 +412,31 @@ def images(
     beyond = positions[:0]
     if count is not None:
         order = np.random.default_rng(seed).permutation(records.size)
-        positions, beyond = order[:count], order[count:]
-    names, new_label = model_labels(records.class_names, model)
-    drawn = len(positions)
-    return Images(
-        records, positions, prepare, batch_size, seed, workers, drawn, names, new_label,
-        max_pixels=max_pixels, limited=limit is not None, beyond=beyond,
+        positions, beyond = _in_order(records, order[:count]), _in_order(records, order[count:])
+    made = Images(
+        records, positions, prepare, batch_size, seed, workers, len(positions),
+        _matching(records, model), max_pixels=max_pixels,
+        limited=limit is not None, beyond=beyond,
     )  # fmt: skip
+    if isinstance(records, Records) and records.labels is not None:
+        given = [*positions.tolist(), *beyond.tolist()]
+        made._numbered(given, [records.labels[i] for i in given])
+    return made
+
+
+def _in_order(records: Records | Stream, positions: np.ndarray) -> np.ndarray:
+    """Sorted, where pictures are best read so."""
+    sequential = isinstance(records, Records) and records.in_order
+    return np.sort(positions) if sequential else positions
+
+
+def _matching(records: Records | Stream, model: nn.Module | None) -> Matching:
+    if isinstance(records, Stream):
+        return match(records.class_names, model)
+    used = None
+    if records.labels is not None:
+        used = {label for label in records.labels if label is not None and label >= 0}
+    return match(records.class_names, model, used, records.own_numbers, records.unit)
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
@@ -386,7 +446,12 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
 
 
 def _records(
-    source: Any, image_column: str | None, label_column: str | None, split: str | None
+    source: Any,
+    image_column: str | None,
+    label_column: str | None,
+    split: str | None,
+    limit: int | None,
+    seed: int,
 ) -> Records | Stream:
     kind = type(source).__name__
     if isinstance(source, str) and source in ("digits", "digits:test"):
@@ -399,6 +464,10 @@ def _records(
         return from_arrays(*source)
     if type(source).__module__.partition(".")[0] == "datasets":
         table, kind = one_split(source, kind, split)
+        if is_streamed(table):
+            return from_stream(table, kind, image_column, label_column, limit, seed)
+        if is_transformed(table):
+            return from_transformed(table, kind, image_column, label_column)
         return from_dataset(table, kind, image_column, label_column)
     if isinstance(source, Sequence) and source and isinstance(source[0], str | Path):
         return from_files(source, image_column, label_column, split)
@@ -418,7 +487,14 @@ def _prepare(
         raise BlockfitError(
             f"how are the images of {records.source} prepared? give the model, or preprocessing="
         )
-    return preprocessing_of(model)
+    made = preprocessing_of(model)
+    taken = {made.channels, channels_taken(model) or made.channels}
+    if taken - {1, 3}:
+        raise BlockfitError(
+            f"{type(model).__name__} takes {max(taken - {1, 3})} channels, and pictures are read "
+            "as grey or RGB; give its images as prepared tensors (images, channels, height, width)"
+        )
+    return made
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from blockfit.data.decode import IMAGE_SUFFIXES
+from blockfit.data.decode import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from blockfit.data.records import (
     LABEL_NAMES,
     SPLIT_NAMES,
@@ -22,7 +22,8 @@ from blockfit.data.records import (
 )
 from blockfit.errors import BlockfitError, first_line
 
-_ENDINGS = "|".join(re.escape(suffix) for suffix in sorted(IMAGE_SUFFIXES))
+_SUFFIXES = IMAGE_SUFFIXES | OTHER_SUFFIXES
+_ENDINGS = "|".join(re.escape(suffix) for suffix in sorted(_SUFFIXES))
 _PATH_AND_LABEL = re.compile(rf"(.*(?:{_ENDINGS}))\s+(\S.*)", re.IGNORECASE)
 
 
@@ -103,7 +104,7 @@ def _path_and_label(line: str) -> tuple[str, str | None]:
     if "\t" in line:
         path, _, label = line.rpartition("\t")
         return path.strip(), label.strip()
-    if line.lower().endswith(tuple(IMAGE_SUFFIXES)):
+    if line.lower().endswith(tuple(_SUFFIXES)):
         return line, None
     found = _PATH_AND_LABEL.fullmatch(line)
     return (found[1], found[2]) if found else (line, None)

@@ -7,10 +7,11 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from blockfit.data.decode import IMAGE_SUFFIXES
+from blockfit.data.decode import is_picture, why_left_out
 from blockfit.data.layouts import from_layout
 from blockfit.data.lists import from_list, from_numpy
 from blockfit.data.ready import READY, from_ready
@@ -20,6 +21,19 @@ from blockfit.data.tar_shards import from_shards, is_shard
 from blockfit.errors import BlockfitError
 
 _ALONE = frozenset((".parquet", ".arrow", ".npy", ".npz", ".txt", ".tsv", ".lst"))
+_TRAIN_AND_TEST = frozenset(("train", "val", "test"))
+_ALIKE = {
+    **dict.fromkeys(("training", "trainval"), "train"),
+    **dict.fromkeys(("valid", "validation", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("testing", "tests"), "test"),
+}
+_BESIDE_SPLITS = "unlabelled|unlabeled|unsup|unsupervised|extra|holdout|held[ _-]?out"
+_SPLIT = re.compile(
+    rf"(trainval|train|training|val|valid|validation|dev|eval|evaluation|test|testing|tests"
+    rf"|{_BESIDE_SPLITS})(?:[ _-]?(?:set|images|imgs|data|split|\d+))?",
+    re.IGNORECASE,
+)
+BESIDE_CLASSES = "beside the class folders"
 _MOST_FILES = 100_000  # that braces may stand for
 
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -117,31 +131,64 @@ def _from_folder(
     if split is not None and (folder / split).is_dir():
         return _from_folder(folder / split, image_column, label_column, None)
     found = _files_in(folder)
-    pictures = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    pictures = [path for path in found if is_picture(path)]
+    left_out = [(str(path), why) for path in found if (why := why_left_out(path)) is not None]
     if not pictures:
-        return _other_files(folder, found, columns)
-    if split is not None or image_column is not None or label_column is not None:
+        return _other_files(folder, found, columns, left_out)
+    if image_column is not None or label_column is not None:
+        raise BlockfitError(f"{folder}: a folder of images has no columns; leave them away")
+    inside = [path for path in pictures if path.parent != folder]
+    classes = sorted({path.relative_to(folder).parts[0] for path in inside})
+    stray = len(pictures) - len(inside)
+    if are_splits(classes) and stray <= len(inside):
+        said = "give one of them" if split is None else f"there is no {split!r}; give one of them"
         raise BlockfitError(
-            f"{folder}: a folder of images has neither columns nor splits; leave both away"
+            f"{folder} holds the splits {', '.join(classes)}; {said}, as in {folder}:{classes[0]}"
         )
-    parents = [path.relative_to(folder).parts[0] for path in pictures]
-    classes = sorted(set(parents))
-    if any(path.parent == folder for path in pictures) or len(classes) < 2:
-        return from_pictures(pictures, str(folder))
-    if SPLIT_NAMES.issuperset(name.lower() for name in classes):
-        raise BlockfitError(
-            f"{folder} holds the splits {', '.join(classes)}; give one of them, as in "
-            f"{folder}:{classes[0]}"
-        )
-    return from_pictures(pictures, str(folder), parents)
+    if split is not None:
+        raise BlockfitError(f"{folder}: a folder of images has no splits; leave {split!r} away")
+    if stray == 0 and len(classes) == 1 and _split_word(classes[0]) in _TRAIN_AND_TEST:
+        only = _from_folder(folder / classes[0], *columns)
+        return replace(only, left_out=[*only.left_out, *left_out])
+    if len(classes) < 2 or stray > len(inside):
+        return replace(from_pictures(pictures, str(folder)), left_out=left_out)
+    beside = [(str(path), BESIDE_CLASSES) for path in pictures if path.parent == folder]
+    labels = [path.relative_to(folder).parts[0] for path in inside]
+    names = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    made = from_pictures(inside, str(folder), labels, names)
+    return replace(made, left_out=left_out + beside, unit="folders")
 
 
-def _other_files(folder: Path, found: Sequence[Path], columns: Columns) -> Records:
+def are_splits(folders: Sequence[str]) -> bool:
+    """Whether folders are splits: all are called so, or two of them ``train`` and ``test``.
+
+    A class may be called ``train``, too; not beside one called ``test``.
+    """
+    words = [_split_word(name) for name in folders]
+    main = {word for word in words if word in _TRAIN_AND_TEST}
+    return len(folders) > 1 and bool(main) and (None not in words or len(main) > 1)
+
+
+def _split_word(name: str) -> str | None:
+    """``train`` of ``Train``, ``train2017``, ``training_set``; ``None`` of what is no split."""
+    found = _SPLIT.fullmatch(name)
+    return None if found is None else _ALIKE.get(word := found[1].lower(), word)
+
+
+def _other_files(
+    folder: Path, found: Sequence[Path], columns: Columns, left_out: Sequence[tuple[str, str]]
+) -> Records:
     """A folder without pictures: of tables, or of shards."""
     image_column, label_column, split = columns
     if any(path.suffix.lower() in (".parquet", ".arrow") for path in found):
         return from_hub(str(folder), *columns)
     shards = [path for path in found if is_shard(path)]
+    if not shards and left_out:
+        name, why = left_out[0]
+        raise BlockfitError(
+            f"{folder} holds {len(left_out)} pictures, and none that can be read ({name}: {why}); "
+            "convert them to JPEG or PNG, or for HEIC pip install pillow-heif"
+        )
     if not shards:
         raise BlockfitError(
             f"{folder} holds no images and no parquet or arrow files or shards; give a folder that "
@@ -174,7 +221,8 @@ def _files_in(folder: Path) -> list[Path]:
     found, seen = [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
+        shown = sorted(f for f in folders if not f.startswith("."))  # of two ways the first
+        folders[:] = [] if real in seen else shown
         if real not in seen:
             found += [Path(root, file) for file in files if not file.startswith(".")]
         seen.add(real)

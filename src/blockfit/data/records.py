@@ -22,6 +22,7 @@ Picture = bytes | str | Path | Image.Image | np.ndarray | Tensor
 """What ``Records.read`` returns: something to decode, or a tensor that is already prepared."""
 
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+_UNKNOWN = (None, -1, "", "-1", "nan", "NaN")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "cls")
 
 
@@ -37,6 +38,12 @@ class Records:
         class_names: in the order of the labels, where known.
         columns: the columns of a table that are used.
         prepared: whether ``read`` returns tensors that the model takes as they are.
+        labels: of all pictures, where they are known without reading them.
+        own_numbers: whether the labels' numbers are the data set's own; else they number the sorted
+            ``class_names``.
+        unit: what carries a label, such as ``folders``.
+        left_out: name and reason of each picture that was found but does not count.
+        in_order: whether pictures are best read in their order.
     """
 
     source: str
@@ -46,6 +53,11 @@ class Records:
     class_names: list[str] | None = None
     columns: dict[str, str] = field(default_factory=dict)
     prepared: bool = False
+    labels: Sequence[int | None] | None = None
+    own_numbers: bool = True
+    unit: str = "classes"
+    left_out: Sequence[tuple[str, str]] = ()
+    in_order: bool = False
 
     def name(self, position: int) -> str:
         """What to call the picture at a position."""
@@ -75,27 +87,50 @@ class _Items:
     items: Any
     image: str | None
     label: str | None
+    class_names: list[str] | None = None
 
     def __call__(self, position: int) -> tuple[Picture, int | None]:
         picture, label = _split_item(self.items[position], self.image, self.label)
-        whole = isinstance(label, int | np.integer) or (
-            isinstance(label, Tensor) and label.ndim == 0
-        )
-        return picture, int(label) if whole else None
+        if isinstance(label, str) and self.class_names and label in self.class_names:
+            return picture, self.class_names.index(label)
+        return picture, whole_number(label)
+
+
+def whole_number(value: Any) -> int | None:
+    """A label as a number; ``None`` for what is none: NaN, texts, −1 ("unknown" in data sets)."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return int(value) if isinstance(value, int | np.integer) and value >= 0 else None
 
 
 def from_pictures(
-    paths: Sequence[Path], source: str, labels: Sequence[int | str | None] | None = None
+    paths: Sequence[Path],
+    source: str,
+    labels: Sequence[int | str | None] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Records:
-    """Image files in the order given, with the label of each where known."""
+    """Image files in the order given, with the label of each where known.
+
+    ``class_names`` are names beside those of ``labels``, of classes without pictures.
+    """
     names = [str(path) for path in paths]
-    numbers, class_names = numbered(labels) if labels else (None, None)
-    return Records(source, len(names), _Files(names, numbers), names, class_names)
+    numbers, known = numbered(labels, class_names) if labels else (None, None)
+    read = _Files(names, numbers)
+    return Records(
+        source, len(names), read, names, known, labels=numbers, own_numbers=known is None
+    )
 
 
 def from_arrays(images: np.ndarray | Tensor, labels: Any = None) -> Records:
     """uint8 arrays (N, H, W) or (N, H, W, C), or tensors (N, C, H, W) that are already prepared."""
-    numbers = None if labels is None else torch.as_tensor(labels).to(torch.int64)
+    if isinstance(labels, list | tuple):
+        labels = [-1 if label is None else label for label in labels]
+    numbers = None if labels is None else torch.as_tensor(labels)
+    if numbers is not None and numbers.is_floating_point():
+        numbers = torch.where(numbers == numbers.round(), numbers, -1)  # NaN, too
+    numbers = None if numbers is None else numbers.to(torch.int64)
     if numbers is not None and numbers.shape != (len(images),):
         raise BlockfitError(
             f"{len(images)} images, but labels of shape {tuple(numbers.shape)}; "
@@ -116,16 +151,24 @@ def from_arrays(images: np.ndarray | Tensor, labels: Any = None) -> Records:
         )
 
     read = _Arrays(images, numbers)
-    return Records(kind, len(images), read, prepared=isinstance(images, Tensor))
+    known = None if numbers is None else numbers.tolist()
+    return Records(kind, len(images), read, prepared=isinstance(images, Tensor), labels=known)
 
 
 def from_items(
     items: Any, source: str, image_key: str | None = None, label_key: str | None = None
 ) -> Records:
     """A sequence of pictures, (picture, label) pairs or dictionaries: lists, torchvision's sets."""
-    names = getattr(items, "classes", None)
-    names = [str(name) for name in names] if isinstance(names, list | tuple) else None
-    return Records(source, len(items), _Items(items, image_key, label_key), None, names)
+    names = class_names_of(items)
+    return Records(source, len(items), _Items(items, image_key, label_key, names), None, names)
+
+
+def class_names_of(dataset: Any) -> list[str] | None:
+    """``classes`` of a data set, or of the one that it is a subset of, as torchvision's have."""
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    return [str(name) for name in names] if isinstance(names, list | tuple) else None
 
 
 def from_digits(source: str) -> Records:
@@ -137,16 +180,21 @@ def from_digits(source: str) -> Records:
     return replace(from_arrays(*pictures), source=source, class_names=names)
 
 
-def numbered(labels: Sequence[int | str | None]) -> tuple[list[int | None], list[str] | None]:
+def numbered(
+    labels: Sequence[int | str | None], more: Sequence[str] = ()
+) -> tuple[list[int | None], list[str] | None]:
     """Labels as numbers; texts are numbered in their alphabetical order and returned, too.
 
-    −1 is how data sets write "unknown": it becomes ``None``.
+    −1 is how data sets write "unknown", and an empty text or NaN how tables do: they become
+    ``None``. ``more`` are names without labels.
     """
-    if not any(isinstance(label, str) for label in labels):
-        return [None if label in (None, -1) else int(label) for label in labels], None
-    names = sorted({str(label) for label in labels if label is not None})
+    texts = any(isinstance(label, str) for label in labels)
+    if not texts:
+        return [whole_number(label) for label in labels], None
+    known = [None if label in _UNKNOWN else str(label) for label in labels]
+    names = sorted({label for label in known if label is not None} | set(more))
     number = {name: i for i, name in enumerate(names)}
-    return [None if label is None else number[str(label)] for label in labels], names
+    return [None if label is None else number[label] for label in known], names
 
 
 def _split_item(item: Any, image_key: str | None, label_key: str | None) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from blockfit.data.decode import Unreadable
-from blockfit.data.records import LABEL_NAMES, Picture, Records
+from blockfit.data.records import LABEL_NAMES, Picture, Records, numbered
 from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models.hub import silent
 
@@ -21,14 +21,11 @@ from blockfit.models.hub import silent
 class _Table:
     dataset: Any
     image: str
-    label: str | None
-    numbers: dict[str, int]  # of the class names, where labels are texts
+    labels: list[int | None] | None
 
     def __call__(self, position: int) -> tuple[Picture, int | None]:
         row = self.dataset[position]
-        label: Any = row[self.label] if self.label else None
-        label = self.numbers.get(label, label)
-        return _cell(row[self.image]), None if label in (None, -1) else int(label)
+        return _cell(row[self.image]), self.labels[position] if self.labels else None
 
 
 def from_dataset(
@@ -37,23 +34,35 @@ def from_dataset(
     """A ``datasets.Dataset``; its image and label columns are found by their types."""
     library = need("datasets", "datasets")
     image, label = _columns(dataset.features, source, image_column, label_column)
-    dataset = dataset.with_format(None).select_columns([image, label] if label else [image])
+    dataset = dataset.with_format(None)
+    labels, names, own_numbers = None, None, True
+    if label:
+        labels, names, own_numbers = _labels(dataset, label, source)
+    dataset = dataset.select_columns([image])
     if isinstance(dataset.features[image], library.Image):
         dataset = dataset.cast_column(image, library.Image(decode=False))
-    names = getattr(dataset.features[label], "names", None) if label else None
-    numbers = {}
-    kind = getattr(dataset.features[label], "dtype", "a list") if label else ""
-    if not re.fullmatch(r"|u?int\d+|bool|(large_)?string", kind):
+    columns = {"image": image, **({"label": label} if label else {})}
+    read = _Table(dataset, image, labels)
+    return Records(
+        source, len(dataset), read, None, names, columns, labels=labels, own_numbers=own_numbers
+    )
+
+
+def _labels(
+    dataset: Any, column: str, source: str
+) -> tuple[list[int | None], list[str] | None, bool]:
+    """Labels, their names where there are any, and whether their numbers are the column's own."""
+    kind = getattr(dataset.features[column], "dtype", "a list")
+    values = dataset.select_columns([column])[:][column]
+    whole = kind.startswith("float") and all(v is None or v != v or v == int(v) for v in values)
+    if not whole and not re.fullmatch(r"u?int\d+|bool|(large_)?string", kind):
         raise BlockfitError(
-            f"{source}: the column {label!r} holds {kind}, and a label is a whole number or a "
+            f"{source}: the column {column!r} holds {kind}, and a label is a whole number or a "
             "text; name another with label_column="
         )
-    if "string" in kind:
-        names = sorted(name for name in dataset.unique(label) if name is not None)
-        numbers = {name: number for number, name in enumerate(names)}
-    columns = {"image": image, **({"label": label} if label else {})}
-    read = _Table(dataset, image, label, numbers)
-    return Records(source, len(dataset), read, None, names, columns)
+    numbers, texts = numbered(values)
+    names = getattr(dataset.features[column], "names", None) or texts
+    return numbers, names, texts is None
 
 
 def from_tables(

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from blockfit.data.decode import IMAGE_SUFFIXES, Unreadable
+from blockfit.data.decode import Unreadable, is_picture, why_left_out
 from blockfit.data.records import LABEL_NAMES, Picture, Records, numbered
 from blockfit.errors import BlockfitError, first_line
 
@@ -74,11 +74,12 @@ def from_shards(
     where: list[tuple[int, int, int]] = []
     names: list[str] = []
     labels: list[Label] = []
+    left_out: list[tuple[str, str]] = []
     read = _Shards([])
     for number, path in enumerate(paths):
         file = _plain_tar(path, read)
         read.files.append(str(file))
-        for sample in _samples(file, path, label_column):
+        for sample in _samples(file, path, label_column, left_out):
             for name, offset, size in sample.chosen(image_column):
                 where.append((number, offset, size))
                 names.append(f"{path}/{_printable(name)}")
@@ -90,7 +91,10 @@ def from_shards(
     read.labels = numbers if any(n is not None for n in numbers) else None
     columns = {"image": image_column} if image_column else {}
     columns |= {"label": label_column} if label_column else {}
-    return Records(source, len(names), read, names, class_names, columns)
+    return Records(
+        source, len(names), read, names, class_names, columns,
+        labels=read.labels, own_numbers=class_names is None, left_out=left_out,
+    )  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -166,7 +170,9 @@ def _plain_tar(path: Path, owner: _Shards) -> Path:
     return Path(name)
 
 
-def _samples(file: Path, path: Path, label_key: str | None) -> list[_Sample]:
+def _samples(
+    file: Path, path: Path, label_key: str | None, left_out: list[tuple[str, str]]
+) -> list[_Sample]:
     """The samples of a plain tar, in the order of their first members."""
     samples: dict[str, _Sample] = {}
     try:
@@ -174,7 +180,9 @@ def _samples(file: Path, path: Path, label_key: str | None) -> list[_Sample]:
             for member in _members(tar, content):
                 key, ending = _key(member.name)
                 sample = samples.setdefault(key, _Sample())
-                if f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES:
+                if (why := why_left_out(member.name)) is not None:
+                    left_out.append((f"{path}/{_printable(member.name)}", why))
+                elif is_picture(member.name):
                     place = (ending, member.offset_data, member.size)
                     sample.pictures[member.name] = place  # a later one of that name replaces it
                 elif ending in ("cls", "json") and member.size <= _LARGEST_LABEL:

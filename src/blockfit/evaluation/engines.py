@@ -19,7 +19,15 @@ from blockfit.formats.manifest import installed_versions
 from blockfit.formats.onnx_file import Session, export_onnx
 from blockfit.models.blocks import find_blocks
 from blockfit.models.cost import measuring, peak_memory, wait
-from blockfit.models.forward import Batch, call, example_input, first_images, image_tower, placed
+from blockfit.models.forward import (
+    Batch,
+    call,
+    example_input,
+    first_images,
+    image_tensor,
+    image_tower,
+    placed,
+)
 from blockfit.models.load import source_of
 from blockfit.models.surgery import removed_plan
 
@@ -144,8 +152,7 @@ def _compiled(model: nn.Module) -> nn.Module:
 
 def _waited(model: nn.Module, batch: Batch) -> Callable[[], object]:
     """One forward pass with nothing around it that a user's own code would not do."""
-    values = [batch] if isinstance(batch, Tensor) else batch.values()
-    device = next(value.device for value in values if isinstance(value, Tensor))
+    device = image_tensor(batch).device
     if image_tower(model) is not None:
         forward: Callable[[], object] = functools.partial(call, model, batch)
     elif isinstance(batch, Tensor):

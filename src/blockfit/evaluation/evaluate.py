@@ -26,7 +26,7 @@ from blockfit.models.cost import (
     speedup,
 )
 from blockfit.models.forward import evaluating, first_images, place, placed
-from blockfit.models.head import Observation, observe
+from blockfit.models.head import Observation, observe, right_answers
 from blockfit.models.trace import trace
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.search.final import Final, Outcomes, final_of, finite, rows_of
@@ -44,6 +44,7 @@ class Figures:
     Args:
         top1: fraction of images that the model's own head classes as labelled; ``None`` without
             labels or without a head.
+        labelled: how many images it was counted on.
         parameters: their number.
         flops: of one image (``cost.flops``); ``None`` where they cannot be counted.
         size_bytes: of the weights file that the model is saved as.
@@ -60,12 +61,14 @@ class Figures:
     latency: Timing | None = None
     throughput: Timing | None = None
     peak_memory_bytes: int | None = None
+    labelled: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         fast = self.throughput
         return {
             "top1": self.top1,
+            "labelled": self.labelled,
             "parameters": self.parameters,
             "flops": self.flops,
             "size_bytes": self.size_bytes,
@@ -130,43 +133,44 @@ class Row:
     fidelity: Fidelity
 
 
-def counted(seen: Observation, labels: Tensor | None) -> tuple[int, int]:
-    """Right answers and labelled images of a batch; a negative label means that there is none.
-
-    Raises:
-        BlockfitError: where a label is no class of the head.
-    """
-    if seen.logits is None or labels is None:
-        return 0, 0
-    known = labels >= 0
-    classes = seen.logits.shape[1]
-    if int(labels.max()) >= classes:
-        raise BlockfitError(
-            f"the images have a label {int(labels.max())}, but the model's head has "
-            f"{classes} classes, 0–{classes - 1}; give images of the model's own classes"
-        )
-    guesses = seen.logits.argmax(1).to(labels.device)
-    return int((guesses[known] == labels[known]).sum()), int(known.sum())
-
-
 class Accuracy:
-    """Adds up right answers over batches."""
+    """Adds up right answers over batches.
 
-    def __init__(self) -> None:
-        self.right = self.labelled = 0
+    Args:
+        fits: whether the labels may be those of a head of so many classes.
+    """
+
+    def __init__(self, fits: Callable[[int], bool] = lambda classes: True) -> None:
+        self.right = self.labelled = self.outside = 0
+        self._fits = fits
 
     def add(self, seen: Observation, labels: Tensor | None) -> None:
-        """Compare the top class of every labelled image with its label; see ``counted``."""
-        self.add_counts(counted(seen, labels))
+        """Compare the top class of every labelled image with its label."""
+        self.add_counts(self.counted(seen, labels))
+
+    def counted(self, seen: Observation, labels: Tensor | None) -> tuple[int, int, int]:
+        """``right_answers``, or none where the labels are not of the head."""
+        fits = seen.logits is not None and self._fits(seen.logits.shape[1])
+        return right_answers(seen, labels) if fits else (0, 0, 0)
 
     def add_counts(self, counts: Sequence[int]) -> None:
         """Add what ``counted`` found."""
         self.right += counts[0]
         self.labelled += counts[1]
+        self.outside += counts[2]
 
     @property
     def top1(self) -> float | None:
-        """The fraction so far; ``None`` where nothing was labelled."""
+        """The fraction so far; ``None`` where nothing was labelled.
+
+        Raises:
+            BlockfitError: where most labels are no classes of the head.
+        """
+        if self.outside > self.labelled:
+            raise BlockfitError(
+                f"{self.outside} of {self.outside + self.labelled} labels are beyond the classes "
+                "of the model's head; give images of the model's own classes"
+            )
         return self.right / self.labelled if self.labelled else None
 
 
@@ -216,19 +220,20 @@ def evaluate(
         else blocks
         for name, model in models.items()
     }
+    accuracies = {name: Accuracy(data.matching.fits) for name in models}
     own, rows, start = data.own(), {}, 0
     if checkpoint is not None and (stored := checkpoint.load("evaluation")) is not None:
         rows, start, unreadable = stored[0]
         data.learn(unreadable)
     for batch in own.batches(start):
-        rows[str(batch.number)], start = _row(models, places, batch), batch.number + 1
+        rows[str(batch.number)] = _row(models, places, batch, accuracies)
+        start = batch.number + 1
         if progress is not None:
             progress(sum(row[0] for row in rows.values()), len(own))
         if checkpoint is not None and checkpoint.due():
             checkpoint.save("evaluation", [rows, start, [*data.unreadable.items()]])
     data.exchange()
     found = {int(k): row for part in ranks.gathered(rows) for k, row in part.items()}
-    accuracies = {name: Accuracy() for name in models}
     meter = FidelityMeter()
     for _, (_, counts, sums, _) in sorted(found.items()):  # in order: the same bits however shared
         for name, accuracy in accuracies.items():
@@ -259,19 +264,23 @@ def _check_original(original: nn.Module, blocks: Blocks) -> None:
 
 
 def _row(
-    models: Mapping[str, nn.Module], places: Mapping[str, Blocks], batch: LabelledBatch
-) -> tuple[int, dict[str, tuple[int, int]], Sums | None, list[list[float]]]:
+    models: Mapping[str, nn.Module],
+    places: Mapping[str, Blocks],
+    batch: LabelledBatch,
+    accuracies: Mapping[str, Accuracy],
+) -> tuple[int, dict[str, tuple[int, int, int]], Sums | None, list[list[float]]]:
     """Of a batch, as JSON: images, right answers and labels of each model, sums of fidelity, and
     ``Outcomes`` where there are two models."""
     seen = {
         name: finite(observe(model, places[name], placed(model, batch.inputs)), name, batch.names)
         for name, model in models.items()
     }
-    counts = {name: counted(one, batch.labels) for name, one in seen.items()}
+    counts = {name: accuracies[name].counted(one, batch.labels) for name, one in seen.items()}
     if "original" not in seen:
         return len(seen["compressed"].features), counts, None, []
     sums = _compared(seen["original"], seen["compressed"])
-    each = rows_of(seen["original"], seen["compressed"], batch.labels)
+    known = batch.labels if sum(counts["original"]) else None
+    each = rows_of(seen["original"], seen["compressed"], known)
     return len(seen["compressed"].features), counts, sums, each
 
 
@@ -300,7 +309,7 @@ def evaluate_many(
     whole = Solution(Plan(), ())
     keep = range(blocks.depth + 1)  # dense heads read more states than the first touched ones
     meters = {name: FidelityMeter() for name in solutions}
-    accuracies = {name: Accuracy() for name in solutions}
+    accuracies = {name: Accuracy(data.matching.fits) for name in solutions}
     done = 0
     with evaluating(model):
         for batch in data.batches():
@@ -337,6 +346,7 @@ def _figures(
             latency=latency.get(name),
             throughput=throughput.get(name),
             peak_memory_bytes=peak_memory(model, batch) if measure else None,
+            labelled=accuracies[name].labelled,
         )
         for name, model in models.items()
     }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from blockfit import processes as ranks
 from blockfit.arguments import checked
 from blockfit.data.images import Images
+from blockfit.data.labels import by_name
 from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Blocks
 from blockfit.models.forward import placed
@@ -58,41 +59,52 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def among(self, own: Sequence[str] | None, classes: Sequence[str] | None) -> Features:
+        """The images of ``classes``, numbered by them: ``own`` names the labels as they are.
+
+        As they are where either has no names or no class has a namesake.
+        """
+        place = by_name(own, classes) if own and classes else {}
+        if not place:
+            return self
+        kept = np.isin(self.labels, [*place])
+        numbers = [place[label] for label in self.labels[kept].tolist()]
+        return Features(self.values[kept], np.array(numbers, dtype=np.int64))
+
 
 @checked
 def extract(
     model: nn.Module, blocks: Blocks, images: Images, progress: Progress | None = None
 ) -> Features:
-    """The features that a head reads, of every image.
+    """The features that a head reads, of every labelled image, as the data set numbers labels.
 
     What the model's own head reads; without a head, a model's vector output; of an output with
     one vector per token, the class token's, or the mean where there is none; of a feature map, the
     mean over its positions.
 
     Raises:
-        BlockfitError: where there is no image, an image has no label, or a feature is not finite.
+        BlockfitError: where there is no image, no image has a label, or a feature is not finite.
     """
     rows: list[Tensor] = []
     labels: list[Tensor] = []
     places: list[int] = []
-    own = images.own()
+    own, done = images.own(), 0
     for batch in own.batches():
-        if batch.labels is None or int(batch.labels.min()) < 0:
-            raise BlockfitError(
-                f"{images.records.source} has images without a label; k-NN, probes and retrieval "
-                "need one for each"
-            )
-        seen = observe(model, blocks, placed(model, batch.inputs))
-        rows.append(vectors(seen, blocks.prefix_tokens).float().cpu())
-        labels.append(batch.labels)
-        places += batch.places
+        done += len(batch.places)
+        if batch.own_labels is not None:
+            known = (batch.own_labels >= 0).nonzero().flatten()
+            seen = observe(model, blocks, placed(model, batch.inputs))
+            rows.append(vectors(seen, blocks.prefix_tokens).float().cpu()[known])
+            labels.append(batch.own_labels[known])
+            places += [batch.places[row] for row in known.tolist()]
         if progress is not None:
-            progress(len(places), len(own))
+            progress(done, len(own))
     images.exchange()
     told = ranks.gathered([rows[0].shape[1] if rows else 0, places])
     if not any(width for width, _ in told):
         raise BlockfitError(
-            "there are no images to take features of; give a folder or file that holds some"
+            f"{images.records.source} holds no images with a label; k-NN, probes and retrieval "
+            "need labelled ones"
         )
     values = _rows_of_all(rows, told, torch.float32)
     if not torch.isfinite(values).all():

@@ -19,8 +19,8 @@ from blockfit.data.images import Images, LabelledBatch
 from blockfit.errors import BlockfitError
 from blockfit.fit.numerics import exact
 from blockfit.fit.plan import Plan
-from blockfit.models.blocks import Batch, Blocks, block_modules, call, overridden, record
-from blockfit.models.forward import evaluating, placed
+from blockfit.models.blocks import Blocks, block_modules, call, overridden, record
+from blockfit.models.forward import evaluating, image_tensor, placed
 from blockfit.models.head import observe
 from blockfit.models.load import label_names
 from blockfit.models.preprocessing import Preprocessing
@@ -213,7 +213,7 @@ def _compared(
             f"{tuple(after.features.shape)}; compare a small model with the one it was made from"
         )
     cosine = torch.cosine_similarity(exact(before.features), exact(after.features).cpu(), dim=1)
-    pixels = _pixels(batch.inputs)
+    pixels = image_tensor(batch.inputs)
     patches = [exact(state[-1][:, blocks.prefix_tokens :]).cpu() for state in (whole, small)]
     shown = []
     for row in range(len(before.features)):
@@ -262,12 +262,6 @@ class _StateErrors:
 
 def _same(hidden: Tensor) -> Tensor:
     return hidden
-
-
-def _pixels(inputs: Batch) -> Tensor:
-    """The images among a model's inputs, (B, C, H, W)."""
-    tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
-    return next((t for t in tensors if t.ndim == 4 and t.is_floating_point()), tensors[0])
 
 
 def _drawn(

@@ -83,8 +83,8 @@ class Stage:
 class _Tally:
     """Sums over batches for one stage."""
 
-    def __init__(self) -> None:
-        self.accuracy = Accuracy()
+    def __init__(self, data: Images) -> None:
+        self.accuracy = Accuracy(data.matching.fits)
         self.same = 0
         self.off = self.whole = 0.0
 
@@ -124,7 +124,7 @@ def stages(
             "there are no images to compare on; give a folder or file that holds some"
         )
     classes = observe(saved.model, saved.blocks, placed(saved.model, first)).logits is not None
-    tallies = {name: _Tally() for name in models}
+    tallies = {name: _Tally(data) for name in models}
     done = 0
     for batch in data.batches():
         outputs = {name: _output(model, batch.inputs) for name, model in models.items()}

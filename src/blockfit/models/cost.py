@@ -26,6 +26,8 @@ from blockfit.models.forward import (
     call,
     evaluating,
     first_images,
+    image_count,
+    image_tensor,
     placed,
 )
 from blockfit.models.tensors import (
@@ -167,7 +169,7 @@ def alternate(
 
     def run(name: str) -> None:
         call(models[name], ready[name])
-        wait(_device(ready[name]))
+        wait(image_tensor(ready[name]).device)
 
     with ExitStack() as modes:
         for model in models.values():
@@ -176,9 +178,9 @@ def alternate(
     return {
         name: Timing(
             seconds[name],
-            _count(ready[name]),
+            image_count(ready[name]),
             torch.get_num_threads(),
-            device_name(_device(ready[name])),
+            device_name(image_tensor(ready[name]).device),
         )
         for name in models
     }
@@ -231,9 +233,11 @@ def peak_memory(model: nn.Module, inputs: Batch) -> int | None:
     """
     bare = plain(model)
     batch = placed(bare, inputs)
-    device = _device(batch)
+    device = image_tensor(batch).device
     weights = held(named_tensors(bare)).values()
-    alive = {id(t): t.nbytes for t in (*weights, *_tensors(batch))}
+    values = [batch] if isinstance(batch, Tensor) else batch.values()
+    given = [value for value in values if isinstance(value, Tensor)]
+    alive = {id(t): t.nbytes for t in (*weights, *given)}
     with measuring(bare):
         call(model, batch)  # what is made once and kept is made now
         if device.type == "cuda":
@@ -304,19 +308,6 @@ def _countable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _tensors(inputs: Batch) -> list[Tensor]:
-    values = [inputs] if isinstance(inputs, Tensor) else inputs.values()
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _count(inputs: Batch) -> int:
-    return len(_tensors(inputs)[0])
-
-
-def _device(inputs: Batch) -> torch.device:
-    return _tensors(inputs)[0].device
 
 
 def device_name(device: torch.device) -> str:

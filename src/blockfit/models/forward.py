@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,8 +16,14 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 
-Batch = Tensor | Mapping[str, Tensor]
-"""What a model is called with: a tensor as its one argument, a mapping as its keywords."""
+Batch = Tensor | Mapping[str, Any]
+"""What a model is called with: a tensor as its one argument, a mapping as its keywords.
+
+Beside tensors with a row per image a mapping may hold what all images share: flags, numbers,
+tensors without dimensions. It is passed on as it is.
+"""
+
+_PIXELS = ("pixel_values", "images", "image", "x", "input", "inputs", "input_ids")
 
 
 FORWARD_ERRORS = (
@@ -133,9 +139,53 @@ def offloaded(model: nn.Module) -> bool:
 
 def first_images(inputs: Batch, count: int) -> Batch:
     """The first ``count`` images of a batch."""
+    return images_at(inputs, range(min(count, image_count(inputs))))
+
+
+def images_at(inputs: Batch, rows: Sequence[int]) -> Batch:
+    """Some images of a batch, and whole what all images share."""
+    count, chosen = image_count(inputs), list(rows)
+    part: Any = slice(chosen[0], chosen[-1] + 1) if _in_a_row(chosen) else chosen
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == count:
+            return value[part]
+        if isinstance(value, list) and len(value) == count:
+            return [value[row] for row in chosen]
+        return value
+
     if isinstance(inputs, Tensor):
-        return inputs[:count]
-    return {n: v[:count] if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        return inputs[part]
+    return {name: pick(value) for name, value in inputs.items()}
+
+
+def _in_a_row(rows: list[int]) -> bool:
+    return bool(rows) and rows == list(range(rows[0], rows[0] + len(rows)))
+
+
+def image_count(inputs: Batch) -> int:
+    """How many images (or texts) a batch holds."""
+    return len(image_tensor(inputs))
+
+
+def image_tensor(inputs: Batch) -> Tensor:
+    """The tensor of a batch that has one row per image: by its name, or of the most dimensions.
+
+    Raises:
+        BlockfitError: where there is none.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs
+    tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
+    named = next((tensors[name] for name in _PIXELS if name in tensors), None)
+    if named is not None:
+        return named
+    if not tensors:
+        raise BlockfitError(
+            f"what the model is called with ({', '.join(map(str, inputs)) or 'nothing'}) holds no "
+            "tensor with a row per image; give one, such as pixel_values"
+        )
+    return max(tensors.values(), key=lambda tensor: tensor.ndim)
 
 
 @contextmanager
@@ -315,14 +365,20 @@ def two_different(model: nn.Module, example: Batch) -> Batch:
     """
     like = _model_float(model)
     generator = torch.Generator().manual_seed(1)
-    values = example.values() if isinstance(example, Mapping) else (example,)
-    pictures = any(isinstance(value, Tensor) and value.ndim >= 3 for value in values)
+    if not isinstance(example, Tensor | Mapping):
+        raise BlockfitError(
+            f"an example is a tensor or a mapping of names to tensors, not {type(example).__name__}"
+        )
+    main = image_tensor(example)
+    count, pictures = len(main), main.ndim >= 3
+    if count == 0:
+        raise BlockfitError("the example is empty; pass at least one image")
 
     def two(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim == 0:
+        if isinstance(value, list) and len(value) == count:
+            return (2 * value)[:2] if count == 1 else value[:2]
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
             return value
-        if len(value) == 0:
-            raise BlockfitError(f"{name} is empty; pass at least one image")
         rows = value[:2].detach().to(like.device)
         rows = torch.cat([rows, rows]) if len(rows) == 1 else rows
         if rows.is_floating_point():
@@ -340,11 +396,7 @@ def two_different(model: nn.Module, example: Batch) -> Batch:
     if isinstance(example, Tensor):
         doubled: Batch = two("the example", example)
         return doubled
-    if isinstance(example, Mapping):
-        return {str(name): two(f"{name} of the example", v) for name, v in example.items()}
-    raise BlockfitError(
-        f"an example is a tensor or a mapping of names to tensors, not {type(example).__name__}"
-    )
+    return {str(name): two(f"{name} of the example", v) for name, v in example.items()}
 
 
 def describe(inputs: Batch) -> str:

@@ -127,3 +127,15 @@ def _equal(left: Tensor, right: Tensor) -> bool:
     finite = right[right.isfinite()]
     atol = coarse * float(finite.abs().max()) if finite.numel() else 0.0
     return torch.allclose(left, right, rtol=4 * coarse, atol=atol, equal_nan=True)
+
+
+def right_answers(seen: Observation, labels: Tensor | None) -> tuple[int, int, int]:
+    """Of a batch: right answers, images whose label is a class of the head, and other labels.
+
+    A negative label means that there is none; one beyond the head's classes is not counted.
+    """
+    if seen.logits is None or labels is None:
+        return 0, 0, 0
+    inside = (labels >= 0) & (labels < seen.logits.shape[1])
+    right = (seen.logits.argmax(1).to(labels.device) == labels) & inside
+    return int(right.sum()), int(inside.sum()), int((labels >= 0).sum() - inside.sum())

@@ -188,6 +188,21 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     return found
 
 
+def channels_taken(model: nn.Module) -> int | None:
+    """How many channels a model's images have, where its config or patch embedding says so."""
+    config = getattr(model, "config", None)
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    for owner, name in (
+        (config, "num_channels"),
+        (getattr(config, "vision_config", None), "num_channels"),
+        (projection, "in_channels"),
+    ):
+        count = getattr(owner, name, None)
+        if isinstance(count, int) and count > 0:
+            return count
+    return None
+
+
 def own_preprocessing(model: nn.Module, look_up: bool = True) -> Preprocessing | None:
     """What timm's ``pretrained_cfg`` or transformers' checkpoint says, or ``None``.
 

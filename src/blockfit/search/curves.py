@@ -184,9 +184,8 @@ class PartSums:
         found: dict[str, Spread] = {}
         if (mlp := self.parts.get("mlp")) is not None:
             rows = taken[f"> {mlp.reader}"]
-            images = sum(originals.sizes.values())
             prefix = originals.blocks.prefix_tokens
-            draw = Draw.limited(prefix, rows.shape[1], images, mlp.size, CURVE_INPUTS)
+            draw = Draw.limited(prefix, originals.tokens, mlp.size, CURVE_INPUTS)
             found["mlp"] = Spread.of(draw.take(rows, places), 1)
         if (values := self.parts.get("values")) is not None:
             found["values"] = Spread.of(taken[f"> {values.reader}"], values.heads)

@@ -115,9 +115,10 @@ class Outcomes:
 
     @property
     def labelled(self) -> int:
-        """Images with a label of the head's classes; 0 where any has one of another set."""
+        """Images with a label of the head's classes; 0 where most have one of another set."""
         known = self.column("labelled")
-        return 0 if bool((known < 0).any()) else int(known.sum())
+        inside, outside = int((known > 0).sum()), int((known < 0).sum())
+        return inside if inside > outside else 0
 
     @property
     def changes(self) -> tuple[int, int]:
@@ -172,7 +173,7 @@ def outcomes(
                 kept[batch.number] = before
         seen = observe(small, blocks, placed(small, batch.inputs))
         after = finite(seen, "compressed", batch.names)
-        known = labels_of_head(before, batch.labels, images.class_names)
+        known = labels_of_head(before, batch.labels, images)
         rows[str(batch.number)] = rows_of(before, after, known)
         if progress is not None:
             progress(sum(map(len, rows.values())), len(own))
@@ -181,13 +182,11 @@ def outcomes(
     return Outcomes.of_rows(row for _, part in sorted(found.items()) for row in part)
 
 
-def labels_of_head(
-    seen: Observation, labels: Tensor | None, class_names: list[str] | None
-) -> Tensor | None:
+def labels_of_head(seen: Observation, labels: Tensor | None, images: Images) -> Tensor | None:
     """Labels of a batch as classes of the model's head; ``None`` where they are of another set."""
     if seen.logits is None or labels is None:
         return None
-    fits = class_names is None or len(class_names) == seen.logits.shape[1]
+    fits = images.matching.fits(seen.logits.shape[1])
     return labels.to(seen.logits.device) if fits else None
 
 

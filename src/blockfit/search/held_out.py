@@ -18,7 +18,7 @@ from blockfit.fit.numerics import exact
 from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Blocks, overridden
 from blockfit.models.forward import FORWARD_ERRORS, evaluating
-from blockfit.models.head import Observation, observe
+from blockfit.models.head import Observation, observe, right_answers
 from blockfit.models.narrowed import narrowed
 from blockfit.models.surgery import swapped
 from blockfit.models.trace import Trace, trace
@@ -87,7 +87,7 @@ class HeldOut:
             raise BlockfitError("there are no held-out images to judge by; give more images")
         self.sizes = [len(seen.states[0]) for seen in self.traces]
         self._begin(model, blocks, range(len(self.traces)), None)
-        self._count_right(images.class_names)
+        self._count_right(images)
 
     @classmethod
     def of_traces(
@@ -201,23 +201,18 @@ class HeldOut:
         run = depth - first_touched(solution, depth) - len(solution.plan.removed_blocks)
         return run / depth
 
-    def _count_right(self, names: list[str] | None) -> None:
+    def _count_right(self, images: Images) -> None:
         """Find ``top1`` where the images' labels are classes of the model's own head."""
         logits = self.original[0].logits
-        if logits is None or (names is not None and len(names) != logits.shape[1]):
-            return
-        self._fits = all(
-            known is not None and int(known.max()) < logits.shape[1] for known in self.labels
-        )
-        self.top1 = _share([self._right(n, seen) for n, seen in enumerate(self.original)])
+        self._fits = logits is not None and images.matching.fits(logits.shape[1])
+        counts = [self._right(n, seen) for n, seen in enumerate(self.original)]
+        _, inside, outside = (sum(column) for column in zip(*counts, strict=True))
+        self._fits = self._fits and inside > outside
+        self.top1 = _share(counts) if self._fits else None
 
     def _right(self, place: int, seen: Observation) -> list[int]:
-        """Right answers and labelled images of a batch; below 0 is no label."""
-        labels = self.labels[place]
-        if not self._fits or labels is None or seen.logits is None:
-            return [0, 0]
-        right = seen.logits.argmax(1).to(labels.device) == labels
-        return [int(right.sum()), int((labels >= 0).sum())]
+        """Right answers, labelled images and labels outside the head's classes, of a batch."""
+        return list(right_answers(seen, self.labels[place])) if self._fits else [0, 0, 0]
 
     def judge(self, solution: Solution) -> tuple[Fidelity, list[MapError], float | None]:
         """``score``, the local error of every map beside identity's, and top-1, in one go.
@@ -324,8 +319,8 @@ def first_touched(solution: Solution, depth: int) -> int:
 
 def _share(counts: Sequence[Sequence[int]]) -> float | None:
     """The right ones among the labelled ones; ``None`` where nothing is labelled."""
-    labelled = sum(known for _, known in counts)
-    return sum(right for right, _ in counts) / labelled if labelled else None
+    labelled = sum(known for _, known, _ in counts)
+    return sum(right for right, _, _ in counts) / labelled if labelled else None
 
 
 def _same(hidden: Tensor) -> Tensor:

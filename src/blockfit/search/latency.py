@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from blockfit.models.blocks import Batch, Blocks
 from blockfit.models.cost import ROUNDS, alternate, device_name, paired_ratios
-from blockfit.models.forward import placed
+from blockfit.models.forward import image_tensor, placed
 from blockfit.search.solve import Solution
 
 LEAST_S = 0.3
@@ -48,8 +48,7 @@ class Latency:
 
 def way_of(model: nn.Module, inputs: Batch) -> dict[str, Any]:
     """The fields of ``Latency`` that say how it is measured, as they would be now."""
-    batch = placed(model, inputs)
-    ready = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
+    ready = image_tensor(placed(model, inputs))
     threads = torch.get_num_threads()
     return {"batch_size": len(ready), "threads": threads, "device": device_name(ready.device)}
 

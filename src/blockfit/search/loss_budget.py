@@ -160,12 +160,16 @@ class Judge:
         first = next(self.images.batches(), None)
         if first is None:
             raise BlockfitError("none of the images that judge can be read; give others")
+        if self._points and first.labels is None:
+            labelled = (batch for batch in self.images.batches() if batch.labels is not None)
+            first = next(labelled, first)
         seen = observe(self.model, self.blocks, placed(self.model, first.inputs))
-        labels = labels_of_head(seen, first.labels, self.images.class_names)
+        labels = labels_of_head(seen, first.labels, self.images)
         if self._points and labels is None:
             raise BlockfitError(
-                "max_drop needs labelled images of the classes of the model's own head; "
-                "give such images or use max_kl"
+                "max_drop needs labelled images of the classes of the model's own head "
+                f"({self.images.labels_line or 'these have no labels'}); give such images or use "
+                "max_kl"
             )
         if seen.logits is None:
             raise BlockfitError("max_kl needs a model with a head; use remove, params or flops")

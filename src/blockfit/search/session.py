@@ -489,7 +489,7 @@ class Session:
         for error in point.map_errors:
             if error.map == "identity" and any(m != "identity" for m in self.recipe.maps):
                 out.append(f"span {error.span} was dropped: its map was worse than identity")
-        tokens = len(self.setting.fit) * self.originals.like.shape[1]
+        tokens = self.originals.tokens
         if tokens < 4 * self.setting.blocks.width:
             out.append(
                 f"{tokens} tokens of {len(self.setting.fit)} images are few for width "

@@ -245,7 +245,7 @@ class _Walk:
         for b, hidden in enumerate(self.hidden):
             source = hidden if options.refit else self.originals.state(b, span.start)
             target = self.originals.state(b, span.stop)
-            judges = self.originals.numbers[b] % CHECK_EVERY == 1
+            judges = self.originals.judges(b, CHECK_EVERY)
             parts[judges].add({span.start: source, span.stop: target})
         for part in parts:
             part.reduce()
@@ -363,11 +363,11 @@ class _Walk:
             solved = rewritten.layers()
             ridge = self.options.narrow_ridge
         draw = self._draw(prior[0].shape[1], bool(cuts))
-        sums = self._repair_sums(prior[0], draw)
+        sums = self._repair_sums(prior[0])
         for b, (x, base) in enumerate(zip(read, bases, strict=True)):
             places = self.originals.places(b)
             gap = self.originals.middle(b, index, draw) - draw.take(base, places)
-            sums.add(draw.take(x, places), gap)
+            sums.add(draw.take(x, places), gap, self._weights(draw, base))
         solved |= self._solved(block, attention, sums.total(), prior, ridge)
         if not bare:
             return solved, None
@@ -431,11 +431,11 @@ class _Walk:
         solved: dict[str, Tensor] = {}
         if repair:
             draw = self._draw(weight.shape[1], cut is not None)
-            sums = self._repair_sums(weight, draw)
+            sums = self._repair_sums(weight)
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
                 places = self.originals.places(b)
                 gap = draw.take(targets[b], places) - draw.take(base, places)
-                sums.add(draw.take(x, places), gap)
+                sums.add(draw.take(x, places), gap, self._weights(draw, base))
             problem, ridge = sums.total(), self.options.repair_ridge
             if cut is not None:
                 kept = neurons_removed(problem, prior[0], [cut.kept]).kept[cut.kept]
@@ -469,14 +469,13 @@ class _Walk:
         ``r + A m + b`` approximates the targets, with r the state before the MLP's contribution m
         (ReplaceMe, arXiv 2505.02819, maps the MLP's output in the same place).
         """
-        whole = Draw.all(self.blocks.prefix_tokens, self.originals.like.shape[1])
-        weights = whole.weights(self.options.prefix_weight)
-        sums = RowSums(weight.shape[0], weight.shape[0], weights, torch.float64)
+        whole = Draw(self.blocks.prefix_tokens)
+        sums = RowSums(weight.shape[0], weight.shape[0], torch.float64)
         for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
             contribution = nn.functional.linear(
                 x, weight.to(x), None if bias is None else bias.to(x)
             )
-            sums.add(contribution, targets[b] - base)
+            sums.add(contribution, targets[b] - base, self._weights(whole, base))
         ridge = RIDGE if self.options.ridge is None else self.options.ridge
         fitted = fit_affine(sums.total(), ridge, bias=bias is not None)
         if bias is not None:
@@ -484,15 +483,17 @@ class _Walk:
         return fitted.weight @ weight, bias
 
     def _draw(self, inputs: int, narrowed: bool) -> Draw:
-        images, tokens = sum(self.originals.sizes.values()), self.originals.like.shape[1]
         rows = NARROW_ROWS_PER_INPUT if narrowed else None
-        return Draw.limited(self.blocks.prefix_tokens, tokens, images, inputs, rows)
+        return Draw.limited(self.blocks.prefix_tokens, self.originals.tokens, inputs, rows)
 
-    def _repair_sums(self, weight: Tensor, draw: Draw) -> RowSums:
-        weights = draw.weights(self.options.prefix_weight)
+    def _weights(self, draw: Draw, states: Tensor) -> Tensor | None:
+        """Of the tokens drawn of each of states (images, tokens, width)."""
+        return draw.weights(self.options.prefix_weight, states.shape[1])
+
+    def _repair_sums(self, weight: Tensor) -> RowSums:
         ridge = min(self.options.repair_ridge, self.options.narrow_ridge)
         enough = torch.float32 if ridge >= 1e-3 else torch.float64
-        return RowSums(weight.shape[1], weight.shape[0], weights, enough)
+        return RowSums(weight.shape[1], weight.shape[0], enough)
 
     def _solved(
         self,

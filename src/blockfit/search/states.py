@@ -92,11 +92,23 @@ class Originals:
     def _tell(self) -> None:
         """Learn of the batches of all processes: images, rank, and whether all states are kept."""
         pairs = zip(self.numbers, self.traces, strict=True)
-        own = [[n, len(t.states[0]), len(t.states) > self.blocks.depth] for n, t in pairs]
+        depth = self.blocks.depth
+        own = [[n, *t.states[0].shape[:2], len(t.states) > depth] for n, t in pairs]
         told = [(*row, rank) for rank, rows in enumerate(ranks.gathered(own)) for row in rows]
-        self.sizes = {number: images for number, images, _, _ in sorted(told)}
-        self._whole = {number for number, _, whole, _ in told if whole}
-        self._owners = {number: rank for number, _, _, rank in told}
+        self.sizes = {number: images for number, images, *_ in sorted(told)}
+        self._tokens = {number: tokens for number, _, tokens, *_ in told}
+        self._whole = {number for number, _, _, whole, _ in told if whole}
+        self._owners = {row[0]: row[-1] for row in told}
+        self._order = {number: place for place, number in enumerate(self.sizes)}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all images, of all processes."""
+        return sum(images * self._tokens[number] for number, images in self.sizes.items())
+
+    def judges(self, batch: int, every: int) -> bool:
+        """Whether a batch is of the one part in ``every`` that judges and is not fitted on."""
+        return self._order[self.numbers[batch]] % every == 1
 
     @property
     def complete(self) -> bool:
@@ -113,7 +125,7 @@ class Originals:
 
     @property
     def like(self) -> Tensor:
-        """A hidden state, for its dtype, device and number of tokens."""
+        """A hidden state, for its dtype and device."""
         return self._probe.states[0]
 
     def part(self, images: int) -> Originals:
@@ -136,6 +148,8 @@ class Originals:
         first = max(self.sizes) + 1
         added = {first + place: seen for place, seen in enumerate(traces)}
         more.sizes = self.sizes | {n: len(seen.states[0]) for n, seen in added.items()}
+        more._tokens = self._tokens | {n: seen.states[0].shape[1] for n, seen in added.items()}
+        more._order = {number: place for place, number in enumerate(more.sizes)}
         more._whole = self._whole | set(added)
         more._owners = self._owners | {n: n % ranks.count() for n in added}
         own = [n for n in added if more._owners[n] == ranks.rank()]

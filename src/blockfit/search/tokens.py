@@ -32,53 +32,54 @@ class Draw:
 
     Args:
         prefix_tokens: leading tokens of an image.
-        patches: patch tokens of an image.
-        drawn: how many of these are drawn, by the image's place alone.
+        share: of an image's own patch tokens, however many it has, that are drawn; by the image's
+            place alone.
     """
 
     prefix_tokens: int
-    patches: int
-    drawn: int
+    share: float = 1.0
 
     @classmethod
-    def all(cls, prefix_tokens: int, tokens: int) -> Draw:
-        """Every one of an image's tokens."""
-        return cls(prefix_tokens, tokens - prefix_tokens, tokens - prefix_tokens)
+    def limited(cls, prefix_tokens: int, tokens: int, inputs: int, rows: int | None = None) -> Draw:
+        """As many as ``rows`` tokens per input of a layer allow; ``ROWS_PER_INPUT`` by default.
 
-    @classmethod
-    def limited(
-        cls, prefix_tokens: int, tokens: int, images: int, inputs: int, rows: int | None = None
-    ) -> Draw:
-        """As many as ``rows`` tokens per input of a layer allow; ``ROWS_PER_INPUT`` by default."""
-        patches = tokens - prefix_tokens
-        share = (rows or ROWS_PER_INPUT) * inputs / (tokens * images)
-        drawn = max(min(1, patches), round(share * patches)) if share < 1 else patches
-        return cls(prefix_tokens, patches, drawn)
+        ``tokens`` are those of all images together.
+        """
+        return cls(prefix_tokens, min(1.0, (rows or ROWS_PER_INPUT) * inputs / tokens))
+
+    def drawn(self, patches: int) -> int:
+        """How many patch tokens are drawn of an image with so many."""
+        if self.share >= 1.0:
+            return patches
+        return max(min(1, patches), round(self.share * patches))
 
     def take(self, states: Tensor, places: range) -> Tensor:
         """The drawn tokens of states (images, tokens, width), images at ``places`` of all."""
-        if self.drawn == self.patches:
+        patches = states.shape[1] - self.prefix_tokens
+        if self.drawn(patches) == patches:
             return states
-        picked = _positions(self, places)
+        picked = _positions(self.prefix_tokens, patches, self.drawn(patches), places)
         images = torch.arange(len(states), device=states.device)[:, None]
         return states[images, picked.to(states.device)]
 
-    def weights(self, prefix_weight: float) -> Tensor | None:
-        """Weight of every drawn token of an image; ``None`` where all weigh 1.
+    def weights(self, prefix_weight: float, tokens: int) -> Tensor | None:
+        """Weight of every drawn token of an image with so many; ``None`` where all weigh 1.
 
         Fewer patch tokens must not make the prefix tokens count for more.
         """
-        prefix = prefix_weight * self.drawn / self.patches if self.patches else prefix_weight
+        patches = tokens - self.prefix_tokens
+        drawn = self.drawn(patches)
+        prefix = prefix_weight * drawn / patches if patches else prefix_weight
         if prefix == 1.0 or self.prefix_tokens == 0:
             return None
-        parts = torch.full((self.prefix_tokens,), prefix), torch.ones(self.drawn)
+        parts = torch.full((self.prefix_tokens,), prefix), torch.ones(drawn)
         return torch.cat(parts).double()
 
 
 @lru_cache(maxsize=1024)
-def _positions(draw: Draw, places: range) -> Tensor:
+def _positions(prefix_tokens: int, patches: int, drawn: int, places: range) -> Tensor:
     """Positions of the drawn tokens, the same for every block: (images, prefix + drawn)."""
-    return drawn_tokens(draw.prefix_tokens, draw.patches, draw.drawn, 0, places)
+    return drawn_tokens(prefix_tokens, patches, drawn, 0, places)
 
 
 class RowSums:
@@ -87,21 +88,22 @@ class RowSums:
     Args:
         inputs: width of x.
         outputs: width of y.
-        weights: of the tokens of an image, shape (tokens,); ``None`` where all weigh 1.
         dtype: of the products; float32 suffices where a ridge bounds the condition number.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, weights: Tensor | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
         self._total = Regression.zeros(inputs, outputs)
-        self._weights, self._dtype = weights, dtype
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._dtype = dtype
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add x (images, tokens, inputs) and y (images, tokens, outputs)."""
-        self._waiting.append((x, y))
-        if sum(rows.shape[0] * rows.shape[1] for rows, _ in self._waiting) >= ROWS_AT_ONCE:
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+        """Add x (images, tokens, inputs) and y (images, tokens, outputs).
+
+        ``weights`` are of the tokens of an image, shape (tokens,); all weigh 1 without them.
+        """
+        rows = None if weights is None else weights.repeat(len(x))
+        self._waiting.append((x.flatten(0, 1), y.flatten(0, 1), rows))
+        if sum(len(rows) for rows, _, _ in self._waiting) >= ROWS_AT_ONCE:
             self._multiply()
 
     def total(self) -> Regression:
@@ -112,7 +114,14 @@ class RowSums:
     def _multiply(self) -> None:
         if not self._waiting:
             return
-        x, y = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        xs, ys, weighed = zip(*self._waiting, strict=True)
+        weights = None
+        if any(rows is not None for rows in weighed):
+            parts = zip(xs, weighed, strict=True)
+            weights = torch.cat(
+                [torch.ones(len(x)).double() if rows is None else rows for x, rows in parts]
+            )
         self._waiting.clear()
-        weights = None if self._weights is None else self._weights.repeat(len(x))
-        self._total = self._total + Regression.of(x, y, self._dtype, weights)
+        self._total = self._total + Regression.of(
+            torch.cat(xs), torch.cat(ys), self._dtype, weights
+        )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from families import one_thread as one_thread
-from small import CLASSES, SmallViT, small_blocks, small_pictures, small_vit
+from small import CLASSES, SmallViT, small_blocks, small_images, small_pictures, small_vit
 from torch import nn
 
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
+from blockfit.data.labels import Matching
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.paper.judge import Judge, fitting_judge
 from blockfit.evaluation.protocols import Features, linear_probe_sgd
@@ -117,7 +119,7 @@ def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(BlockfitError, match="images to learn from"):
         Judge(model, blocks, labelled(8, 1), "probe-new")
     unlabelled = open_images(small_pictures(8), batch_size=8)
-    with pytest.raises(BlockfitError, match="without a label"):
+    with pytest.raises(BlockfitError, match="no images with a label"):
         Judge(model, blocks, unlabelled).original()
     bare = small_vit()
     bare.head = nn.Identity()
@@ -128,8 +130,11 @@ def test_what_cannot_be_judged_is_refused() -> None:
 def test_a_head_judges_only_where_it_has_the_images_classes() -> None:
     model, example = small_vit(), small_pictures(2)
     blocks = small_blocks(model)
-    assert fitting_judge(model, blocks, example, ["a", "b", "c", "d"]) == "head"
-    assert fitting_judge(model, blocks, example, None) == "head"
-    assert fitting_judge(model, blocks, example, ["a", "b"]) == "probe-new"
+    data = small_images(2)
+    for names, kind in ((["a", "b", "c", "d"], "head"), (None, "head"), (["a", "b"], "probe-new")):
+        named = replace(data, matching=Matching(names=names, own=names))
+        assert fitting_judge(model, blocks, example, named) == kind
+    none = replace(data, matching=Matching("nothing", ["a", "b", "c", "d"], {}))
+    assert fitting_judge(model, blocks, example, none) == "probe-new"
     model.head = nn.Identity()
-    assert fitting_judge(model, blocks, example, None) == "probe-new"
+    assert fitting_judge(model, blocks, example, data) == "probe-new"

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blockfit.data.images import Images
+from blockfit.data.images import Images, LabelledBatch
+from blockfit.data.labels import by_name
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.evaluate import Accuracy
 from blockfit.evaluation.protocols import Features, Probe, linear_probe_sgd, vectors
@@ -57,8 +58,19 @@ class _Walk:
     Otherwise a walk runs the original again, and only one batch is held at a time.
     """
 
-    def __init__(self, model: nn.Module, blocks: Blocks, images: Images, most_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        images: Images,
+        most_bytes: int,
+        classes: Sequence[str] | None = None,
+        by_head: bool = False,
+    ) -> None:
         self.model, self.blocks, self.images = model, blocks, images
+        self._by_head = by_head
+        own = images.records.class_names
+        self._place = by_name(own, classes) if own and classes else None
         self._most_bytes = most_bytes
         self._kept: list[tuple[Trace, Tensor]] | None = None
 
@@ -67,22 +79,33 @@ class _Walk:
             yield from self._kept
             return
         kept: list[tuple[Trace, Tensor]] = []
-        room = True
+        room, labelled = True, False
         for batch in self.images.batches():
-            if batch.labels is None or int(batch.labels.min()) < 0:
-                raise BlockfitError(
-                    f"{self.images.records.source} has images without a label; give labelled ones"
-                )
+            labels = self._labels(batch)
+            labelled = labelled or bool((labels >= 0).any())
             keep = range(self.blocks.depth + 1)
             seen = trace(self.model, self.blocks, batch.inputs, keep, batch.names)
             if not kept:
-                size = sum(state.nbytes for state in seen.states.values()) / len(batch.labels)
+                size = sum(state.nbytes for state in seen.states.values()) / len(labels)
                 room = size * len(self.images) <= self._most_bytes
             if room:
-                kept.append((seen, batch.labels))
-            yield seen, batch.labels
+                kept.append((seen, labels))
+            yield seen, labels
+        if not labelled:
+            raise BlockfitError(
+                f"{self.images.records.source} has no images with a label that counts; give others"
+            )
         if room:
             self._kept = kept
+
+    def _labels(self, batch: LabelledBatch) -> Tensor:
+        """Of the model's classes for its head, else the data set's own; −1 for none."""
+        labels = batch.labels if self._by_head else batch.own_labels
+        if labels is None:
+            return torch.full((len(batch.names),), -1)
+        if self._place is None or self._by_head:
+            return labels
+        return torch.tensor([self._place.get(int(label), -1) for label in labels])
 
 
 class Judge:
@@ -117,7 +140,8 @@ class Judge:
             raise BlockfitError(f"the judge {kind} needs labelled images to learn from; give some")
         self.model, self.blocks, self.kind = model, blocks, kind
         self.images = len(test)
-        self._test = _Walk(model, blocks, test, most_bytes)
+        names = None if train is None else train.records.class_names
+        self._test = _Walk(model, blocks, test, most_bytes, names, kind == "head")
         self._train = None if train is None else _Walk(model, blocks, train, most_bytes)
         self._most_bytes, self._progress = most_bytes, progress
         self._original: dict[int, tuple[Verdict, Probe | None]] = {}
@@ -130,7 +154,7 @@ class Judge:
         """Judge solutions by name; ``seed`` is that of a probe.
 
         Raises:
-            BlockfitError: where images have no label or one that the head does not have, or
+            BlockfitError: where no image has a label, most have one that the head does not have, or
                 hidden states are not finite.
         """
         if self.kind == "head":
@@ -213,27 +237,30 @@ class Judge:
                     meters[name].add(original, found)
             labels.append(given)
             self._tell(sum(map(len, labels)), len(walk.images))
-        numbers = torch.cat(labels).numpy()
-        return {name: Features(torch.cat(part).numpy(), numbers) for name, part in rows.items()}
+        numbers = torch.cat(labels)
+        known = numbers >= 0
+        return {
+            name: Features(torch.cat(part)[known].numpy(), numbers[known].numpy())
+            for name, part in rows.items()
+        }
 
     def _tell(self, done: int, total: int | None = None) -> None:
         if self._progress is not None:
             self._progress(done, self.images if total is None else total)
 
 
-def fitting_judge(
-    model: nn.Module, blocks: Blocks, example: Batch, classes: Sequence[str] | None
-) -> str:
-    """``head`` where the model has one with as many classes as the images, else ``probe-new``.
+def fitting_judge(model: nn.Module, blocks: Blocks, example: Batch, images: Images) -> str:
+    """``head`` where the model has one whose classes are the images', else ``probe-new``.
 
     Args:
         model: the original.
         blocks: where its blocks are.
         example: a batch.
-        classes: names of the images' classes; where they are not known, a head is taken to fit.
+        images: whose labels are judged by.
     """
     logits = observe(model, blocks, example).logits
-    if logits is None or (classes is not None and len(classes) != logits.shape[1]):
+    matching = images.matching
+    if logits is None or not (matching.fits(logits.shape[1]) and matching.fits_most):
         return "probe-new"
     return "head"
 

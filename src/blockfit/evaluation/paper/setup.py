@@ -120,7 +120,7 @@ def prepare(
     where = find_blocks(model, example, blocks)
     if done := removed_plan(model, where):
         raise BlockfitError(f"the model is compressed already ({done}); give the original instead")
-    kind = judge or fitting_judge(model, where, example, pictures.class_names)
+    kind = judge or fitting_judge(model, where, example, pictures)
     labelled = None
     if kind != "head":
         labelled = open_images(sources.learn, model, limit=sources.train_limit, **how)
@@ -164,7 +164,7 @@ def _example(images: Images) -> Batch:
         raise BlockfitError(
             f"{images.records.source} holds no images that can be read; give others"
         )
-    if first.labels is None:
+    if first.labels is None and first.own_labels is None:
         raise BlockfitError(
             f"{images.records.source} has images without a label; give labelled ones"
         )
