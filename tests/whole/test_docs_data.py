@@ -19,7 +19,7 @@ from blockfit.data.ready import READY
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text("utf-8")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in PAGE.splitlines()
+    for line in PAGE.partition("## Labels")[0].splitlines()
     if line.startswith("| ") and not line.startswith("| source")
 ]
 SOURCES = [(text, row[2]) for row in ROWS for text in re.findall(r"`([^`]+)`", row[1])]
