@@ -62,6 +62,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/narrowing.py
 
 bench-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py

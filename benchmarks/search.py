@@ -82,7 +82,8 @@ def whole(args: argparse.Namespace, model: torch.nn.Module) -> None:
     before = timed(lambda: plain(model, images))
     with tempfile.TemporaryDirectory() as folder:
         found = []
-        spent = timed(lambda: found.append(sweep(model, images, Path(folder) / "sweep")))
+        target = Path(folder) / "sweep"
+        spent = timed(lambda: found.append(sweep(model, images, target, cuts="blocks")))
         frontier = found[0]
     after = timed(lambda: plain(model, images))
     say(f"\nsweep with {len(images)} images")

@@ -203,13 +203,13 @@ def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:
 
 
 def short_plan(plan: Plan) -> str:
-    """A plan in a few words: its spans, and what is left of narrowed parts on average."""
+    """A plan in a few words: its spans, and what is left of narrowed parts in how many blocks."""
     words = [str(entry) for entry in plan]
     for part in PARTS:
         cuts = [cut for cut in plan.narrowings if cut.part == part]
         if cuts:
             left = sum(cut.kept for cut in cuts) / sum(cut.size for cut in cuts)
-            words.append(f"{part} {left:.0%} in {len(cuts)} blocks")
+            words.append(f"{part} {left:.0%} in {len(cuts)}")
     return ", ".join(words)
 
 

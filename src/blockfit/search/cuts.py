@@ -103,6 +103,10 @@ class CutSearch:
         self._curves: list[Curve] | None = None
         self._spans: list[tuple[Plan, float]] | None = None
 
+    def measure(self) -> None:
+        """Measure curves and effects now, not when the first plan asks for them."""
+        _ = self.curves, self.spans
+
     def state(self) -> dict[str, Any]:
         """What was measured so far, as JSON values, to go on from after a stop."""
         spans = [[plan.to_json(), effect] for plan, effect in self.spans]
