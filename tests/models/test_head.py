@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from families import CLASSES, FAMILIES, WIDTH, PlainViT, one_thread  # noqa: F401
+from small import small_images, small_vit
 from torch import Tensor, nn
 
+import blockfit
 from blockfit.errors import BlockfitError
 from blockfit.models.blocks import find_blocks
 from blockfit.models.head import observe, primary_output
@@ -158,3 +160,32 @@ def test_the_primary_output_is_the_most_telling_tensor() -> None:
     assert primary_output({"feature_maps": (a, b)}) is b
     with pytest.raises(BlockfitError, match="returned str, which holds no tensor"):
         primary_output("nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("vit", "the output has shape (3, 17, 32), not (images, classes)"),
+        ("clip-two-towers", "the output is image embeddings, which are features"),
+        ("timm-vit-bare", "no linear layer (nn.Linear) runs after the last block"),
+        ("timm-vit", ""),
+    ],
+)
+def test_why_no_head_is_recognised_is_said(name: str, why: str) -> None:
+    model, images = FAMILIES[name].build(), FAMILIES[name].images()
+    seen = observe(model, find_blocks(model), images)
+    assert seen.no_head == why
+    assert (seen.logits is None) == bool(why)
+
+
+def test_a_head_that_is_no_linear_layer_is_told_of_where_it_is_missed() -> None:
+    model = small_vit(4)
+    model.head = nn.Sequential(model.head, nn.Softmax(dim=-1))
+    why = "the output is not what a linear layer (nn.Linear) after the last block returns"
+    small = blockfit.compress(model, small_images(24), spans=["1:2"])
+    assert small.report["held_out"]["kl"] is None
+    assert any(f"no head is recognised ({why})" in line for line in small.report["warnings"])
+    for budget in ({"max_kl": 0.1}, {"max_drop": 1.0}):
+        with pytest.raises(blockfit.BlockfitError) as refused:
+            blockfit.compress(model, small_images(60), **budget, force_budget=True)
+        assert f"head, and none is recognised ({why})" in str(refused.value)

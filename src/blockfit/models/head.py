@@ -25,11 +25,13 @@ class Observation:
         logits: shape (images, classes), ``None`` where the model has no head.
         shape: of the features before they were flattened: with a token or position axis or two
             where the model has no head and hands them out.
+        no_head: why no head was recognised; empty where one was.
     """
 
     features: Tensor
     logits: Tensor | None
     shape: tuple[int, ...] = ()
+    no_head: str = ""
 
 
 def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
@@ -69,7 +71,8 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
         heads = [] if primary is _member(output, "image_embeds") else _heads(primary, seen)
     if not heads:
         flat = primary.detach().reshape(len(primary), -1)
-        return Observation(flat, None, tuple(primary.shape))
+        embeds = primary is _member(output, "image_embeds")
+        return Observation(flat, None, tuple(primary.shape), _why_none(primary, seen, embeds))
     features = torch.cat([read.flatten(1) for read in heads], dim=1)
     return Observation(features.detach(), primary.detach(), tuple(features.shape))
 
@@ -117,6 +120,17 @@ def _heads(primary: Tensor, seen: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         if _equal(primary, several.mean(0)) or _equal(primary, several.sum(0)):
             return [read for read, _ in fitting[-count:]]
     return []
+
+
+def _why_none(primary: Tensor, seen: list[tuple[Tensor, Tensor]], embeds: bool) -> str:
+    """Why an output is not taken for the logits of classes."""
+    if embeds:
+        return "the output is image embeddings, which are features"
+    if primary.ndim != 2:
+        return f"the output has shape {tuple(primary.shape)}, not (images, classes)"
+    if not seen:
+        return "no linear layer (nn.Linear) runs after the last block"
+    return "the output is not what a linear layer (nn.Linear) after the last block returns"
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:

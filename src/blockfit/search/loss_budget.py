@@ -165,14 +165,19 @@ class Judge:
             first = next(labelled, first)
         seen = observe(self.model, self.blocks, placed(self.model, first.inputs))
         labels = labels_of_head(seen, first.labels, self.images)
+        if seen.logits is None:
+            images = "labelled images of the classes of the model's own head"
+            needs = images if self._points else "a model with a head"
+            raise BlockfitError(
+                f"{self.budget.kind} needs {needs}, and none is recognised ({seen.no_head}); "
+                "use remove, params or flops"
+            )
         if self._points and labels is None:
             raise BlockfitError(
                 "max_drop needs labelled images of the classes of the model's own head "
                 f"({self.images.labels_line or 'these have no labels'}); give such images or use "
                 "max_kl"
             )
-        if seen.logits is None:
-            raise BlockfitError("max_kl needs a model with a head; use remove, params or flops")
 
     def verdict(self, solution: Solution) -> Verdict:
         """Whether the original with ``solution`` in it keeps the budget."""

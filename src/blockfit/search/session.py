@@ -472,6 +472,11 @@ class Session:
         loss, search = point.fidelity.loss, self._search
         out = [*self.setting.warnings, *self.sizes.warnings()]
         out += [] if search is None else search.warnings()
+        if why := self.held_out.original[0].no_head:
+            out.append(
+                f"no head is recognised ({why}), so plans are judged by features; KL, agreement "
+                "and top-1 are missing"
+            )
         if loss > SAFE_LOSS:
             what = "KL" if point.fidelity.kl is not None else "relative feature error"
             line = (
