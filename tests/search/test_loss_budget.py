@@ -68,7 +68,7 @@ def test_sizes_may_be_parts_that_remain():
             r"at least 299 labelled images .* of the 512 .* 102 are left",
         ),
         (("max_drop", 1.0), 700, 512, r"at least 299 .* give 970 or more"),
-        (("max_kl", 0.1), 60, None, r"max_kl 0\.1 takes at least 30 images"),
+        (("max_kl", 0.1), 40, None, r"max_kl 0\.1 takes at least 10 images"),
         (("max_drop", 0.0), 10_000, 512, "cannot be shown on any number of images"),
         (("max_kl", 0.0), 10_000, 512, "cannot be shown on any number of images"),
     ],

@@ -46,8 +46,8 @@ where it suits errs more often."""
 HOPELESS = 0.98
 """Confidence of the interval that a budget lies below where a plan is given up early."""
 
-FEWEST_FOR_KL = 30
-"""Images that the bound of a mean takes at least."""
+FEWEST_FOR_KL = 10
+"""Images that the bound of a mean takes at least; fewer have no spread to speak of."""
 
 Size = TypeVar("Size")
 Solved = TypeVar("Solved")

@@ -1,0 +1,103 @@
+"""How many images a run takes where nobody says so, and images that change (case 22)."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from commandline import blockfit_command
+from PIL import Image
+from small import small_pictures, small_vit
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import blockfit
+from blockfit.data.decode import decode
+from blockfit.data.images import images
+from blockfit.search.session import CALIBRATION_IMAGES
+
+
+class Counted(Dataset):
+    """Pictures that count how often each is read; with ``noise``, others each time."""
+
+    def __init__(self, count: int, noise: float = 0.0) -> None:
+        self.pictures, self.noise, self.read = small_pictures(count), noise, []
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        self.read.append(position)
+        return self.pictures[position] + self.noise * torch.randn(3, 12, 12)
+
+
+def test_512_images_calibrate_where_nobody_says_how_many():
+    """case 22: ten thousand pictures cost what 512 do, and the 512 are drawn over all of them."""
+    data = Counted(5000)
+    report = blockfit.compress(small_vit(3), data, spans=["1:2"], final=100).report
+    told = report["calibration"]
+    assert (told["drawn"], told["total"], told["seed"]) == (CALIBRATION_IMAGES, 5000, 0)
+    assert told["fit"] + told["held_out"] == CALIBRATION_IMAGES
+    assert len(set(data.read) - {0}) <= CALIBRATION_IMAGES + 100  # the first shows what they are
+    assert max(data.read) > 4500
+    assert blockfit.analyze(small_vit(3), Counted(600)).report["calibration"]["drawn"] == 512
+
+
+def test_what_the_user_limited_is_used_as_it_is():
+    model, pictures = small_vit(3), small_pictures(700)
+    for given, drawn in (
+        (images(pictures, limit=600, seed=3), 600),
+        (images(pictures, limit="all"), 700),
+        (images(pictures).take(550), 550),
+        (small_pictures(40), 40),
+    ):
+        report = blockfit.compress(model, given, spans=["1:2"]).report
+        assert report["calibration"]["drawn"] == drawn
+    whole = images(pictures, seed=9)
+    assert whole.draw(512, 0).positions.tolist() == images(pictures, limit=512).positions.tolist()
+    with pytest.raises(blockfit.BlockfitError, match='limit must be a number of images or "all"'):
+        images(pictures, limit="many")
+
+
+def test_the_command_says_how_many_images_it_takes(tmp_path, monkeypatch):
+    """case 22, from the command line: only what is drawn is decoded."""
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    folder.mkdir()
+    for number in range(620):
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(folder / f"{number}.png")
+    seen = []
+
+    def counted(picture, most):
+        seen.append(str(picture))
+        return decode(picture, most)
+
+    monkeypatch.setattr("blockfit.data.images.decode", counted)
+    how = ("--images", folder, "--span", "3:4", "--final", "8", "-o")
+    done = blockfit_command("compress", "demo", *how, tmp_path / "a")
+    assert done.code == 0, done.err
+    assert "images: 512 of 620 from" in done.err
+    assert "drawn with seed 0; --limit all for all" in done.err
+    assert len(set(seen)) == 520
+    whole = blockfit_command("compress", "demo", *how, tmp_path / "b", "--limit", "all", "--json")
+    assert whole.json["calibration"]["used"] == 620
+
+
+def test_images_that_change_while_they_are_read_are_noticed():
+    model = small_vit(3)
+    for noise, told in ((0.0, False), (0.5, True)):
+        loader = DataLoader(Counted(40, noise), batch_size=8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = blockfit.compress(model, loader, spans=["1:2"]).report
+        words = "differ each time that they are read"
+        assert any(words in line for line in report["warnings"]) == told
+        ours = [w for w in caught if issubclass(w.category, blockfit.BlockfitWarning)]
+        assert [str(w.message) for w in ours] == report["warnings"]
+        assert all(w.filename == __file__ for w in ours)  # the user's own line
+    again = DataLoader(TensorDataset(small_pictures(40)), batch_size=8, shuffle=True)
+    assert not images(again).changing  # read by position: the order is blockfit's
+
+
+def test_the_parts_of_a_run_are_told_beside_one_another():
+    model = small_vit(3)
+    told = blockfit.compress(model, small_pictures(60), spans=["1:2"]).report["calibration"]
+    assert (told["fit"], told["held_out"], told["final"], told["judged"]) == (38, 10, 12, 0)
