@@ -263,7 +263,7 @@ def test_a_launcher_starts_two_processes_that_print_one_object(
     out, err = good.communicate(timeout=200)
     assert good.returncode == 0, err
     assert json.loads(out)["removed_blocks"] == 2
-    assert err.count("images: 40 of 1198") == 0
+    assert err.count("images: 40 of 1,198") == 0
     assert (tmp_path / "small" / "blockfit.json").exists()
 
 

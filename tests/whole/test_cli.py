@@ -69,7 +69,7 @@ def test_compress_shows_people_the_result_on_standard_output(tmp_path: Path) -> 
     done = blockfit_command("compress", "demo", *FEW, "--span", "9:11", "-o", folder)
     assert done.code == 0
     assert [line for line in done.err.splitlines() if line[0] != "["] == [
-        "images: 40 of 1198 from digits, drawn with seed 0",
+        "images: 40 of 1,198 from digits, drawn with seed 0",
         "preprocessing: none, tensors as given",
         "labels by number",
         "device: cpu",
@@ -77,7 +77,7 @@ def test_compress_shows_people_the_result_on_standard_output(tmp_path: Path) -> 
     for text in (
         "602.06 k",
         "9:11",
-        "on 8 held-out images: KL ",
+        "on 8 held-out images, which chose the plan: KL ",
         f"saved to {folder} in ",
         f"next: blockfit evaluate '{folder}' --against demo --images TEST_IMAGES",
     ):
