@@ -161,7 +161,7 @@ def test_every_way_to_say_what_goes_reaches_the_call(
         ((), "say what to remove"),
         (("--remove", "2", "--params", "0.5"), "give one budget"),
         (("--remove", "0"), "whole number"),
-        (("--params", "much"), "cannot read 'much' as params"),
+        (("--params", "much"), "cannot read 'much' as --params"),
         (("--span", "9-11"), "cannot read '9-11' as a span"),
         (("--span", "3:10", "--span", "8:12"), "overlap"),
         (("--span", "9:13"), "leaves the model"),
