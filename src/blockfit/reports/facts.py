@@ -29,9 +29,9 @@ def run_facts(run: Values, calibration: Values, what: str = "calibration images"
         images = f"{total if drawn is None else drawn} of {total} from {images}"
     fit, held_out = calibration.whole("fit"), calibration.whole("held_out")
     parts = "" if None in (fit, held_out) else f"{fit} fitted on, {held_out} chose the plan"
-    for key, what in (("judged", "judged the budget"), ("final", "for the final figures alone")):
+    for key, use in (("judged", "judged the budget"), ("final", "for the final figures alone")):
         count = calibration.whole(key)
-        parts += f", {count} {what}" if count else ""
+        parts += f", {count} {use}" if count else ""
     seed, budget, seconds = run.whole("seed"), run.text("budget"), run.number("seconds")
     return [
         Fact(what, images),
