@@ -33,9 +33,11 @@ from blockfit.formats.folder import Saved
 from blockfit.formats.int8 import check_no_int8
 from blockfit.formats.manifest import installed_versions
 from blockfit.formats.onnx_file import ExportedOnnx
+from blockfit.formats.pretrained import WRITERS
 from blockfit.formats.program import Exported
 from blockfit.models.blocks import Blocks, find_blocks
 from blockfit.models.load import load_model, source_of
+from blockfit.models.surgery import OwnWriter
 from blockfit.reports.page import check_report, write_pictures, write_report
 from blockfit.reports.runs import read_runs
 from blockfit.search import sweep as sweeps
@@ -47,6 +49,8 @@ from blockfit.search.run import Result, checkpoint_of, describe, run_json
 from blockfit.search.session import CALIBRATION_IMAGES, HOLD_OUT, Progress, Say, Session, Setting
 from blockfit.search.sweep import sweep
 from blockfit.units import bytes_of
+
+OwnWriter.writers.update(WRITERS)
 
 
 @checked
@@ -259,26 +263,38 @@ def _silent(line: str) -> None:
 
 
 @checked
-def save(result: Result, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write a result to a folder that ``load`` reads: JSON and safetensors, whole or not at all.
+def save(model: Result | Saved | nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write a compressed model to a folder that ``load`` reads, whole or not at all.
 
     Args:
-        result: what ``compress`` or ``from_sweep`` returned.
+        model: what ``compress`` or ``from_sweep`` returned, or its model, or one that ``load``
+            gave: trained since or not, with a new head or other labels.
         folder: new or empty.
         overwrite: replace what an earlier run wrote.
 
     Raises:
-        BlockfitError: where the folder is taken or cannot be written.
+        BlockfitError: where nothing was taken out of the model, or the folder is taken or cannot be
+            written.
     """
+    saved = store.saved_of(_bare(model)) if isinstance(model, nn.Module) else as_saved(model)
     store.save(
         folder,
-        result.model,
-        result.blocks,
-        result.plan,
-        source=result.source,
-        report=result.report,
+        saved.model,
+        saved.blocks,
+        saved.plan,
+        source=saved.source,
+        report=saved.report,
         overwrite=overwrite,
     )
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside what torch wraps around it: compiled, or shared by several processes."""
+    for name in ("_orig_mod", "module"):
+        inner = model._modules.get(name)
+        if inner is not None and len(model._modules) == 1:
+            return _bare(inner)
+    return model
 
 
 @checked
@@ -654,6 +670,8 @@ def as_saved(model: Any) -> Saved:
     if _has_blocks(model):
         return store.load_saved(model)
     whole = _module(model)
+    if hasattr(whole, "blockfit_blocks"):
+        return store.saved_of(whole)
     return Saved(whole, find_blocks(whole), Plan(), {}, source_of(whole), versions)
 
 

@@ -195,12 +195,13 @@ def test_an_unknown_device_is_one_sentence(timm_folder: Path) -> None:
 # -- what cannot be saved is refused before anything is written ---------------------------------
 
 
-def test_a_model_that_its_source_does_not_rebuild_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_its_source_does_not_rebuild_is_the_users_own(tmp_path: Path) -> None:
     model, blocks, source, _ = small_model("vit-classifier")
-    model.classifier = nn.Linear(WIDTH, 7)
-    with pytest.raises(BlockfitError, match=r"classifier.* has shape \(7"):
+    model.classifier = nn.Sequential(nn.Linear(WIDTH, 7), nn.Linear(7, 3))
+    with pytest.warns(UserWarning, match=r"class of your own.*classifier\.\d\.weight has shape"):
         save(tmp_path / "small", model, blocks, PLAN, source=source, report={})
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(BlockfitError, match="class of your own, which blockfit cannot build"):
+        load(tmp_path / "small")
 
 
 def test_a_plan_that_is_not_the_models_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_saved_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     folder.mkdir()
     first = saved(folder, "plain")
     model, blocks, source, images = small_model("plain")
-    with pytest.raises(BlockfitError, match=r"holds what an earlier run wrote.*--overwrite"):
+    with pytest.raises(BlockfitError, match=r"holds what an earlier run wrote.*overwrite=True"):
         save(folder, model, blocks, PLAN, source=source, report={})
     own = FAMILIES["plain"].build()
     assert torch.equal(output(load(folder, model=own), images), output(first, images))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
 from blockfit.formats.int8 import put_int8
 from blockfit.formats.manifest import FLOATING, Manifest, dumps, installed_versions, read_manifest
+from blockfit.formats.rebuild import DIFFERS, check_outputs, settled
 from blockfit.models.blocks import Blocks
-from blockfit.models.load import attach, read_dtype, skeleton
+from blockfit.models.load import attach, read_dtype, skeleton, source_of
 from blockfit.models.source import Source
 from blockfit.models.surgery import apply_plan, removed_plan
 from blockfit.models.tensors import (
@@ -45,6 +48,8 @@ MARK = "blockfit.json"
 WEIGHTS = "model.safetensors"
 FILES = (MARK, WEIGHTS, "config.json", "preprocessor_config.json")
 """All that a saved folder may hold."""
+
+_FOREIGN = "made by blockfit: read it with blockfit.load, or blockfit export --hub"
 
 FORM = FolderForm(MARK, '"blockfit":', FILES)
 
@@ -98,7 +103,10 @@ def save(
 
     The folder holds ``blockfit.json``, ``model.safetensors`` (every parameter and buffer that is
     left, float32 ones in half precision where that loses not one bit), and, where the base is a
-    transformers model, its ``config.json`` and ``preprocessor_config.json``.
+    transformers model, its ``preprocessor_config.json`` and a ``config.json`` that no stock class
+    takes for its own. A source that does not give the model as it is now is brought up to date
+    (labels, a new head); a model that its library cannot rebuild is saved as a user's own class,
+    with a warning that says why.
 
     Args:
         folder: new or empty.
@@ -110,8 +118,8 @@ def save(
         overwrite: replace a folder that blockfit saved.
 
     Raises:
-        BlockfitError: before anything is written, where ``folder`` is taken, the model is not
-            what ``source`` and ``plan`` rebuild, or the report is not JSON; later, where the file
+        BlockfitError: before anything is written, where ``folder`` is taken, the rebuilt model has
+            other outputs on one batch, or the report is not JSON; later, where the file
             system refuses. ``folder`` is then as it was.
     """
     check_folder(folder, overwrite)
@@ -121,8 +129,15 @@ def save(
             "give the plan that it was compressed by"
         )
     tensors = storable(model)
-    if source.library != "module":
-        _check_rebuilds(tensors, source, blocks, plan)
+    source, bare = settled(model, tensors, source, partial(_rebuilt, blocks=blocks, plan=plan))
+    if bare is not None:
+        check_outputs(model, tensors, bare)
+    elif (why := source.arguments.get(DIFFERS)) is not None:
+        warnings.warn(
+            f"{folder} is loaded with the model that it was made from, as for a class of your own "
+            f"(blockfit.load(folder, model=...)): {why}",
+            stacklevel=2,
+        )
     manifest = _manifest(tensors, blocks, plan, source, report)
     texts = {MARK: manifest.dumps(), **_library_files(source)}
     values = {
@@ -130,10 +145,10 @@ def save(
         for name, tensor in held(tensors).items()
         if name not in manifest.tied
     }
-    with new_folder(folder, FORM, overwrite) as partial:
-        save_file(_own_memory(values), partial / WEIGHTS, metadata={"format": "pt"})
+    with new_folder(folder, FORM, overwrite) as unfinished:
+        save_file(_own_memory(values), unfinished / WEIGHTS, metadata={"format": "blockfit"})
         for name in reversed(texts):  # the mark comes last: without it the folder does not load
-            (partial / name).write_text(texts[name], encoding="utf-8")
+            (unfinished / name).write_text(texts[name], encoding="utf-8")
 
 
 def load(
@@ -177,7 +192,8 @@ def load_saved(
     if model is None and source.library == "module":
         raise BlockfitError(
             f"{folder} was made from {source.name}, a class of your own, which blockfit cannot "
-            f"build; build it and load with blockfit.load({str(folder)!r}, model=...)"
+            f"build{_told(source)}; build it and load with "
+            f"blockfit.load({str(folder)!r}, model=...)"
         )
     try:
         bare = skeleton(source) if model is None else meta_copy(model)
@@ -192,7 +208,33 @@ def load_saved(
     if manifest.int8_kind is not None:
         put_int8(bare, parts, manifest.int8_kind)
     attach(bare, source)
+    bare.__dict__["blockfit_report"] = manifest.report
     return Saved(bare.eval(), blocks, plan, manifest.report, source, manifest.versions)
+
+
+def _told(source: Source) -> str:
+    """Why a model that a library made counts as the user's own."""
+    why = source.arguments.get(DIFFERS)
+    return "" if why is None else f" ({why})"
+
+
+def saved_of(model: nn.Module) -> Saved:
+    """A compressed model in memory with what ``save`` needs to know of it, trained or not.
+
+    Raises:
+        BlockfitError: where nothing was taken out of the model.
+    """
+    blocks = getattr(model, "blockfit_blocks", None)
+    plan = Plan() if blocks is None else removed_plan(model, blocks)
+    if blocks is None or plan == Plan():
+        raise BlockfitError(
+            f"nothing was taken out of this {type(model).__name__}; compress it first, or save it "
+            "as its own library does"
+        )
+    report = dict(getattr(model, "blockfit_report", {}))
+    rebuild = partial(_rebuilt, blocks=blocks, plan=plan)
+    source, _ = settled(model, named_tensors(model), source_of(model), rebuild)
+    return Saved(model, blocks, plan, report, source, installed_versions())
 
 
 def put_plan(bare: nn.Module, blocks: Blocks, plan: Plan) -> None:
@@ -202,24 +244,10 @@ def put_plan(bare: nn.Module, blocks: Blocks, plan: Plan) -> None:
     apply_plan(bare, blocks, plan, maps)
 
 
-def _check_rebuilds(
-    tensors: Mapping[str, Tensor], source: Source, blocks: Blocks, plan: Plan
-) -> None:
-    """Refuse to write what ``load`` would refuse to read."""
+def _rebuilt(source: Source, blocks: Blocks, plan: Plan) -> nn.Module:
     bare = skeleton(source)
     put_plan(bare, blocks, plan)
-    expected = {name: tuple(tensor.shape) for name, tensor in named_tensors(bare).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    why = f"what {source.name} is rebuilt from does not give the model that is to be saved"
-    for name in expected.keys() | found.keys():
-        if expected.get(name) != found.get(name):
-            raise BlockfitError(
-                f"{why}: {name} has shape {found.get(name, 'none')}, "
-                f"rebuilt {expected.get(name, 'none')}; take source_of(model) of the original "
-                "model, and save it as it came out of the compression"
-            )
-    if (loose := valueless(bare)) is not None:
-        raise BlockfitError(f"{why}: its tensor {loose} is neither a parameter nor a buffer")
+    return bare
 
 
 def _manifest(
@@ -258,11 +286,14 @@ def _layout(tensor: Tensor) -> list[int]:
 
 
 def _library_files(source: Source) -> dict[str, str]:
-    """Files by which other tools know a transformers model."""
+    """Files of a transformers model for other tools: the image processor, and a config that stops
+    them from making a model with random weights where blocks went."""
     if source.library != "transformers":
         return {}
-    config = {**source.arguments["config"], "architectures": [source.arguments["class"]]}
-    files = {"config.json": dumps(config, "the base model's config")}
+    # No stock class can be made of this, neither by its type nor by the numbers of its layers.
+    told = source.arguments["config"].items()
+    config = {k: _FOREIGN for k, v in told if isinstance(v, int | float | list | Mapping)}
+    files = {"config.json": dumps({**config, "model_type": "blockfit"}, "the config")}
     if (own := source.preprocessing) is not None and own.kind == "transformers":
         files["preprocessor_config.json"] = dumps(own.settings, "the preprocessing")
     return files

@@ -16,6 +16,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -146,6 +147,15 @@ def transformers_sources(model: nn.Module) -> Iterator[Source]:
         )
 
 
+def refreshed_transformers(source: Source, model: nn.Module) -> Source:
+    config = getattr(model, "config", None)
+    values = _json(without_loading(cast(Any, config).to_dict())) if config is not None else None
+    if values is None:
+        return source
+    values.pop("_name_or_path", None)
+    return replace(source, arguments={**source.arguments, "config": values})
+
+
 def _switches(cls: type) -> Iterator[dict[str, bool]]:
     """Every setting of the switches that a class takes beside its config, defaults first.
 
@@ -249,6 +259,18 @@ def timm_sources(model: nn.Module) -> Iterator[Source]:
     if arguments is not None:
         name = f"{architecture}.{tag}" if tag else str(architecture)
         yield Source("timm", name, arguments, config.get("license"))
+
+
+def refreshed_timm(source: Source, model: nn.Module) -> Source:
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, Mapping):
+        return source
+    values = _json({k: v for k, v in config.items() if k not in _NOT_ARCHITECTURE})
+    return (
+        source
+        if values is None
+        else replace(source, arguments={**source.arguments, "config": values})
+    )
 
 
 _NOT_ARCHITECTURE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")

@@ -17,6 +17,7 @@ from blockfit.errors import BlockfitError, first_line
 from blockfit.files import expanded
 from blockfit.models import from_open_clip as openclip
 from blockfit.models import libraries
+from blockfit.models.attributes import first_difference
 from blockfit.models.preprocessing import own_preprocessing
 from blockfit.models.source import LIBRARIES, Source, attach, bounded
 
@@ -90,7 +91,8 @@ def source_of(model: nn.Module) -> Source:
     """Where the model came from: what ``load_model`` attached, or what the model itself tells.
 
     A source worked out here rebuilds exactly the model's parameters and buffers (names and
-    shapes); where that cannot be had, the library is ``module`` and only the user can rebuild it.
+    shapes) and all else that its outputs depend on; where that cannot be had, the library is
+    ``module`` and only the user can rebuild it.
     """
     attached = getattr(model, "blockfit_source", None)
     if isinstance(attached, Source):
@@ -112,10 +114,34 @@ def _worked_out(model: nn.Module) -> Source:
                 rebuilt = skeleton(source)
             except BlockfitError:  # arguments that its library refuses are not its own
                 continue
-            if _shapes(rebuilt) == shapes:
+            if _shapes(rebuilt) == shapes and first_difference(model, rebuilt) is None:
                 return source
     cls = type(model)
     return Source("module", f"{cls.__module__}.{cls.__qualname__}", {})
+
+
+def refreshed(source: Source, model: nn.Module) -> Source:
+    """The source with the config that the model has now: labels may have changed, or a head."""
+    if source.library == "transformers":
+        return libraries.refreshed_transformers(source, model)
+    if source.library == "timm":
+        return libraries.refreshed_timm(source, model)
+    return source
+
+
+def with_classes(source: Source, classes: int) -> Source:
+    """The source of the same architecture with a head of so many classes."""
+    arguments = dict(source.arguments)
+    if source.library == "transformers":
+        names = {str(index): f"LABEL_{index}" for index in range(classes)}
+        config = {k: v for k, v in arguments["config"].items() if k != "num_labels"}
+        numbers = {name: index for index, name in enumerate(names.values())}
+        arguments["config"] = {**config, "id2label": names, "label2id": numbers}
+    elif source.library == "timm":
+        arguments["options"] = {**arguments["options"], "num_classes": classes}
+    elif source.library == "torchvision":
+        arguments["num_classes"] = classes
+    return replace(source, arguments=arguments)
 
 
 def skeleton(source: Source) -> nn.Module:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,39 @@ def apply_plan(model: nn.Module, blocks: Blocks, plan: Plan, maps: Sequence[nn.M
     if swaps:
         after = block_modules(model, blocks)
         follow(model, blocks.path, [not is_replaced(module) for module in after])
+    _remember(model, blocks)
+
+
+class OwnWriter:
+    """Stands for a method by which a model's library saves it.
+
+    The library would write a checkpoint whose config knows nothing of the plan, and fill what is
+    missing with random weights when it is loaded.
+    """
+
+    writers: ClassVar[dict[str, Callable[..., Any]]] = {}
+    """Name of a method → what writes a compressed model instead."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        write = self.writers.get(self.name)
+        if write is None:
+            raise BlockfitError(
+                f"{self.name} knows nothing of the blocks that are gone: loaded again, they would "
+                "have random weights; use blockfit.save(model, FOLDER), or "
+                "blockfit.export_hub(model, FOLDER) for transformers"
+            )
+        return write(self.model, *args, **kwargs)
+
+
+def _remember(model: nn.Module, blocks: Blocks) -> None:
+    """What saving needs later, on the model itself: it survives copies and training."""
+    model.__dict__["blockfit_blocks"] = blocks
+    for name in ("save_pretrained", "push_to_hub"):
+        if hasattr(type(model), name):
+            model.__dict__[name] = OwnWriter(model, name)
 
 
 def _check(

@@ -15,7 +15,7 @@ from blockfit.checkpoint import Checkpoint, settled
 from blockfit.data.images import Images
 from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Blocks
-from blockfit.models.source import Source
+from blockfit.models.source import Source, attach
 from blockfit.models.tensors import fingerprint
 from blockfit.search.budget import Budget
 from blockfit.search.final import Final, Parts
@@ -42,6 +42,10 @@ class Result:
     report: dict[str, Any]
     blocks: Blocks
     source: Source
+
+    def __post_init__(self) -> None:
+        attach(self.model, self.source)
+        self.model.__dict__["blockfit_report"] = self.report
 
 
 def describe(
