@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,5 +82,8 @@ def push_to_hub(
         return push_folder(hub, repo_id, private=bool(private), overwrite=True)
 
 
-WRITERS = {"save_pretrained": save_pretrained, "push_to_hub": push_to_hub}
+WRITERS: dict[str, Callable[..., Any]] = {
+    "save_pretrained": save_pretrained,
+    "push_to_hub": push_to_hub,
+}
 """What stands in for the methods of a compressed model, by their names."""
