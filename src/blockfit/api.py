@@ -131,7 +131,8 @@ def compress(
             one-sided 95% interval, on images that decide nothing else.
         max_drop: largest loss of top-1 in points, judged likewise, image by image against the
             original; needs labels.
-        recipe: ``default``, ``paper``, ``plain``, or a ``Recipe``.
+        recipe: ``default``, ``paper``, ``plain``, a ``Recipe``, or one of the baselines
+            ``identity``, ``corp``, ``vbp`` and ``magnitude``.
         map: kind of map, instead of the recipe's.
         rank: of ``low-rank`` maps.
         per_token_type: one map for prefix and another for patch tokens.
@@ -187,7 +188,7 @@ def compress(
         repair=repair,
         repair_ridge=repair_ridge,
     )
-    plan = _by_hand(spans, plan, budget, chosen)
+    plan = _by_hand(spans, plan, budget, chosen, (protect, whole, multiple_of))
     if not isinstance(model, nn.Module):
         model, inplace = load(model), True
     images = images if isinstance(images, Images) else open_images(images, model, seed=seed)
@@ -234,6 +235,7 @@ def _by_hand(
     plan: Plan | None,
     budget: Budget | None,
     recipe: Recipe,
+    kept: tuple[object, object, object],
 ) -> Plan | None:
     """The plan that a call names; ``None`` where it names a budget.
 
@@ -248,6 +250,8 @@ def _by_hand(
             "say what to remove: spans= by hand, a plan=, or one budget (remove=, params=, "
             "flops=, latency=, max_kl= or max_drop=)"
         )
+    beside = dict(zip(("protect", "whole", "multiple_of"), kept, strict=True))
+    recipe.check_use("spans= or plan=" if budget is None else f"{budget.kind}=", **beside)
     if spans is None:
         if plan is not None and not plan:
             raise BlockfitError("the plan cuts nothing; give one with spans or narrowings")

@@ -8,7 +8,7 @@ import pytest
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Replacement, Span
-from blockfit.search.recipes import RECIPES, Recipe, named_recipe
+from blockfit.search.recipes import RECIPES, Recipe, named_recipe, recipe_for
 from blockfit.search.solve import Options
 
 
@@ -56,11 +56,50 @@ def test_one_entry_for_every_kind_and_rank() -> None:
         ({"maps": ()}, "needs a kind of map"),
         ({"rank": 4}, "only low-rank maps have a rank"),
         ({"select": "best"}, "unknown selection 'best'; choose one of effect, mse"),
+        ({"baseline": "corb"}, "unknown baseline 'corb'; choose one of corp, vbp, magnitude"),
     ],
 )
 def test_what_is_no_recipe_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BlockfitError, match=message):
         Recipe(**options)
+
+
+def test_baselines_are_what_was_published() -> None:
+    for name in ("corp", "vbp", "magnitude"):
+        recipe = recipe_for(name)
+        assert (recipe.name, recipe.baseline, recipe.cuts) == (name, name, ("mlp",))
+        assert (recipe.options.refit, recipe.options.repair) == (False, "none")
+    identity = recipe_for("identity", map=None)
+    assert (identity.maps, identity.select, identity.contiguous) == (("identity",), "angular", True)
+    assert recipe_for("identity", map="affine").maps == ("affine",)
+
+
+@pytest.mark.parametrize(
+    ("goal", "given", "words"),
+    [
+        ("remove=", {}, "a budget of params= or flops= and cannot be used with remove="),
+        ("spans=", {}, "cannot be used with spans="),
+        ("a sweep", {}, "cannot be used with a sweep"),
+        ("params=", {"protect": (1,)}, "a published method as it is; leave protect= away"),
+    ],
+)
+def test_baselines_refuse_what_they_have_no_place_for(
+    goal: str, given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BlockfitError, match=f"^recipe corp .*{words}$"):
+        RECIPES["corp"].check_use(goal, **given)
+    RECIPES["corp"].check_use("flops=", protect=(), whole=None, per_token_type=False)
+    RECIPES["paper"].check_use(goal, **given)
+
+
+@pytest.mark.parametrize(
+    "change", [{"map": "linear"}, {"ridge": 0.0}, {"cuts": "mlp"}, {"repair": "mlp"}], ids=str
+)
+def test_nothing_of_a_baseline_can_be_changed(change: dict[str, Any]) -> None:
+    with pytest.raises(BlockfitError, match=f"leave {next(iter(change))}= away"):
+        recipe_for("vbp", **change)
+    with pytest.raises(BlockfitError, match="leave select= away"):
+        named_recipe("vbp", select="mse")
 
 
 def test_unknown_recipes_are_refused_with_the_known_ones() -> None:

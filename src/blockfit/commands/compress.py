@@ -63,7 +63,7 @@ def compress(
             "give a model and --images (or --from a sweep): "
             "blockfit compress MODEL --images DATA --remove 3 -o OUTPUT"
         )
-    _check_what(span, amount, method)
+    _check_what(span, amount, method, judging)
     how: dict[str, Any] = {
         **asdict(amount),
         **method.changes(),
@@ -95,19 +95,24 @@ def compress(
     _show(out, page, result, model, output)
 
 
-def _check_what(span: list[str] | None, amount: opt.Amount, method: opt.Method) -> None:
+def _check_what(
+    span: list[str] | None, amount: opt.Amount, method: opt.Method, judging: opt.Judging
+) -> None:
     """Refuse before any work what does not say what goes."""
     if span:
         opt.refuse(
             {"--select": method.select, "--contiguous": method.contiguous},
             "has no use with --span: the spans are chosen already",
         )
-    if (amount.budget() is None) == (not span):
+    budget = amount.budget()
+    if (budget is None) == (not span):
         raise BlockfitError(
             "say what to remove: --span by hand or one budget, such as --remove 3 or --params 62%"
         )
     for text in span or ():
         Span.parse(text)
+    what = {name: getattr(judging, name) for name in ("protect", "whole", "multiple_of")}
+    method.chosen().check_use("spans=" if budget is None else f"{budget.kind}=", **what)
 
 
 def _from_sweep(

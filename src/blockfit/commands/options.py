@@ -138,7 +138,14 @@ Spans = Annotated[
 ]
 RecipeName = Annotated[
     str | None,
-    option("--recipe", "default, paper, plain.", HOW, "NAME", rare=True, show_default=False),
+    option(
+        "--recipe",
+        "default, paper, plain, identity, corp, vbp, magnitude.",
+        HOW,
+        "NAME",
+        rare=True,
+        show_default=False,
+    ),
 ]
 Plain = Annotated[bool, option("--plain", "As --recipe plain: adds no module.", HOW, rare=True)]
 Map = Annotated[str | None, option("--map", f"{', '.join(MAP_KINDS)}.", HOW, "KIND", rare=True)]
@@ -354,9 +361,13 @@ class Method:
 
     def check(self) -> None:
         """Refuse before any work what is no recipe."""
+        self.chosen()
+
+    def chosen(self) -> Recipe:
+        """The recipe with all that changes it."""
         from blockfit.search.recipes import recipe_for
 
-        recipe_for(self.named(), **self.changes())
+        return recipe_for(self.named(), **self.changes())
 
     def named(self) -> str | Recipe:
         """The recipe that ``--recipe``, ``--plain``, ``--select`` and ``--contiguous`` mean."""

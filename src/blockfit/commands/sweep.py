@@ -67,13 +67,13 @@ def sweep(
     A sweep that was stopped goes on where it was.
     """
     from blockfit.commands.reporter import Reporter
-    from blockfit.search.recipes import recipe_for
     from blockfit.search.sweep_file import check_sweep_folder
 
     started = time.perf_counter()
     check_sweep_folder(output)
     page = Reporter(report)
-    chosen = recipe_for(method.named(), **method.changes())
+    chosen = method.chosen()
+    chosen.check_use("a sweep")
     protected, hold_out = judging.protected(), judging.part()
     given: dict[str, Any] = {} if points is None else {"points": shares(points)}
     with out.working(), keeping(lambda: _finished(output)):

@@ -9,6 +9,7 @@ from typing import Any
 from blockfit.arguments import check_fields
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import MAP_KINDS, PARTS, Replacement, Span
+from blockfit.fit.published import BASELINES
 from blockfit.search.solve import Options
 
 CUTS = ("blocks", *PARTS)
@@ -36,9 +37,11 @@ class Recipe:
         options: how maps and repairs are solved.
         cuts: kinds of cuts that a budget other than ``remove`` may use: whole ``blocks``, neurons
             of ``mlp``s, dimensions of heads' ``values``, and of their queries and ``keys``.
+        baseline: a published method that narrows all MLPs alike, instead of all the above: one of
+            ``BASELINES``.
 
     Raises:
-        BlockfitError: for an unknown map, selection or kind of cut.
+        BlockfitError: for an unknown map, selection, kind of cut or baseline.
     """
 
     name: str = "default"
@@ -50,6 +53,7 @@ class Recipe:
     longest: int = 6
     options: Options = field(default_factory=Options)
     cuts: tuple[str, ...] = CUTS
+    baseline: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -69,6 +73,10 @@ class Recipe:
             raise BlockfitError(
                 f"unknown selection {self.select!r}; choose one of {', '.join(SELECTIONS)}"
             )
+        if self.baseline not in (None, *BASELINES):
+            raise BlockfitError(
+                f"unknown baseline {self.baseline!r}; choose one of {', '.join(BASELINES)}"
+            )
 
     def replacements(self, span: Span, width: int) -> list[Replacement]:
         """What may replace ``span`` in a model of this width: one entry per kind and rank."""
@@ -84,6 +92,30 @@ class Recipe:
             out += [Replacement(span, kind, rank, split) for rank in ranks]
         return out
 
+    def check_use(self, goal: str, **given: object) -> None:
+        """Refuse what a published baseline has no place for.
+
+        Args:
+            goal: what is asked for: ``params=`` or another budget, ``spans=``, ``a sweep``.
+            given: what else, by the name of its parameter; ``None``, ``False`` and ``()`` ask for
+                nothing.
+
+        Raises:
+            BlockfitError: where this is a baseline, for all but ``params=`` and ``flops=``.
+        """
+        if self.baseline is None:
+            return
+        if goal not in ("params=", "flops="):
+            raise BlockfitError(
+                f"recipe {self.name} narrows all MLPs alike: it takes a budget of params= or "
+                f"flops= and cannot be used with {goal}"
+            )
+        for name, value in given.items():
+            if value is not None and value is not False and value != ():
+                raise BlockfitError(
+                    f"recipe {self.name} is a published method as it is; leave {name}= away"
+                )
+
     @property
     def narrows(self) -> bool:
         """Whether plans of the recipe may narrow parts of blocks."""
@@ -96,6 +128,9 @@ class Recipe:
         return set(self.maps) <= {"identity", "folded"}
 
 
+BARE = Options(refit=False, repair="none")
+"""No refit, no repair."""
+
 RECIPES = {
     "default": Recipe(),
     "paper": Recipe(
@@ -103,14 +138,25 @@ RECIPES = {
         maps=("linear",),
         select="mse",
         contiguous=True,
-        options=Options(ridge=0.0, refit=False, repair="none"),
+        options=replace(BARE, ridge=0.0),
         cuts=("blocks",),
     ),
     "plain": Recipe(name="plain", maps=("identity", "folded"), cuts=("blocks",)),
+    "identity": Recipe(
+        name="identity",
+        maps=("identity",),
+        select="angular",
+        contiguous=True,
+        options=BARE,
+        cuts=("blocks",),
+    ),
+    **{name: Recipe(name=name, options=BARE, cuts=("mlp",), baseline=name) for name in BASELINES},
 }
 """``default`` is the best measured; ``paper`` is TBA as published (arXiv 2410.04941): one span
 chosen by similarity, a linear map by plain least squares; ``plain`` adds no module, so its models
-can be written as stock checkpoints."""
+can be written as stock checkpoints. The others are baselines: ``identity`` drops the span of
+smallest angular distance (arXiv 2403.17887); ``corp``, ``vbp`` and ``magnitude`` narrow all MLPs
+alike (``fit.published``)."""
 
 
 def named_recipe(name: str | Recipe, **changes: Any) -> Recipe:
@@ -119,11 +165,11 @@ def named_recipe(name: str | Recipe, **changes: Any) -> Recipe:
     Raises:
         BlockfitError: for an unknown name.
     """
-    if isinstance(name, Recipe):
-        return replace(name, **changes) if changes else name
-    if name not in RECIPES:
+    if isinstance(name, str) and name not in RECIPES:
         raise BlockfitError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
-    return replace(RECIPES[name], **changes)
+    recipe = RECIPES[name] if isinstance(name, str) else name
+    recipe.check_use("params=", **changes)
+    return replace(recipe, **changes) if changes else recipe
 
 
 def recipe_for(
@@ -154,8 +200,10 @@ def recipe_for(
     kinds = cuts.split(",") if isinstance(cuts, str) else cuts
     changes: dict[str, Any] = {"maps": maps, "rank": rank, "per_token_type": per_token_type}
     changes["cuts"] = None if kinds is None else tuple(kind.strip() for kind in kinds)
-    chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
     given = {k: v for k, v in solving.items() if v is not None}
+    asked = {"map": map, "rank": rank, "per_token_type": per_token_type, "cuts": cuts, **given}
+    named_recipe(recipe).check_use("params=", **asked)
+    chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
     if "ridge" in given:
         given["ridge"] = _ridge(given["ridge"])
     if spans_given and "repair" not in given and chosen.name == "default" and recipe == "default":

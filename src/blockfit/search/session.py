@@ -21,6 +21,7 @@ from blockfit.models.forward import FORWARD_ERRORS, evaluating, first_images, of
 from blockfit.models.surgery import removed_plan
 from blockfit.models.tensors import narrowest
 from blockfit.models.trace import trace
+from blockfit.search.baselines import Baseline, Neurons
 from blockfit.search.budget import Budget, Sizes
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
 from blockfit.search.cuts import CutSearch, Share
@@ -193,6 +194,7 @@ class Session:
         self._savings: dict[str, list[float]] = {}
         self._search: Search | None = None
         self._cuts: CutSearch | None = None
+        self._neurons: dict[str, Neurons] = {}
 
     def say(self, line: str) -> None:
         """Tell what is being done."""
@@ -328,6 +330,9 @@ class Session:
         Raises:
             BlockfitError: where no plan does; the message says what can be reached.
         """
+        self.recipe.check_use(f"{budget.kind}=", protect=self.protected)
+        if self.recipe.baseline is not None:
+            return self._reach_baseline(budget, self.recipe.baseline)
         if budget.kind == "remove":
             size = int(budget.value)
             longest = size if self.recipe.contiguous else None
@@ -370,6 +375,21 @@ class Session:
             what = f"leaving {SHARES[0]:.0%} of the parameters"
             raise judge.refusal(what, found.verdicts[SHARES[0]])
         return cuts.point(found.solved.plan, found.solved)
+
+    def _reach_baseline(self, budget: Budget, method: str) -> Point:
+        """A published method on all images, with the figures that it has on the fit images."""
+        self._check_flops(budget)
+        known = self._neurons
+        known.setdefault("fit", Neurons(self.originals))
+        known.setdefault("all", Neurons(self.originals.with_more(self.held_out.traces)))
+        plan = Baseline(known["fit"], method).plan(self.sizes, budget.kind, budget.value)
+        solved = []
+        for images, neurons in known.items():
+            self._say(f"{method} on {'the fit' if images == 'fit' else 'all'} images: {plan}")
+            solution = Baseline(neurons, method).solution(plan)
+            solved.append(solution if self.precision is None else solution.rounded(self.precision))
+        fidelity, errors, top1 = self.held_out.judge(solved[0])
+        return Point(solved[-1], fidelity, tuple(errors), top1)
 
     def _check_flops(self, budget: Budget) -> None:
         if budget.kind == "flops" and self.sizes.flops is None:

@@ -253,12 +253,13 @@ def sweep(
     at_least(0, seed=seed)
     at_least(1, latency_images=latency_images)
     room = None if max_memory is None else bytes_of(str(max_memory), "max_memory")
+    at_least(1, multiple_of=multiple_of)
+    chosen, shares = recipe_for(recipe, cuts=cuts), shares_of(points)
+    chosen.check_use("a sweep")
     if not isinstance(model, nn.Module):
         model = load_model(model)
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
-    at_least(1, multiple_of=multiple_of)
-    chosen, shares = recipe_for(recipe, cuts=cuts), shares_of(points)
     parts = parts_of_sweep(images.draw(CALIBRATION_IMAGES, seed), final, seed)
     run = run_json(model, parts, chosen, protect, hold_out, seed)
     if chosen.narrows:
