@@ -10,7 +10,7 @@ from families import one_thread  # noqa: F401
 from torch import Tensor
 
 from blockfit.errors import BlockfitError
-from blockfit.fit.maps import empty_map, map_parameters
+from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import MAP_KINDS, Replacement, Span
 
 WIDTH, PREFIX = 6, 2
@@ -41,10 +41,18 @@ def test_an_empty_map_is_the_identity(entry: Replacement) -> None:
     assert torch.equal(empty_map(entry, WIDTH, PREFIX)(x), x)
 
 
+PARAMETERS = {
+    "identity": 0, "folded": 0, "scale": 2 * WIDTH, "linear": WIDTH**2,
+    "affine": WIDTH**2 + WIDTH, "orthogonal": WIDTH**2 + WIDTH,
+}  # fmt: skip
+"""DESIGN.md's table."""
+
+
 @every_map
-def test_the_parameters_of_a_map_are_counted_without_building_it(entry: Replacement) -> None:
+def test_a_map_has_the_parameters_of_the_table(entry: Replacement) -> None:
+    each = PARAMETERS.get(entry.map, 2 * (entry.rank or 0) * WIDTH + WIDTH)
     built = sum(p.numel() for p in empty_map(entry, WIDTH, PREFIX).parameters())
-    assert map_parameters(entry, WIDTH) == built
+    assert built == each * (2 if entry.per_token_type else 1)
 
 
 def formula(kind: str, module: Any, x: Tensor) -> Tensor:

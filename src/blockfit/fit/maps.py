@@ -107,17 +107,3 @@ def empty_map(replacement: Replacement, width: int, prefix_tokens: int = 0) -> n
             "tokens; use one map for all tokens"
         )
     return PerTokenType(one(), one(), prefix_tokens)
-
-
-def map_parameters(replacement: Replacement, width: int) -> int:
-    """How many parameters the map of ``replacement`` adds to a model of this ``width``."""
-    each = {
-        "identity": 0,
-        "folded": 0,
-        "scale": 2 * width,
-        "linear": width * width,
-        "affine": width * width + width,
-        "orthogonal": width * width + width,
-        "low-rank": 2 * (replacement.rank or 0) * width + width,
-    }[replacement.map]
-    return each * (2 if replacement.per_token_type else 1)

@@ -168,8 +168,8 @@ def _final(final: Mapping[str, Any] | None) -> str:
 
 def _calibration(report: Mapping[str, Any]) -> str:
     told = report.get("calibration")
-    if told is None:
-        return ""
+    if not isinstance(told, Mapping) or not {"source", "used", "total", "seed"} <= told.keys():
+        return ""  # a report of the user's own
     source = public(str(told["source"]))
     recipe = report.get("recipe", {}).get("name")
     return (

@@ -21,11 +21,6 @@ Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 TEXTS_AT_ONCE = 256
 
 
-def has_text_tower(model: nn.Module) -> bool:
-    """Whether the model embeds texts where it embeds images."""
-    return _tower(model) is not None
-
-
 def _tower(model: nn.Module) -> Callable[..., Any] | None:
     own = (getattr(model, name, None) for name in ("get_text_features", "encode_text"))
     return next(filter(callable, own), None)
