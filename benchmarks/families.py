@@ -2,6 +2,7 @@
 
     for family in vit deit; do
         python benchmarks/quality.py --model models/$family-tiny-cifar10 \\
+            --by remove --sizes 1 2 3 4 --limit 256 \\
             --methods "paper, MSE" "paper, effect" blockfit --out benchmarks/results/$family.json
     done
     cd benchmarks/results && python ../families.py ViT=vit.json DeiT=deit.json
@@ -26,11 +27,11 @@ def rows_of(table: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
     The better by test accuracy: the comparison errs to the paper's side.
     """
-    rows = [row for row in table["rows"] if row["removed"]]
+    rows = [row for row in table["rows"] if "refused" not in row]
     best: dict[int, dict[str, Any]] = {}
     for row in rows:
         if row["method"].startswith("paper"):
-            size = row["removed"]
+            size = row["size"]
             best[size] = max(row, best.get(size, row), key=lambda r: r["top1"])
     return {PAPER: [*best.values()], "blockfit": [r for r in rows if r["method"] == "blockfit"]}
 
@@ -44,23 +45,26 @@ def saved(rows: list[dict[str, Any]], original: float, points: float) -> float:
 
 def show(name: str, table: dict[str, Any]) -> str:
     """The table of one family, and its headline."""
-    original = next(row["top1"] for row in table["rows"] if not row["removed"])
+    original = table["original"]["top1"]
     ways = rows_of(table)
     lines = [
         f"### {name}",
         "",
-        f"Original: {original:.2%} top-1 on {table['test_images']:,} test images.",
+        f"Original: {original:.2%} top-1 on {table['original']['images']:,} test images.",
         "",
         "| removed blocks | " + " | ".join(f"{way}: parameters | top-1" for way in ways) + " |",
         "|---|" + "---|---|" * len(ways),
     ]
-    for size in sorted({row["removed"] for rows in ways.values() for row in rows}):
+    for size in sorted({row["size"] for rows in ways.values() for row in rows}):
         cells = []
         for rows in ways.values():
-            row = next(r for r in rows if r["removed"] == size)
+            row = next((r for r in rows if r["size"] == size), None)
+            if row is None:
+                cells.append("– | –")
+                continue
             change = 100 * (row["top1"] - original)
             cells.append(f"{row['parameters'] - 1:+.1%} | {row['top1']:.2%} ({change:+.2f})")
-        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+        lines.append(f"| {size:g} | " + " | ".join(cells) + " |")
     for points in POINTS:
         told = ", ".join(f"{saved(rows, original, points):.1%} ({w})" for w, rows in ways.items())
         lines += ["", f"At most {points} points lost: fewer parameters by {told}."]

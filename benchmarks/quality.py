@@ -1,15 +1,21 @@
-"""What is lost for what is removed: blockfit beside the paper's maps and other ways to drop blocks.
+"""What is lost for what is removed: blockfit beside its own spans, the paper and other baselines.
 
-Every row is measured in this run: the same model, the same calibration images, the same split of
-them, the same test images. Run by ``make bench-quality``. Figures so far are written to
-``benchmarks/results/quality.json`` after every chunk of test images; a run that was stopped goes
-on behind the images that are in that file, if it finds the same plans again.
+One run, one model, one calibration that all methods share, the same test images for every cell. Run
+by ``make bench-quality``: at every size the top-1 (with its 95% interval) and the KL from the
+original. A line is printed per finished cell, and all finished cells are kept in ``--out``: a run
+that was stopped goes on behind them. With other models and images::
+
+    python benchmarks/quality.py --model timm/deit_small_patch16_224 --images TRAIN --data TEST
+
+``--by remove --sizes 1 2 3`` counts blocks instead; ``--by flops`` FLOPs.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,151 +24,200 @@ import torch
 from common import MODEL, ROOT, TEST, TRAIN, say
 
 import blockfit
-from blockfit.evaluation.evaluate import evaluate_many
-from blockfit.fit.plan import Plan
-from blockfit.models.load import load_model
+from blockfit.errors import BlockfitError
+from blockfit.models.head import observe
 from blockfit.search.budget import Budget
-from blockfit.search.recipes import RECIPES, Recipe
+from blockfit.search.fidelity import kl_divergence
+from blockfit.search.recipes import BARE, RECIPES, Recipe
 from blockfit.search.session import Session, Setting
-from blockfit.search.solve import Options, Solution
+from blockfit.search.solve import Solution
+from blockfit.search.spill import Shelf
 
 RESULTS = ROOT / "benchmarks" / "results"
-BARE = Options(refit=False, repair="none")
 
 METHODS: dict[str, Recipe] = {
+    "blockfit": RECIPES["default"],
+    "spans": replace(RECIPES["default"], cuts=("blocks",)),
+    "corp": RECIPES["corp"],
+    "vbp": RECIPES["vbp"],
+    "magnitude": RECIPES["magnitude"],
     "paper, MSE": RECIPES["paper"],
     "paper, effect": replace(RECIPES["paper"], select="effect"),
-    "identity": Recipe("identity", ("identity",), select="angular", contiguous=True, options=BARE),
+    "identity": RECIPES["identity"],
     "folded": Recipe("folded", ("folded",), select="angular", contiguous=True, options=BARE),
-    "blockfit": RECIPES["default"],
 }
-"""``identity`` drops the span of smallest angular distance (ShortGPT, UIDL); ``folded`` multiplies
-a linear map into the MLP before that span (ReplaceMe)."""
+USUAL = ["blockfit", "spans", "corp", "vbp", "magnitude", "paper, MSE"]
+
+BATCH = 100
+KEPT_IN_MEMORY = 2 << 30
+"""Bytes of prepared test images; more lie in temporary files."""
 
 
-def solutions(args: argparse.Namespace, model: torch.nn.Module) -> tuple[Any, dict[str, Solution]]:
-    """Solve every row from the same calibration images."""
-    images = blockfit.images(
-        args.images, model, limit=args.limit, seed=args.seed, batch_size=args.batch_size
-    )
-    setting = Setting.of(model, images, seed=args.seed)
-    session = Session(setting, RECIPES["default"], seed=args.seed, say=say)
-    found: dict[str, Solution] = {}
-    for name in args.methods:
-        part = session.with_recipe(METHODS[name])
-        for removed in args.removed:
-            say(f"{name}: {removed} blocks")
-            found[f"{removed} {name}"] = part.reach(Budget("remove", removed)).solution
-    return session, found
+class TestSet:
+    """Test images, decoded once, and what the original says of them.
+
+    Args:
+        source: where they are.
+        model: the original.
+        limit: the first so many.
+    """
+
+    def __init__(self, source: str, model: torch.nn.Module, limit: int) -> None:
+        images = blockfit.images(source, model, batch_size=BATCH)
+        images = replace(images, positions=images.positions[:limit])
+        shelf = Shelf(KEPT_IN_MEMORY)
+        self.batches, self.labels = [], []
+        for batch in images.batches():
+            self.batches.append(shelf.hold_batch(batch.inputs))
+            self.labels.append(batch.labels)
+        self.count = sum(len(labels) for labels in self.labels)
+
+    def logits(self, model: torch.nn.Module, blocks: Any) -> torch.Tensor:
+        return torch.cat([observe(model, blocks, batch).logits for batch in self.batches])
+
+    def figures(self, original: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+        guesses, labels = logits.argmax(1), torch.cat(self.labels)
+        right = int((guesses == labels).sum())
+        return {
+            "top1": right / self.count,
+            "interval": wilson(right, self.count),
+            "agreement": float((guesses == original.argmax(1)).double().mean()),
+            "kl": float(kl_divergence(original, logits).mean()),
+        }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--images", default=TRAIN)
-    parser.add_argument("--test", default=TEST)
-    parser.add_argument("--limit", type=int, default=512)
-    parser.add_argument("--test-limit", type=int, default=None)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--chunk", type=int, default=500)
-    parser.add_argument("--removed", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--out", default=str(RESULTS / "quality.json"))
-    args = parser.parse_args()
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    model = load_model(args.model)
-    session, found = solutions(args, model)
-    stored = {
-        "found": found,
-        "sizes": {name: session.sizes.of(s.plan) for name, s in found.items()},
-        "whole": (session.sizes.parameters, session.sizes.flops),
-        "chunks": [],
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    p, n = right / count, count
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
+    return middle - half, middle + half
+
+
+def calibrated(args: argparse.Namespace, model: torch.nn.Module) -> Session:
+    """One session for all methods, on the images that ``torch.randperm`` draws with the seed."""
+    images = blockfit.images(args.images, model, batch_size=args.batch_size)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+    drawn = replace(images, positions=order[: args.limit].numpy())
+    setting = Setting.of(model, drawn, seed=args.seed)
+    say(f"original on {len(drawn)} calibration images")
+    return Session(setting, RECIPES["default"], seed=args.seed, say=say if args.verbose else None)
+
+
+def solved(session: Session, budget: Budget) -> Solution:
+    """The plan of a method, solved on all calibration images, those that chose it too."""
+    solution = session.reach(budget).solution
+    return solution if solution.plan.narrowings else session.cuts.solve(solution.plan)
+
+
+def cell(session: Session, test: TestSet, original: torch.Tensor, budget: Budget) -> dict[str, Any]:
+    """One method at one size; only why, where it cannot reach it."""
+    started = time.perf_counter()
+    try:
+        solution = solved(session, budget)
+    except BlockfitError as error:
+        return {"refused": str(error)}
+    small = copy.deepcopy(session.setting.model)
+    solution.apply(small, session.setting.blocks)
+    parameters, flops = session.sizes.of(solution.plan)
+    seconds = round(time.perf_counter() - started, 1)
+    return {
+        **test.figures(original, test.logits(small, session.setting.blocks)),
+        "parameters": parameters / session.sizes.parameters,
+        "flops": None if flops is None else flops / (session.sizes.flops or 1),
+        "plan": str(solution.plan),
+        "seconds": seconds,
     }
-    blocks = session.setting.blocks
-    del session  # and the cached hidden states with it
-    test = blockfit.images(args.test, model, limit=args.test_limit, batch_size=args.batch_size)
-    rows = {"0 original": Solution(Plan(), ()), **found}
-    if Path(args.out).is_file():
-        stored["chunks"].append(earlier(Path(args.out), rows))
-    done = sum(chunk["images"] for chunk in stored["chunks"])
-    while done < len(test):
-        part = replace(test, positions=test.positions[done : done + args.chunk])
-        result = evaluate_many(model, blocks, rows, part)
-        stored["chunks"].append(
-            {
-                "images": len(part),
-                "rows": {
-                    n: (r.top1, r.fidelity.agreement, r.fidelity.kl) for n, r in result.items()
-                },
-            }
-        )
-        done += len(part)
-        table = json.dumps(summary(stored), indent=1)
-        Path(args.out).write_text(table + "\n")
-        say(f"{done} of {len(test)} test images")
-    say(markdown(summary(stored)))
 
 
-def earlier(path: Path, rows: dict[str, Solution]) -> dict[str, Any]:
-    """The figures of a stopped run, as one chunk."""
-    table = json.loads(path.read_text())
-    plans = {f"{row['removed']} {row['method']}": row["plan"] for row in table["rows"]}
-    if plans != {name: str(s.plan) if len(s.plan) else "" for name, s in rows.items()}:
-        raise SystemExit(f"{path} is of other plans; move it away to start anew")
-    figures = {
-        f"{row['removed']} {row['method']}": (row["top1"], row["agreement"], row["kl"])
-        for row in table["rows"]
-    }
-    return {"images": table["test_images"], "rows": figures}
-
-
-def summary(stored: dict[str, Any]) -> dict[str, Any]:
-    """Means over all test images so far."""
-    total = sum(chunk["images"] for chunk in stored["chunks"])
-    rows = []
-    for name in stored["chunks"][0]["rows"]:
-        removed, method = name.split(" ", 1)
-        means = [
-            sum(c["images"] * c["rows"][name][i] for c in stored["chunks"]) / total
-            for i in range(3)
-        ]
-        parameters, flops = stored["sizes"].get(name, stored["whole"])
-        solution = stored["found"].get(name)
-        rows.append(
-            {
-                "removed": int(removed),
-                "method": method,
-                "top1": means[0],
-                "agreement": means[1],
-                "kl": means[2],
-                "parameters": parameters / stored["whole"][0],
-                "flops": flops / stored["whole"][1],
-                "plan": str(solution.plan) if solution else "",
-            }
-        )
-    return {"test_images": total, "rows": sorted(rows, key=lambda row: row["removed"])}
+def shown(row: dict[str, Any] | None, size: float | None = None) -> str:
+    """A cell of the table; its own size where that is not the one that was asked for."""
+    if row is None or "refused" in row:
+        return "–"
+    text = f"{row['top1']:.2%} / {row['kl']:.4f}"
+    if size is not None and abs(row["parameters"] - size) > 0.005:
+        text = f"({row['parameters']:.0%}) {text}"
+    return text
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table of the README: top-1 and KL, methods side by side."""
-    rows = table["rows"]
-    methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
+    """The table: sizes down, methods across."""
+    settings, rows = table["settings"], table["rows"]
+    methods = [m for m in METHODS if any(row["method"] == m for row in rows)]
+    first = table["original"]
+    low, high = first["interval"]
     lines = [
-        f"Original: {rows[0]['top1']:.2%} top-1 on {table['test_images']:,} test images.",
+        f"Original: {first['top1']:.2%} top-1 ({low:.2%} to {high:.2%}) on "
+        f"{first['images']:,} test images. Top-1 / KL:",
         "",
-        "| removed | parameters | " + " | ".join(methods) + " | KL / best paper's |",
-        "|---|---|" + "---|" * (len(methods) + 1),
+        f"| {NAMES[settings['by']]} | " + " | ".join(methods) + " | KL / best other's |",
+        "|---|" + "---|" * (len(methods) + 1),
     ]
-    for removed in sorted({r["removed"] for r in rows if r["removed"]}):
-        here = {r["method"]: r for r in rows if r["removed"] == removed}
-        cells = [f"{here[m]['top1']:.2%} / {here[m]['kl']:.3f}" for m in methods]
-        paper = [here[m]["kl"] for m in here if m.startswith("paper")]
-        ours = here.get("blockfit")
-        ratio = f"{ours['kl'] / min(paper):.2f}" if ours and paper else ""
-        size = f"{ours['parameters'] - 1:+.1%}" if ours else ""
-        lines.append(f"| {removed} | {size} | " + " | ".join(cells) + f" | {ratio} |")
+    for size in dict.fromkeys(row["size"] for row in rows):
+        here = {row["method"]: row for row in rows if row["size"] == size}
+        at = size / 100 if settings["by"] == "params" else None
+        cells = [shown(here.get(method), at) for method in methods]
+        others = [r["kl"] for m, r in here.items() if m != "blockfit" and "kl" in r]
+        ours = here.get("blockfit", {}).get("kl")
+        ratio = f"{ours / min(others):.2f}" if ours is not None and others else ""
+        name = f"{size:g}" if settings["by"] == "remove" else f"{size:g}%"
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {ratio} |")
     return "\n".join(lines)
+
+
+NAMES = {"params": "parameters left", "flops": "FLOPs left", "remove": "blocks removed"}
+
+
+def opened(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The cells of a run that was stopped; an empty table where there is none."""
+    if not path.is_file():
+        return {"settings": settings, "original": None, "rows": []}
+    table: dict[str, Any] = json.loads(path.read_text())
+    if table["settings"] != settings:
+        raise SystemExit(f"{path} is of another run ({table['settings']}); name another --out")
+    return table
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--images", default=TRAIN, help="to calibrate on")
+    parser.add_argument("--data", "--test", dest="data", default=TEST, help="to evaluate on")
+    parser.add_argument("--limit", type=int, default=512)
+    parser.add_argument("--test-limit", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--by", choices=list(NAMES), default="params")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[84, 78, 70, 62, 55, 50])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=USUAL)
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell of every step")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed()
+    names = ("model", "images", "data", "limit", "test_limit", "seed", "by")
+    table = opened(args.out, {name: getattr(args, name) for name in names})
+    done = {(row["size"], row["method"]) for row in table["rows"]}
+    left = [(s, m) for s in args.sizes for m in args.methods if (s, m) not in done]
+    if left:
+        model = blockfit.load(args.model)
+        session = calibrated(args, model)
+        test = TestSet(args.data, model, args.test_limit)
+        say(f"original on {test.count} test images")
+        original = test.logits(model, session.setting.blocks)
+        table["original"] = {"images": test.count, **test.figures(original, original)}
+        parts = {method: session.with_recipe(METHODS[method]) for method in args.methods}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        for size, method in left:
+            budget = Budget(args.by, size if args.by == "remove" else size / 100)
+            row = cell(parts[method], test, original, budget)
+            table["rows"].append({"size": size, "method": method, **row})
+            args.out.write_text(json.dumps(table, indent=1) + "\n")
+            interval = " to ".join(f"{end:.2%}" for end in row.get("interval", ()))
+            say(f"{size:g} {method}: {shown(row)} [{interval}] {row.get('refused', '')}")
+    say(markdown(table))
 
 
 if __name__ == "__main__":

@@ -385,7 +385,7 @@ class Session:
         plan = Baseline(known["fit"], method).plan(self.sizes, budget.kind, budget.value)
         solved = []
         for images, neurons in known.items():
-            self._say(f"{method} on {'the fit' if images == 'fit' else 'all'} images: {plan}")
+            self._say(f"{method} on {'the fit' if images == 'fit' else 'all'} images")
             solution = Baseline(neurons, method).solution(plan)
             solved.append(solution if self.precision is None else solution.rounded(self.precision))
         fidelity, errors, top1 = self.held_out.judge(solved[0])
