@@ -172,6 +172,45 @@ def test_a_narrowed_model_trains_and_copies(name: str) -> None:
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in changed)
 
 
+@pytest.mark.parametrize("name", ["timm-vit", "vit-classifier", "dinov2-classifier", "clip-vision"])
+def test_a_copy_in_half_precision_computes_alike(name: str) -> None:
+    family = FAMILIES[name]
+    model, images = family.build(), family.images(3, seed=1)
+    blocks = find_blocks(model, images)
+    apply_plan(model, blocks, plan_for(family, model, blocks, 0.5), ())
+    expected = output(model, images)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    found = output(half, images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 0.05 * expected.norm()
+    assert torch.equal(output(model, images), expected)
+
+
+def test_layers_that_cannot_belong_to_a_part_are_refused() -> None:
+    family = FAMILIES["timm-vit"]
+    model, images = family.build(), family.images(3, seed=1)
+    blocks, before = find_blocks(model, images), output(model, images)
+    cuts = {cut.part: cut for cut in plan_for(family, model, blocks, 0.5).narrowings}
+    mlp, values, keys = (cuts[part] for part in ("mlp", "values", "keys"))
+    for cut, why in (
+        (replace(mlp, rows=()), "one run or more of rows, got 0"),
+        (replace(values, rows=()), "need one run of rows, got 0"),
+        (replace(keys, rows=keys.rows[:1]), "need two runs of rows, got 1"),
+        (replace(keys, rows=keys.rows[:1] * 2), "rows of .* overlap"),
+        (replace(mlp, reader=""), "needs the layer that reads it"),
+        (replace(keys, reader=mlp.reader), "is read by no linear layer"),
+        (replace(mlp, heads=2), "has no heads"),
+        (replace(mlp, reader=mlp.rows[0].layer), "other than the reader"),
+        (replace(values, reader=mlp.reader), "another of its parts uses"),
+        (replace(values, rows=keys.rows[:1]), "has no rows"),
+    ):
+        others = tuple(one for one in cuts.values() if one.part != cut.part)
+        with pytest.raises(BlockfitError, match=why):
+            apply_plan(model, blocks, Plan((), (cut, *others)), ())
+        assert torch.equal(output(model, images), before)
+
+
 def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     family = FAMILIES["vit-classifier"]
     model, images = family.build(), family.images(3, seed=1)
@@ -180,10 +219,11 @@ def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     wrong = replace(plan.narrowings[-1], size=24, kept=8)
     for cut, why in (
         (wrong, "does not fit the model"),
-        (replace(plan.narrowings[-1], reader="nowhere"), "no layer 'nowhere'"),
+        (replace(plan.narrowings[-2], reader="nowhere"), "no layer 'nowhere'"),
     ):
+        others = [c for c in plan.narrowings if (c.block, c.part) != (cut.block, cut.part)]
         with pytest.raises(BlockfitError, match=why):
-            apply_plan(model, blocks, Plan((), (*plan.narrowings[:-1], cut)), ())
+            apply_plan(model, blocks, Plan((), (*others, cut)), ())
         assert torch.equal(output(model, images), before)
     apply_plan(model, blocks, plan, ())
     with pytest.raises(BlockfitError, match="cut already"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from commandline import Done, blockfit_command
 from commandline import small as small
+from exporting import saved
 from families import FAMILIES
 from families import one_thread as one_thread
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from blockfit.evaluation.speed import Row, Setting, Settings, Shares
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
 from blockfit.formats import folder as store
-from blockfit.models.blocks import Blocks
+from blockfit.models.blocks import Blocks, block_modules
 from blockfit.models.cost import Timing, in_turn
 from blockfit.models.demo import load_demo
 from blockfit.models.load import load_model
@@ -92,6 +94,51 @@ def test_blocks_that_took_little_time_are_named() -> None:
     assert shares.promised == pytest.approx(1 / 0.85)
     (said,) = remarks(cheap := row(timing(10, 10), timing(8, 8), 2.0, shares), [cheap])
     assert "took 20.0% of the time and their maps take 5.0%, which allows 1.18×" in said
+
+
+def test_narrower_heads_that_save_no_time_are_named() -> None:
+    shares = Shares(removed=1.0, maps=0.8, narrowed=True, heads=(0.3, 0.31))
+    narrow = row(timing(10, 10), timing(8, 8), 1.6, shares)
+    why, heads = remarks(narrow, [narrow])
+    assert (
+        "blocks that were cut took 100.0% of the time and what is left of them takes 80.0%" in why
+    )
+    assert "save parameters and no time here: their layers took 30.0% of the time" in heads
+    faster = row(timing(10, 10), timing(8, 8), 1.25, replace(shares, heads=(0.3, 0.2)))
+    assert remarks(faster, [faster]) == ()
+
+
+def test_the_time_of_narrowed_heads_is_measured_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(shortfall, "time", clock)
+    family = FAMILIES["timm-vit"]
+    small, original = saved(tmp_path / "small", "timm-vit", Plan(()), share=0.5), family.build()
+    images = family.images(1)
+    passes = (functools.partial(original, images), functools.partial(small.model, images))
+    seconds = {"attn.qkv": (2.0, 3.0), "attn.proj": (1.0, 1.0), "mlp.fc1": (4.0, 2.0)}
+    for place, model in enumerate((original, small.model)):
+        for block in block_modules(model, small.blocks):
+            for name, taken in seconds.items():
+
+                def spend(*_: Any, taken: float = taken[place]) -> None:
+                    clock.now += taken
+
+                layer = block.get_submodule(name)
+                forward = layer.forward
+
+                def timed(x: Tensor, forward: Any = forward, spend: Any = spend) -> Any:
+                    spend()
+                    return forward(x)
+
+                layer.forward = timed
+    shares = shortfall.block_shares(original, small.model, small.blocks, passes)
+    assert shares is not None
+    assert shares.narrowed
+    assert shares.removed == pytest.approx(1.0)
+    assert shares.maps == pytest.approx(6 / 7)
+    assert shares.heads == pytest.approx((3 / 7, 4 / 7))
 
 
 class Clock:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from commandline import Done, blockfit_command
 from commandline import small as small
+from exporting import output
+from exporting import saved as narrowed
 from families import FAMILIES
 from families import one_thread as one_thread
 from safetensors.torch import load_file
@@ -22,9 +24,10 @@ from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.precision import check_precision
 from blockfit.evaluation.stages import quantize, stages
+from blockfit.fit.plan import Plan
 from blockfit.formats import folder as store
 from blockfit.formats.int8 import targets, to_int8
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import block_modules, find_blocks
 from blockfit.models.cost import flops, parameters, size_bytes
 from blockfit.models.demo import load_demo
 from blockfit.models.head import primary_output
@@ -98,6 +101,29 @@ def test_families_run_in_int8(name: str, kind: str) -> None:
     # Attention that reads its weights without calling a layer keeps them.
     assert len(names) == {"timm-beit": 12, "torchvision-vit": 8, "timm-vit": 16}.get(name, 24)
     assert all(not module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "dinov2-classifier", "torchvision-vit"])
+@pytest.mark.parametrize("kind", INT8_KINDS)
+def test_narrowed_layers_run_in_int8_and_come_back(name: str, kind: str, tmp_path: Path) -> None:
+    saved = narrowed(tmp_path / "small", name, Plan(()), share=0.5)
+    images = FAMILIES[name].images(3, seed=4)
+    tiny = quantize(saved, kind)
+    exact, wanted = output(saved.model, images), output(tiny.model, images)
+    assert 0 < (wanted - exact).norm() < 0.05 * exact.norm()
+    folder = saved_again(tmp_path / "tiny", tiny)
+    again = store.load_saved(folder)
+    assert torch.equal(output(again.model, images), wanted)
+    assert again.plan == saved.plan
+    assert json.loads((folder / store.MARK).read_text())["format"] == 3
+    stored = load_file(folder / "model.safetensors")
+    blocks = block_modules(saved.model, saved.blocks)
+    paths = {id(module): path for path, module in saved.model.named_modules()}
+    for cut in saved.plan.narrowings:
+        layers = [*(rows.layer for rows in cut.rows), *([cut.reader] if cut.reader else [])]
+        for layer in layers:
+            name_of = paths[id(blocks[cut.block].get_submodule(layer))]
+            assert stored[f"{name_of}.weight"].dtype == torch.int8
 
 
 def without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exporting import saved
+from families import FAMILIES
 from pictures import folder_of
 from PIL import Image
 from small import PREFIX, small_blocks, small_images, small_pictures, small_vit
 from torch import nn
 
 import blockfit
+from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.side_by_side import SHOWN, Sample, SideBySide, side_by_side
+from blockfit.fit.plan import Plan
 from blockfit.models.blocks import record
 from blockfit.models.preprocessing import Preprocessing
 
@@ -70,6 +74,26 @@ def test_errors_are_those_of_the_hidden_states_beside_dropped_spans(
                     spread += float(centred[:, tokens].square().sum())
                 assert found[kind][level] == pytest.approx(gap / spread, rel=1e-6, abs=1e-12)
     assert side.errors["patch"][1] == 0 < side.errors["patch"][3] < side.identity["patch"][3]
+
+
+def test_narrowed_blocks_are_compared_in_place_and_with_nothing_dropped(tmp_path: Path) -> None:
+    family = FAMILIES["timm-vit"]
+    original, small = family.build(), saved(tmp_path / "small", "timm-vit", Plan(()), share=0.5)
+    pictures = open_images(family.images(9, seed=3), batch_size=4)
+    found = side_by_side(original, small.model, small.blocks, pictures)
+    assert found.plan == small.plan
+    assert found.identity == {}
+    assert {len(errors) for errors in found.errors.values()} == {small.blocks.depth + 1}
+    with torch.no_grad():
+        gaps = [(a - b).abs().max() for a, b in zip(
+            original.forward_intermediates(family.images(9, seed=3), norm=False)[1],  # type: ignore[operator]
+            small.model.forward_intermediates(family.images(9, seed=3), norm=False)[1],  # type: ignore[operator]
+            strict=True,
+        )]  # fmt: skip
+    assert found.errors["patch"][0] == 0
+    assert all((error > 0) == (gap > 0) for error, gap in zip(
+        found.errors["patch"][1:], gaps, strict=True
+    ))  # fmt: skip
 
 
 def test_predictions_and_differences_are_the_models_own(

@@ -155,3 +155,54 @@ def test_only_identity_and_folded_make_a_plain_checkpoint() -> None:
     plain = {kind for kind in MAP_KINDS if kind != "low-rank" and Plan.of(["2:4"], kind).plain}
     assert plain == {"identity", "folded"}
     assert not Plan.of(["2:4"], "low-rank", rank=2).plain
+
+
+MLP = {
+    "block": 1, "part": "mlp", "kept": 24, "size": 64, "heads": 1,
+    "rows": [["fc1", 0]], "reader": "fc2",
+}  # fmt: skip
+KEYS = {**MLP, "part": "keys", "rows": [["qkv", 0], ["qkv", 64]], "reader": ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": 65}, "block 1: mlp cannot keep 65 of 64 dimensions"),
+        ({"kept": 0}, "kept of a narrowing must be at least 1"),
+        ({"kept": 1.5}, r"plan\[0\]: kept must be a whole number, got 1.5"),
+        ({"size": 10**30, "kept": 10**31}, "cannot keep"),
+        ({"block": -1}, "block of a narrowing must be at least 0"),
+        ({"part": "norm"}, "unknown part 'norm'; choose one of mlp, values, keys"),
+        ({"part": ["mlp"]}, "part must be a text"),
+        ({"extra": 1}, "unknown key 'extra'"),
+        ({"rows": []}, "mlp of block 1 need one run or more of rows, got 0"),
+        ({"rows": [["fc1"]]}, r"rows: expected \[layer, first row\]"),
+        ({"rows": [["fc1", -1]]}, r"rows: expected \[layer, first row\]"),
+        ({"rows": [["fc1", 0], ["fc1", 63]]}, "its rows of 'fc1' overlap"),
+        ({"rows": [["fc2", 0]]}, "must name layers other than the reader"),
+        ({"reader": ""}, "needs the layer that reads it"),
+        ({"reader": 3}, "reader must be a text"),
+        ({"heads": 2}, "has no heads"),
+    ],
+)
+def test_a_damaged_narrowing_is_refused_with_the_place(change: Any, message: str) -> None:
+    Plan.from_json([MLP])
+    with pytest.raises(BlockfitError, match=message):
+        Plan.from_json([MLP | change])
+
+
+def test_a_plan_of_all_kinds_is_shown_a_line_per_block() -> None:
+    span = {"start": 5, "stop": 8, "map": "affine"}
+    last = {**MLP, "block": 10, "kept": 8, "size": 16}
+    plan = Plan.from_json([KEYS, span, last, MLP])
+    assert plan.lines() == [
+        "block 1      mlp 24/64      keys 24/64",
+        "blocks 5–7   → affine",
+        "block 10     mlp 8/16",
+    ]
+    assert plan.brief == "5:8 affine, mlp 40% in 2, keys 38% in 1"
+    assert plan.changed(12) == "of 12 blocks, 3 replaced and 2 narrowed"
+    assert (plan.narrowed_blocks, plan.removed_blocks) == ((1, 10), (5, 6, 7))
+    assert Plan(()).lines() == []
+    assert (Plan(()).brief, Plan(()).changed(4)) == ("nothing removed", "of 4 blocks, none changed")
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -41,8 +41,12 @@ save_file(found, traffic + "/out.safetensors")
 """
 
 
-def test_transformers_alone_reads_it_and_gives_the_same_outputs(tmp_path: Path) -> None:
-    small = saved(tmp_path / "small", "dinov2-classifier", MAPS, prepared(32))
+@pytest.mark.parametrize("share", [None, 0.5], ids=["maps", "narrowed"])
+def test_transformers_alone_reads_it_and_gives_the_same_outputs(
+    share: float | None, tmp_path: Path
+) -> None:
+    small = saved(tmp_path / "small", "dinov2-classifier", MAPS, prepared(32), share)
+    assert bool(small.plan.narrowings) == (share is not None)
     done = export_hub(small, tmp_path / "hub")
     assert done.blocks == 2
     assert "AutoModelForImageClassification.from_pretrained" in done.how_to_load
@@ -70,6 +74,18 @@ def test_every_family_is_read_back_before_it_is_kept(name: str, tmp_path: Path) 
     images = FAMILIES[name].images(4, seed=9)
     again = load_model(tmp_path / "hub", trust_remote_code=True)
     assert torch.allclose(output(again, images), output(small.model, images), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "clip-vision", "beit-classifier", "dinov3"])
+def test_narrowed_layers_are_rebuilt(name: str, tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", name, Plan(()), share=0.5)
+    assert small.plan.narrowings
+    export_hub(small, tmp_path / "hub")
+    images = FAMILIES[name].images(4, seed=9)
+    again = load_model(tmp_path / "hub", trust_remote_code=True)
+    assert torch.allclose(output(again, images), output(small.model, images), atol=1e-5)
+    count = sum(parameter.numel() for parameter in small.model.parameters())
+    assert sum(parameter.numel() for parameter in again.parameters()) == count
 
 
 def test_every_kind_of_map_is_rebuilt(tmp_path: Path) -> None:

@@ -39,6 +39,16 @@ def test_onnxruntime_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
     assert done.parity.max_abs_error < 1e-5
 
 
+@pytest.mark.parametrize("name", ["timm-vit", "dinov2-classifier", "clip-vision"])
+def test_onnxruntime_runs_narrowed_blocks(name: str, tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", name, MAPS, share=0.5)
+    assert {cut.part for cut in small.plan.narrowings} == {"mlp", "values", "keys"}
+    done = export_onnx(small, tmp_path / "small.onnx")
+    images = FAMILIES[name].images(3, seed=5)
+    found = Session(done.path).outputs(images)[NAMES.get(name, "logits")]
+    assert torch.allclose(found, output(small.model, images), atol=2e-5)
+
+
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     small = saved(tmp_path / "small", "timm-vit", MAPS, prepared(32))
     done = export_onnx(small, tmp_path / "small.onnx", opset=20)

@@ -31,6 +31,16 @@ def test_it_runs_where_blockfit_is_not(tmp_path: Path) -> None:
     assert torch.allclose(found, output(small.model, images), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["timm-vit", "torchvision-vit"])
+def test_narrowed_blocks_run_where_blockfit_is_not(name: str, tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", name, MAPS, share=0.5)
+    assert small.plan.narrowings
+    done = export_program(small, tmp_path / "small.pt2")
+    images = FAMILIES[name].images(5, seed=9)
+    found = elsewhere(environment(tmp_path / "env"), done.path, images, tmp_path)
+    assert torch.allclose(found, output(small.model, images), atol=1e-5)
+
+
 def test_the_program_knows_nothing_of_blockfit_and_of_this_machine(tmp_path: Path) -> None:
     small = saved(tmp_path / "small", "dinov2-classifier", MAPS)
     done = export_program(small, tmp_path / "small.pt2")

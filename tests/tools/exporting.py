@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blockfit.data.images import images as open_images
-from blockfit.fit.plan import Plan, Replacement, Span
+from blockfit.fit.plan import Narrowing, Plan, Replacement, Span
 from blockfit.formats.folder import Saved, load_saved, save
 from blockfit.models.blocks import find_blocks
 from blockfit.models.forward import call
@@ -31,9 +32,21 @@ MAPS = Plan((Replacement(Span(0, 1), "affine"), Replacement(Span(2, 3), "low-ran
 
 
 def saved(
-    folder: Path, name: str, plan: Plan = PLAIN, preprocessing: Preprocessing | None = None
+    folder: Path,
+    name: str,
+    plan: Plan = PLAIN,
+    preprocessing: Preprocessing | None = None,
+    share: float | None = None,
 ) -> Saved:
-    """A tiny model, solved with ``plan`` and saved."""
+    """A tiny model, solved with ``plan`` and saved.
+
+    Args:
+        folder: new.
+        name: of its family.
+        plan: the spans.
+        preprocessing: its own where ``None``.
+        share: of the dimensions that every part of the blocks outside the spans keeps.
+    """
     family = FAMILIES[name]
     model = family.build()
     pictures = family.images(12)
@@ -42,9 +55,21 @@ def saved(
     if preprocessing is not None:
         object.__setattr__(source, "preprocessing", preprocessing)
     originals = Originals(model, blocks, open_images(pictures, batch_size=6))
+    if share is not None:
+        plan = Plan(plan.replacements, narrowings(originals, plan, share))
     solve(originals, plan, Options(repair="mlp")).apply(model, blocks)
     save(folder, model, blocks, plan, source=source, report={})
     return load_saved(folder)
+
+
+def narrowings(originals: Originals, plan: Plan, share: float) -> tuple[Narrowing, ...]:
+    """Every part of the blocks that ``plan`` keeps, with a share of its dimensions."""
+    kept = sorted(set(range(originals.blocks.depth)) - set(plan.removed_blocks))
+    return tuple(
+        replace(part, kept=max(1, int(share * part.size)))
+        for index in kept
+        for part in originals.parts(index).whole.values()
+    )
 
 
 def prepared(size: int) -> Preprocessing:

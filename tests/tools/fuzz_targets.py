@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from exporting import PLAIN, saved
 from families import FAMILIES
 from mutation import STRANGE, damaged_value
 from pictures import PIXELS, encoded, folder_of, grey
@@ -72,6 +73,11 @@ def _save(kind: str, folder: Path) -> None:
     if kind == "transformers":
         source = replace(source, preprocessing=Preprocessing("transformers", _processor()))
     store.save(folder, model, blocks, PLAN, source=source, report=REPORT)
+
+
+def _save_narrowed(folder: Path) -> None:
+    """Format 3: parts of blocks keep fewer dimensions."""
+    saved(folder, "vit-classifier", PLAIN, share=0.5)
 
 
 def _load(kind: str, folder: Path, empty: Path) -> None:
@@ -200,6 +206,7 @@ TARGETS = {
             Target(f"saved {kind}", functools.partial(_save, kind), functools.partial(_load, kind))
             for kind in KINDS
         ),
+        Target("saved narrowed", _save_narrowed, functools.partial(_load, "narrowed")),
         Target("sweep", _make_sweep, _read_sweep),
         Target("transformers folder", _transformers, _original),
         Target("timm folder", _timm, _original),
@@ -234,9 +241,34 @@ def _random_entry(chance: random.Random) -> Any:
     return entry
 
 
+def _random_narrowing(chance: random.Random) -> Any:
+    """A part of the tiny model; now and then with another size, layer or number of heads."""
+    part, size, rows, reader = chance.choice(
+        (
+            ("mlp", 32, [["mlp.wide", 0]], "mlp.narrow"),
+            ("values", 16, [["attention.qkv", 32]], "attention.out"),
+            ("keys", 16, [["attention.qkv", 0], ["attention.qkv", 16]], ""),
+        )
+    )
+    entry = {
+        "block": chance.randrange(DEPTH), "part": part, "kept": chance.randint(1, size),
+        "size": size, "heads": 1, "rows": rows, "reader": reader,
+    }  # fmt: skip
+    if chance.random() < 0.1:
+        key = chance.choice(("kept", "size", "heads", "block"))
+        entry[key] = chance.choice((0, -1, 2, 17, 33, 2**31, 2**63, 10**30))
+    if chance.random() < 0.05:
+        entry["rows"] = [[chance.choice(("mlp.wide", "norm1", "", "x", "mlp")), 8]]
+    if chance.random() < 0.05:
+        entry["reader"] = chance.choice(("mlp.narrow", "attention.out", "mlp.wide", "mlp", "."))
+    return entry
+
+
 def plan_case(chance: random.Random) -> None:
     """A random plan: refused, or applied to a model that then runs and comes back from JSON."""
     value: Any = [_random_entry(chance) for _ in range(chance.choice((0, 1, 1, 2, 2, 3)))]
+    if chance.random() < 0.4:
+        value += [_random_narrowing(chance) for _ in range(chance.choice((1, 1, 2, 4)))]
     if chance.random() < 0.4:
         value = damaged_value(value, chance)
     if chance.random() < 0.05:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from exporting import saved
 from families import FAMILIES
 from families import one_thread as one_thread
 from torch import _dynamo as dynamo
@@ -67,6 +69,17 @@ def test_a_compressed_model_compiles_as_one_graph_and_computes_alike(name: str) 
     family = FAMILIES[name]
     images = family.images(2)
     model = compressed(family.build(), images, "affine")
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(primary_output(compiled(images)), primary_output(model(images)))
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "timm-vit", "torchvision-vit"])
+def test_a_narrowed_model_compiles_as_one_graph_and_computes_alike(
+    name: str, tmp_path: Path
+) -> None:
+    images = FAMILIES[name].images(2)
+    model = saved(tmp_path / "small", name, Plan(()), share=0.5).model
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(primary_output(compiled(images)), primary_output(model(images)))

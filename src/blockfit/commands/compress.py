@@ -12,7 +12,7 @@ from blockfit import processes
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
-from blockfit.commands.tables import show_compression
+from blockfit.commands.tables import show_compression, show_plan
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Span
 
@@ -137,6 +137,7 @@ def _unfinished(state: Path | None) -> str:
 
 
 def _show(out: Output, page: Reporter, result: Result, model: str, output: Path) -> None:
+    show_plan(out, result.plan)
     show_compression(out, result.report, result.blocks.depth)
     out.line(f"saved to {output} in {result.report['seconds']:.1f} s")
     words = ["blockfit", "evaluate", str(output), "--against", model, "--images", "TEST_IMAGES"]

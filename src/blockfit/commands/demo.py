@@ -8,7 +8,7 @@ import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show_compression, show_evaluation
+from blockfit.commands.tables import show_compression, show_evaluation, show_plan
 
 IMAGES = 512
 """Calibration images."""
@@ -46,6 +46,7 @@ def demo(
             result.model, test, against=original, blocks=result.blocks, progress=out.count
         ).to_json()
         page.compressed(out, result, output, original, pictures, test, evaluation=worth)
+    show_plan(out, result.plan)
     show_compression(out, result.report, result.blocks.depth)
     show_evaluation(out, worth)
     if output is not None:

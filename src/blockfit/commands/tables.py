@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from blockfit.fit.plan import PARTS, Plan
+from blockfit.fit.plan import Plan
 from blockfit.units import amount, number, percent, share
 
 if TYPE_CHECKING:
@@ -34,6 +34,14 @@ def show_images(
     if device is not None:
         out.note(f"device: {device}")
     out.reads(images)
+
+
+def show_plan(out: Output, plan: Plan) -> None:
+    """What the plan cuts, a line per block, where parts of blocks are narrowed."""
+    if plan.narrowings:
+        out.line("what stays, of what there was (of values and keys, of each head):")
+        for line in plan.lines():
+            out.line(f"  {line}")
 
 
 def show_compression(out: Output, report: Mapping[str, Any], depth: int) -> None:
@@ -202,17 +210,6 @@ def show_analysis(out: Output, tables: Tables, warnings: Iterable[str]) -> None:
     out.warn(warnings)
 
 
-def short_plan(plan: Plan) -> str:
-    """A plan in a few words: its spans, and what is left of narrowed parts in how many blocks."""
-    words = [str(entry) for entry in plan]
-    for part in PARTS:
-        cuts = [cut for cut in plan.narrowings if cut.part == part]
-        if cuts:
-            left = sum(cut.kept for cut in cuts) / sum(cut.size for cut in cuts)
-            words.append(f"{part} {left:.0%} in {len(cuts)}")
-    return ", ".join(words)
-
-
 def show_frontier(
     out: Output, points: Iterable[Mapping[str, Any]], original: Mapping[str, Any]
 ) -> None:
@@ -236,7 +233,7 @@ def show_frontier(
         columns["top-1"] = lambda point: percent(point.get("top1"))
     columns |= {
         "feature error": lambda point: number(point["held_out"]["feature_relative_error"]),
-        "plan": lambda point: short_plan(Plan.from_json(point["plan"])),
+        "plan": lambda point: Plan.from_json(point["plan"]).brief,
     }
     if all("share" in point for point in known):
         del columns["removed"]

@@ -33,7 +33,7 @@ PASSES = 5
 def block_shares(
     original: nn.Module, small: nn.Module, blocks: Blocks, run: tuple[Callable[[], object], ...]
 ) -> Shares | None:
-    """The parts of the original's time that removed blocks took, and that their maps take.
+    """The parts of the original's time that the cut blocks took, and take now.
 
     Args:
         original: the whole model.
@@ -42,24 +42,40 @@ def block_shares(
         run: one forward pass of each.
 
     Returns:
-        ``None`` where nothing was removed or the original has no such blocks.
+        ``None`` where nothing was cut or the original has no such blocks.
     """
-    removed = removed_plan(small, blocks).removed_blocks
+    plan = removed_plan(small, blocks)
     try:
         places = [block_modules(model, blocks) for model in (original, small)]
     except BlockfitError:
         return None
-    if not removed:
+    if not plan:
         return None
-    parts = [[modules[index] for index in removed] for modules in places]
-    passes, inside = [], []
-    for _ in range(PASSES):
-        whole, of_blocks = _looked_into(parts[0], run[0])
-        passes.append(whole)
-        inside.append((of_blocks, _looked_into(parts[1], run[1])[1]))
-    whole = statistics.median(passes)
-    of_blocks, of_maps = (statistics.median(values) for values in zip(*inside, strict=True))
-    return Shares(of_blocks / whole, of_maps / whole)
+    cut = [*plan.removed_blocks, *plan.narrowed_blocks]
+    heads = dict.fromkeys(
+        (n.block, name)
+        for n in plan.narrowings
+        if n.part != "mlp"
+        for name in [*(rows.layer for rows in n.rows), *filter(None, [n.reader])]
+    )
+    of_blocks, of_heads = [], []
+    for modules in places:
+        of_blocks.append([modules[index] for index in cut])
+        of_heads.append([modules[index].get_submodule(name) for index, name in heads])
+    whole, before = _median(of_blocks[0], run[0])
+    after = _median(of_blocks[1], run[1])[1]
+    layers = None
+    if heads:
+        some = [_median(layers, pass_) for layers, pass_ in zip(of_heads, run, strict=True)]
+        layers = some[0][1] / some[0][0], some[1][1] / some[0][0]
+    return Shares(before / whole, after / whole, bool(plan.narrowings), layers)
+
+
+def _median(modules: Sequence[nn.Module], run: Callable[[], object]) -> tuple[float, float]:
+    """``_looked_into`` over several passes."""
+    passes = [_looked_into(modules, run) for _ in range(PASSES)]
+    whole, inside = (statistics.median(values) for values in zip(*passes, strict=True))
+    return whole, inside
 
 
 def _looked_into(modules: Sequence[nn.Module], run: Callable[[], object]) -> tuple[float, float]:
@@ -105,6 +121,13 @@ def remarks(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         said.append(
             f"{row.measured / row.promised:.0%} of the promise: {_why(row, row.promised, rows)}"
         )
+    heads = None if row.shares is None else row.shares.heads
+    if heads is not None and heads[1] > ENOUGH * heads[0]:
+        said.append(
+            "narrower values, queries and keys save parameters and no time here: their layers took "
+            f"{heads[0]:.1%} of the time and take {heads[1]:.1%}, and attention's own cost is in "
+            "the tokens"
+        )
     return tuple(said)
 
 
@@ -118,10 +141,11 @@ def _why(row: Row, promised: float, rows: Sequence[Row]) -> str:
         )
     shares = row.shares
     if shares is not None and shares.promised < ENOUGH * promised:
-        return (
-            f"the removed blocks took {shares.removed:.1%} of the time and their maps take "
-            f"{shares.maps:.1%}, which allows {shares.promised:.2f}×"
-        )
+        what = "removed blocks took {} of the time and their maps take {}"
+        if shares.narrowed:
+            what = "blocks that were cut took {} of the time and what is left of them takes {}"
+        told = what.format(f"{shares.removed:.1%}", f"{shares.maps:.1%}")
+        return f"the {told}, which allows {shares.promised:.2f}×"
     if high >= ENOUGH * promised:
         return (
             f"the rounds scatter up to {high:.2f}×; give more --rounds or measure on a quieter "

@@ -97,7 +97,8 @@ class SideBySide:
         differing: on how many the first classes differ; ``None`` without a head.
         samples: the images that are shown.
         errors: token type → error of h[l] for l = 0 … L: Σ‖h' − h‖² / Σ‖h − mean‖², as of maps.
-        identity: the same where the plan's spans are dropped from the original, with no map.
+        identity: the same where the plan's spans are dropped from the original, with no map; empty
+            where it has none.
         explained: share of the patch tokens' variance in the three components of the pictures.
     """
 
@@ -148,9 +149,9 @@ def side_by_side(
         BlockfitError: where there are no images, or the models do not belong together.
     """
     plan = removed_plan(compressed, blocks)
-    if not len(plan):
+    if not plan:
         raise BlockfitError("the second model is not compressed; give the small one")
-    if len(block_modules(original, blocks)) != blocks.depth or len(removed_plan(original, blocks)):
+    if len(block_modules(original, blocks)) != blocks.depth or removed_plan(original, blocks):
         raise BlockfitError("the first model is no original; give the model before compression")
     meter = _StateErrors(blocks)
     different: list[_Shown] = []
@@ -184,7 +185,7 @@ def side_by_side(
         differing=differing if has_head else None,
         samples=samples,
         errors=meter.result(0),
-        identity=meter.result(1),
+        identity=meter.result(1) if plan.spans else {},
         explained=explained,
     )
 
@@ -203,10 +204,13 @@ def _compared(
     with record(compressed, blocks) as states:
         after = observe(compressed, blocks, placed(compressed, batch.inputs))
         small = list(states)
-    dropped = dict.fromkeys(plan.removed_blocks, _same)
-    with overridden(original, blocks, dropped), record(original, blocks) as states:
-        call(original, batch.inputs)
-        meter.add(whole, small, list(states))
+    naive = whole
+    if plan.spans:
+        dropped = dict.fromkeys(plan.removed_blocks, _same)
+        with overridden(original, blocks, dropped), record(original, blocks) as states:
+            call(original, batch.inputs)
+            naive = list(states)
+    meter.add(whole, small, naive)
     if before.features.shape != after.features.shape:
         raise BlockfitError(
             f"the two models' features differ in shape, {tuple(before.features.shape)} and "

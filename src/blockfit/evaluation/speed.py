@@ -86,12 +86,17 @@ class Shares:
     """Where the time of a forward pass goes, as fractions of the original's.
 
     Args:
-        removed: the blocks that are gone, in the original.
+        removed: the blocks that were cut, in the original.
         maps: what stands there now, in the compressed model.
+        narrowed: whether some of these blocks are narrowed, not gone.
+        heads: the linear layers of which heads keep fewer values, queries or keys: in the original
+            and in the compressed model; ``None`` where there are none.
     """
 
     removed: float
     maps: float
+    narrowed: bool = False
+    heads: tuple[float, float] | None = None
 
     @property
     def promised(self) -> float:
@@ -158,7 +163,8 @@ class Row:
                 "promised": self.promised,
                 "of_promised": None if self.promised is None else self.measured / self.promised,
             },
-            "time_shares": shares and {"removed": shares.removed, "maps": shares.maps},
+            "time_shares": shares
+            and {"removed": shares.removed, "maps": shares.maps, "heads": shares.heads},
             "remarks": list(self.remarks),
         }
 

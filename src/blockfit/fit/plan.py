@@ -230,6 +230,28 @@ class Narrowing:
     def __str__(self) -> str:
         return f"{self.block} {self.part} {self.kept}/{self.size}"
 
+    def check_layers(self) -> None:
+        """Refuse layers that cannot belong to the part.
+
+        Raises:
+            BlockfitError: for rows or a reader too many or too few, or rows that overlap.
+        """
+        where = f"{self.part} of block {self.block}"
+        runs = {"mlp": "one run or more", "values": "one run", "keys": "two runs"}[self.part]
+        fits = len(self.rows) == {"mlp": max(1, len(self.rows)), "values": 1, "keys": 2}[self.part]
+        if not fits:
+            raise BlockfitError(f"{where} need {runs} of rows, got {len(self.rows)}")
+        if bool(self.reader) == (self.part == "keys"):
+            told = "is read by no linear layer" if self.reader else "needs the layer that reads it"
+            raise BlockfitError(f"{where} {told}; reader is {self.reader!r:.60}")
+        if self.part == "mlp" and self.heads != 1:
+            raise BlockfitError(f"{where} has no heads; heads must be 1, got {self.heads}")
+        if any(rows.layer in ("", self.reader) for rows in self.rows):
+            raise BlockfitError(f"{where}: rows must name layers other than the reader")
+        for one, other in pairwise(sorted(self.rows)):
+            if one.layer == other.layer and one.start + self.heads * self.size > other.start:
+                raise BlockfitError(f"{where}: its rows of {one.layer!r:.60} overlap")
+
     def to_json(self) -> dict[str, Any]:
         """The narrowing as plain JSON values."""
         return {
@@ -260,7 +282,9 @@ class Narrowing:
         heads = _whole(value["heads"], f"{where}: heads")
         if not isinstance(value["part"], str):
             raise BlockfitError(f"{where}: part must be a text, got {value['part']!r}")
-        return cls(sizes[0], value["part"], sizes[1], sizes[2], heads, tuple(pairs), reader)
+        cut = cls(sizes[0], value["part"], sizes[1], sizes[2], heads, tuple(pairs), reader)
+        cut.check_layers()
+        return cut
 
 
 @dataclass(frozen=True)
@@ -336,6 +360,56 @@ class Plan:
     def removed_blocks(self) -> tuple[int, ...]:
         """The numbers of all blocks that go, in order."""
         return tuple(block for r in self.replacements for block in r.span.blocks)
+
+    @property
+    def narrowed_blocks(self) -> tuple[int, ...]:
+        """The numbers of all blocks of which a part keeps fewer dimensions, in order."""
+        return tuple(dict.fromkeys(cut.block for cut in self.narrowings))
+
+    @property
+    def brief(self) -> str:
+        """The plan in few words: its spans, and what is left of narrowed parts in how many blocks."""
+        words = [str(entry) for entry in self.replacements]
+        for part in PARTS:
+            cuts = [cut for cut in self.narrowings if cut.part == part]
+            if cuts:
+                left = sum(cut.kept for cut in cuts) / sum(cut.size for cut in cuts)
+                words.append(f"{part} {left:.0%} in {len(cuts)}")
+        return ", ".join(words) or "nothing removed"
+
+    def changed(self, depth: int) -> str:
+        """How many of the model's blocks are replaced and narrowed, as in "2 of 12 replaced"."""
+        counts = {"replaced": self.removed_blocks, "narrowed": self.narrowed_blocks}
+        some = [f"{len(blocks)} {word}" for word, blocks in counts.items() if blocks]
+        return f"of {depth} blocks, {' and '.join(some) or 'none changed'}"
+
+    def lines(self) -> list[str]:
+        """One line per block or span that is cut, in order, in columns.
+
+        ``block 3      mlp 960/1536  values 48/64  keys 32/64``: dimensions that stay, of those that
+        there were; of values and keys, of each head.
+        """
+        rows: dict[int, tuple[str, list[str]]] = {}
+        for entry in self.replacements:
+            first, last = entry.span.start, entry.span.stop - 1
+            name = f"blocks {first}–{last}" if last > first else f"block {first}"
+            rows[first] = name, [f"→ {str(entry).partition(' ')[2]}"]
+        for block in self.narrowed_blocks:
+            cuts = self.at(block)
+            cells = [
+                f"{part} {cuts[part].kept}/{cuts[part].size}" if part in cuts else ""
+                for part in PARTS
+            ]
+            rows[block] = f"block {block}", cells
+        left = max((len(name) for name, _ in rows.values()), default=0)
+        columns = zip(*(row for _, row in rows.values() if len(row) > 1), strict=True)
+        widths = [max(map(len, column)) for column in columns] or [0]
+        return [
+            "   ".join(
+                [name.ljust(left), *(one.ljust(w) for one, w in zip(row, widths, strict=False))]
+            ).rstrip()
+            for _, (name, row) in sorted(rows.items())
+        ]
 
     @property
     def plain(self) -> bool:

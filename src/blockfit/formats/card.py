@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from blockfit.fit.plan import PARTS, Plan
 from blockfit.formats.folder import Saved
 from blockfit.formats.manifest import installed_versions
 from blockfit.formats.parity import Parity
@@ -49,7 +50,7 @@ def model_card(saved: Saved, parity: Parity, how_to_load: str, needs_code: bool 
         tags=["blockfit", "compressed", *(["custom_code"] if needs_code else [])],
     )
     parts = (
-        f"# {name} without {len(saved.plan.removed_blocks)} of {saved.blocks.depth} blocks",
+        _title(saved, name),
         _what(saved, name),
         _loading(saved.source.library, how_to_load, needs_code),
         _preprocessing(saved),
@@ -85,13 +86,32 @@ def _licence_id(licence: str | None) -> str | None:
     return licence.lower() if re.fullmatch(r"[A-Za-z0-9.+-]+", licence) else "other"
 
 
+def _title(saved: Saved, name: str) -> str:
+    removed, depth = len(saved.plan.removed_blocks), saved.blocks.depth
+    if not saved.plan.narrowings:
+        return f"# {name} without {removed} of {depth} blocks"
+    return f"# {name}, made smaller: {saved.plan.changed(depth)}"
+
+
 def _what(saved: Saved, name: str) -> str:
     licence = saved.source.licence
     told = f"licence: {licence}" if licence else "it does not state a licence"
+    ways = []
+    if saved.plan.replacements:
+        ways.append(
+            "runs of transformer blocks were replaced by closed-form maps that were fitted by "
+            "least squares"
+        )
+    if saved.plan.narrowings:
+        ways.append(
+            "parts of blocks keep fewer dimensions, and the layers that read them were solved "
+            "again by least squares"
+        )
+    else:
+        ways.append("kept blocks were re-solved to go with them where the recipe says so")
     return (
-        f"Made from {name} ({told}) without training: runs of transformer blocks were replaced by "
-        "closed-form maps that were fitted by least squares, and kept blocks were re-solved to go "
-        "with them where the recipe says so. Class, signature and outputs are the original's."
+        f"Made from {name} ({told}) without training: {', and '.join(ways)}. Class, signature and "
+        "outputs are the original's."
     )
 
 
@@ -108,8 +128,22 @@ def _plan(saved: Saved) -> str:
         blocks = ", ".join(map(str, entry.span.blocks))
         rank = "" if entry.rank is None else f", rank {entry.rank}"
         rows.append(f"| {entry.span} | {blocks} | {entry.map}{rank} |")
-    head = "| span | blocks removed | map |\n|---|---|---|\n"
-    return f"## Plan\n\nBlocks are numbered from 0.\n\n{head}" + "\n".join(rows)
+    text = "## Plan\n\nBlocks are numbered from 0."
+    if rows:
+        text += "\n\n| span | blocks removed | map |\n|---|---|---|\n" + "\n".join(rows)
+    if saved.plan.narrowings:
+        text += (
+            "\n\nDimensions that stay, of those that there were; of values and keys, of each head:"
+            f"\n\n| block | {' | '.join(PARTS)} |\n|---{'|---' * len(PARTS)}|\n"
+        )
+        text += "\n".join(_narrowed(block, saved.plan) for block in saved.plan.narrowed_blocks)
+    return text
+
+
+def _narrowed(block: int, plan: Plan) -> str:
+    cuts = plan.at(block)
+    cells = [f"{cuts[p].kept} of {cuts[p].size}" if p in cuts else "all" for p in PARTS]
+    return f"| {block} | {' | '.join(cells)} |"
 
 
 def _figures(report: Mapping[str, Any]) -> str:

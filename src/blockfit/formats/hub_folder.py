@@ -1,7 +1,8 @@
-"""Hub folders: maps that need a module, in a transformers checkpoint with a little code of its own.
+"""Hub folders: small models in a transformers checkpoint with a little code of its own.
 
-The code names the stock class that it starts from and puts the maps where blocks were, so that the
-list of blocks keeps its length. It needs transformers and torch, not blockfit.
+The code names the stock class that it starts from, puts the maps where blocks were, so that the
+list of blocks keeps its length, and smaller layers where parts were narrowed. It needs transformers
+and torch, not blockfit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.files import check_target, new_folder
-from blockfit.fit import maps
+from blockfit.formats import hub_code
 from blockfit.formats.card import model_card
 from blockfit.formats.exported_folder import (
     CARD,
@@ -35,16 +36,20 @@ from blockfit.formats.folder import WEIGHTS, Saved
 from blockfit.formats.int8 import check_no_int8
 from blockfit.formats.manifest import dumps, installed_versions
 from blockfit.models.blocks import block_modules
+from blockfit.models.narrowed import HeadColumns, HeadRows
 from blockfit.models.tensors import storable, stored_dtype, tied
 
 MADE = "Compressed"
 """Begins the names of the classes in the folder's code, and their ``model_type``."""
 
-_HEAD = '''"""{stock} with closed-form maps in the place of some blocks. Made by blockfit {version}.
+_HEAD = '''"""{stock}, made smaller by blockfit {version}.
 
 Needs torch and transformers alone. ``config.json`` says under ``blockfit`` which blocks were
-replaced, and by which maps; their weights are called as the blocks were, with ``.map.`` behind.
+replaced, and by which maps, and which layers keep fewer dimensions. The weights of a map are
+called as its block was, and then ``.map.``.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
@@ -52,45 +57,7 @@ from transformers import {config}, {stock}
 
 '''
 
-_TAIL = '''
-
-def make_map(how, width, prefix_tokens):
-    """The module of one map, before its weights are loaded."""
-
-    def one():
-        kind = how["map"]
-        if kind == "scale":
-            return Scale(width)
-        if kind == "low-rank":
-            return LowRank(width, how["rank"])
-        if kind in ("linear", "affine", "orthogonal"):
-            return Linear(width, bias=kind != "linear")
-        return Identity()
-
-    return PerTokenType(one(), one(), prefix_tokens) if how["per_token_type"] else one()
-
-
-def stand_in(block, map_module, input_name, output_items):
-    """What stands where ``block`` stood: of its class, with its plain attributes, but for the map.
-
-    It takes what the block took and returns what it returned in the same form.
-    """
-
-    def forward(self, *args, **kwargs):
-        hidden = self.map(args[0] if args else kwargs[input_name])
-        return (hidden, *[None] * (output_items - 1)) if output_items else hidden
-
-    made = type("Replaced" + type(block).__name__, (type(block),), {{}})
-    made.forward = forward
-    new = object.__new__(made)
-    nn.Module.__init__(new)
-    for name, value in vars(block).items():
-        if name not in vars(nn.Module()) and isinstance(value, (bool, int, float, str, type(None))):
-            vars(new)[name] = value
-    new.train(block.training)
-    new.map = map_module
-    return new
-
+_TAIL = """
 
 class {made}Config({config}):
     model_type = "blockfit_{model_type}"
@@ -107,7 +74,11 @@ class {made}{stock}({stock}):
             holder = self.get_submodule(parent)._modules
             new = make_map(how, told["width"], told["prefix_tokens"])
             holder[name] = stand_in(holder[name], new, told["input_name"], told["output_items"])
-'''
+        for path, how in told["narrowed"].items():
+            parent, _, name = path.rpartition(".")
+            holder = self.get_submodule(parent)._modules
+            holder[name] = narrowed_layer(holder[name], how)
+"""
 
 
 @checked
@@ -202,6 +173,7 @@ def _config(saved: Saved, auto: str) -> dict[str, Any]:
             "input_name": saved.blocks.input_name,
             "output_items": saved.blocks.output_items,
             "replaced": _replaced(saved),
+            "narrowed": _narrowed(saved),
         },
     }
 
@@ -220,8 +192,29 @@ def _replaced(saved: Saved) -> dict[str, dict[str, Any]]:
     return out
 
 
+def _narrowed(saved: Saved) -> dict[str, dict[str, Any]]:
+    """Path of every narrowed layer → its shape, or the dimensions that it keeps of heads."""
+    out: dict[str, dict[str, Any]] = {}
+    paths = {id(module): name for name, module in saved.model.named_modules()}
+    modules = block_modules(saved.model, saved.blocks)
+    for cut in saved.plan.narrowings:
+        block = modules[cut.block]
+        names = [rows.layer for rows in cut.rows] + ([cut.reader] if cut.reader else [])
+        for name in names:
+            layer = block.get_submodule(name)
+            if isinstance(layer, HeadRows):
+                how: dict[str, Any] = {"rows": [list(segment) for segment in layer.segments]}
+            elif isinstance(layer, HeadColumns):
+                how = {"columns": list(layer.segment)}
+            else:
+                assert isinstance(layer, nn.Linear)
+                how = {"shape": list(layer.weight.shape)}
+            out[paths[id(layer)]] = how
+    return out
+
+
 def _code(saved: Saved) -> str:
-    """The text of ``modeling_blockfit.py``; the maps are those of ``maps.py``, word for word."""
+    """The text of ``modeling_blockfit.py``: pieces of blockfit's source, and two classes."""
     config = _config_class(saved)
     names = {
         "stock": saved.source.arguments["class"],
@@ -230,8 +223,7 @@ def _code(saved: Saved) -> str:
         "made": MADE,
         "version": installed_versions()["blockfit"],
     }
-    kinds = (maps.Identity, maps.Scale, maps.Linear, maps.LowRank, maps.PerTokenType)
-    bodies = "\n\n".join(inspect.getsource(kind) for kind in kinds)
+    bodies = "\n\n".join(inspect.getsource(one) for one in hub_code.PIECES)
     return f"{_HEAD.format(**names)}\n{bodies}{_TAIL.format(**names)}"
 
 

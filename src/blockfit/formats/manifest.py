@@ -17,9 +17,10 @@ from blockfit.models.source import Source
 from blockfit.models.tensors import DTYPES, INT8_KINDS
 from blockfit.untrusted import read_json
 
-FORMAT = 2
+FORMAT = 3
 """The newest version of the folder's format that this blockfit reads. A folder is written in the
-oldest that can say what it holds: 1, or 2 where weights are in int8."""
+oldest that can say what it holds: 1, 2 where weights are in int8, 3 where parts of blocks are
+narrowed."""
 
 LIBRARIES = ("blockfit", "torch", "timm", "transformers", "torchvision")
 
@@ -83,6 +84,8 @@ class Manifest:
         }
         if self.int8:
             values |= {"format": 2, "int8": {"kind": self.int8_kind, "weights": list(self.int8)}}
+        if self.plan.narrowings:
+            values |= {"format": 3, "int8": values.get("int8")}
         return dumps(values, "the report")
 
 
@@ -127,8 +130,11 @@ def read_manifest(path: Path) -> Manifest:
     names = ("versions", "base", "blocks", "plan", "dtype", "other_dtypes", "tied", "layout")
     newer = ("int8",) if version > 1 else ()
     check_keys(values, ("format", *names, *newer, "report"), where)
+    in_int8 = version == 2 or values.get("int8") is not None
     blocks = read_blocks(values["blocks"], f"{where}: blocks")
     plan = _within(where, lambda: Plan.from_json(values["plan"], "plan"))
+    if plan.narrowings and version < 3:
+        raise BlockfitError(f"{where}: format {version} knows no narrowed parts; save it again")
     _within(f"{where}: plan", lambda: plan.check(blocks.depth))
     versions = typed(dict[str, str | None], values["versions"], f"{where}: versions")
     other = typed(dict[str, str], values["other_dtypes"], f"{where}: other_dtypes")
@@ -153,7 +159,7 @@ def read_manifest(path: Path) -> Manifest:
         tied=tied,
         layout=layout,
         versions=versions,
-        **(_int8(values["int8"], f"{where}: int8") if newer else {}),
+        **(_int8(values["int8"], f"{where}: int8") if in_int8 else {}),
     )
 
 

@@ -8,6 +8,7 @@ softmax scale and whatever else is made of the head size stay as they are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
@@ -126,13 +127,14 @@ def _layers(block: nn.Module, cuts: Sequence[Narrowing]) -> dict[str, nn.Linear]
     Their weights are the first kept rows and columns of the block's own layers.
     """
     made: dict[str, nn.Linear] = {}
+    _check_layers(cuts)
     for name in dict.fromkeys(rows.layer for cut in cuts for rows in cut.rows):
         layer = _linear(block, name, cuts[0].block)
         segments = _segments(layer, cuts, name)
         index = _first_rows(segments)
         weight = _parameter(layer.weight, layer.weight.detach()[index])
         bias = None if layer.bias is None else _parameter(layer.bias, layer.bias.detach()[index])
-        neurons = all(cut.heads == 1 for cut in cuts if name in {r.layer for r in cut.rows})
+        neurons = all(cut.part == "mlp" for cut in cuts if name in {r.layer for r in cut.rows})
         made[name] = _plain(weight, bias) if neurons else HeadRows(weight, bias, segments)
     for cut in cuts:
         if not cut.reader:
@@ -146,13 +148,26 @@ def _layers(block: nn.Module, cuts: Sequence[Narrowing]) -> dict[str, nn.Linear]
         segment = (cut.heads, cut.kept, cut.size)
         weight = _parameter(layer.weight, layer.weight.detach()[:, _first_rows([segment])])
         bias = layer.bias
-        if cut.heads == 1:
+        if cut.part == "mlp":
             made[cut.reader] = _plain(weight, bias)
         else:
             made[cut.reader] = HeadColumns(weight, bias, segment)
     for name, layer in made.items():
         layer.train(block.get_submodule(name).training)
     return made
+
+
+def _check_layers(cuts: Sequence[Narrowing]) -> None:
+    """Refuse cuts of one block that use a layer for two things."""
+    for cut in cuts:
+        cut.check_layers()
+    readers = Counter(cut.reader for cut in cuts if cut.reader)
+    for cut in cuts:
+        if readers[cut.reader] > 1 or any(rows.layer in readers for rows in cut.rows):
+            raise BlockfitError(
+                f"block {cut.block}: {cut.part} uses a layer that another of its parts uses; "
+                "the plan does not fit the model"
+            )
 
 
 def _linear(block: nn.Module, name: str, number: int) -> nn.Linear:

@@ -47,7 +47,7 @@ def by_hand_line(run: Values, plan: Plan, source: Source, folder: Path = SMALL) 
         return None
     kinds = {(entry.map, entry.rank, entry.per_token_type) for entry in plan}
     how = _recipe(run.inner("recipe"), by_hand=True)
-    if len(kinds) != 1 or how is None:
+    if len(kinds) != 1 or how is None or plan.narrowings:
         return None
     kind, rank, split = kinds.pop()
     words = [word for entry in plan for word in ("--span", str(entry.span))]
@@ -110,7 +110,7 @@ def _recipe(recipe: Values, by_hand: bool) -> list[str] | None:
     options = recipe.inner("options")
     changed |= _changed({key: options.raw(key) for key in usual["options"]}, usual["options"])
     if by_hand:
-        for key in ("maps", "rank", "per_token_type", "select", "contiguous", "longest"):
+        for key in ("maps", "rank", "per_token_type", "select", "contiguous", "longest", "cuts"):
             changed.pop(key, None)
     if isinstance(maps := changed.pop("maps", None), list):
         if len(maps) != 1:
@@ -121,7 +121,9 @@ def _recipe(recipe: Values, by_hand: bool) -> list[str] | None:
         if key in ("longest", "refit") or value is False:
             return None  # there is no such option
         words.append(f"--{key.replace('_', '-')}")
-        if value is not True:
+        if isinstance(value, list):
+            words.append(",".join(map(str, value)))
+        elif value is not True:
             words.append("auto" if value is None else str(value))
     return words
 

@@ -19,7 +19,10 @@ def headline(chosen: Candidate | None, evaluation: Evaluated | None) -> list[Vie
         return []
     kept = chosen.depth - chosen.removed
     before, after = chosen.before, chosen.after
-    cards = [_card("Blocks", chosen.depth, kept, share(kept, chosen.depth) + " remain")]
+    note = share(kept, chosen.depth) + " remain"
+    if narrowed := len(chosen.plan.narrowed_blocks):
+        note += f", {narrowed} of them narrowed"
+    cards = [_card("Blocks", chosen.depth, kept, note)]
     for name, key in (("Parameters", "parameters"), ("FLOPs per image", "flops")):
         if after.get(key) is not None:
             note = share(after[key], before.get(key)) + " remain" if before.get(key) else ""
@@ -110,8 +113,8 @@ def headline_note(chosen: Candidate | None, measured: Evaluated | None, swept: b
     """Which plan of a sweep the figures are of."""
     if chosen is None or not swept:
         return ""
-    why = "measured" if measured is not None else "that removes most at a small held-out loss"
-    return f"Of the plan {why}: {chosen.plan}. The frontier below has the others."
+    why = "measured" if measured is not None else "that is smallest at a small held-out loss"
+    return f"Of the plan {why}: {chosen.plan.brief}. The frontier below has the others."
 
 
 def _card(name: str, before: Any, after: Any, note: str = "") -> View:

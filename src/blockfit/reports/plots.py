@@ -17,6 +17,7 @@ from typing import Any
 from blockfit.errors import need
 from blockfit.evaluation.side_by_side import SideBySide
 from blockfit.files import FileForm, check_file, new_file
+from blockfit.fit.plan import PARTS
 from blockfit.fit.similarity import Table
 from blockfit.reports.content import Candidate
 from blockfit.search.held_out import MapError
@@ -312,11 +313,12 @@ def _map_rows(entry: MapError) -> list[tuple[str, float, float]]:
 
 def state_errors(side: SideBySide, kind: str) -> Plot:
     """The error of every hidden state of one token type beside that of dropping the spans."""
-    error, identity = side.errors[kind], side.identity[kind]
+    error, identity = side.errors[kind], side.identity.get(kind)
 
     def draw(palette: Palette) -> Any:
         figure, axis = _figure(palette, 2.7)
-        axis.plot(identity, "o--", color=palette.other, ms=3.5, lw=1.4, mfc=palette.paper)
+        if identity is not None:
+            axis.plot(identity, "o--", color=palette.other, ms=3.5, lw=1.4, mfc=palette.paper)
         axis.plot(error, "o-", color=palette.main, ms=4, lw=1.8)
         axis.grid(color=palette.line, linewidth=0.6)
         axis.set(xlabel="hidden state", ylabel="error, share of the variance")
@@ -324,16 +326,14 @@ def state_errors(side: SideBySide, kind: str) -> Plot:
         axis.set_xticks(range(0, len(error), -(-len(error) // 14)))
         lines = axis.get_lines()
         figure.legend(
-            [lines[1], lines[0]], ["compressed", "identity (spans dropped)"],
+            lines[::-1], ["compressed", "identity (spans dropped)"][: len(lines)],
             loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=palette.ink,
             borderpad=0.1,
         )  # fmt: skip
         return figure
 
-    text = (
-        f"Error of the {kind} tokens behind the last block: {error[-1]:.3g}; "
-        f"where the spans are dropped: {identity[-1]:.3g}."
-    )
+    text = f"Error of the {kind} tokens behind the last block: {error[-1]:.3g}"
+    text += "." if identity is None else f"; where the spans are dropped: {identity[-1]:.3g}."
     return Plot(f"error-{kind}", f"{kind.capitalize()} tokens, behind every block", text, draw)
 
 
@@ -343,7 +343,7 @@ def chain(candidate: Candidate) -> Plot:
     rows = -(-candidate.depth // in_row)
 
     def draw(palette: Palette) -> Any:
-        from matplotlib.patches import FancyBboxPatch
+        from matplotlib.patches import FancyBboxPatch, Rectangle
 
         figure, axis = _figure(palette, 0.35 + height * rows)
         axis.axis("off")
@@ -355,6 +355,13 @@ def chain(candidate: Candidate) -> Plot:
             state = "kept"
             if entry is not None:
                 state = entry.map if block == entry.span.stop - 1 else "passed"
+            elif cuts := candidate.plan.at(block):
+                state = "narrowed"
+                for row, part in enumerate(PARTS):
+                    left = cuts[part].kept / cuts[part].size if part in cuts else 1.0
+                    at = x + 0.2, y + 0.725 + 0.045 * row
+                    axis.add_patch(Rectangle(at, 0.6, 0.03, facecolor=palette.line))
+                    axis.add_patch(Rectangle(at, 0.6 * left, 0.03, facecolor=palette.main))
             elif block in (candidate.repaired or ()):
                 state = "repaired"
             colour = palette.soft if entry is None else palette.other
@@ -367,7 +374,7 @@ def chain(candidate: Candidate) -> Plot:
             ink = palette.ink if entry is None else palette.other
             axis.text(x + 0.5, y + 0.38, block, ha="center", va="center", fontsize=9, color=ink)
             axis.text(
-                x + 0.5, y + 0.66, state, ha="center", va="center", fontsize=6.5, color=palette.soft
+                x + 0.5, y + 0.62, state, ha="center", va="center", fontsize=6.5, color=palette.soft
             )
         return figure
 
@@ -376,14 +383,22 @@ def chain(candidate: Candidate) -> Plot:
 
 def chain_words(candidate: Candidate) -> str:
     """The plan as a sentence."""
+    plan = candidate.plan
     gone = "; ".join(
         f"blocks {entry.span.start}–{entry.span.stop - 1} by {_map_name(entry.map)}"
         if len(entry.span) > 1
         else f"block {entry.span.start} by {_map_name(entry.map)}"
-        for entry in candidate.plan
+        for entry in plan
     )
     kept = candidate.depth - candidate.removed
-    return f"{kept} of {candidate.depth} blocks are kept. Replaced: {gone or 'none'}."
+    words = f"{kept} of {candidate.depth} blocks are kept. Replaced: {gone or 'none'}."
+    narrowed = [
+        f"block {block} ("
+        + ", ".join(f"{part} {cut.kept} of {cut.size}" for part, cut in plan.at(block).items())
+        + ")"
+        for block in plan.narrowed_blocks
+    ]
+    return f"{words} Narrowed: {'; '.join(narrowed)}." if narrowed else words
 
 
 def _map_name(kind: str) -> str:

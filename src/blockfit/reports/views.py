@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from blockfit.evaluation.side_by_side import TOKENS, SideBySide
+from blockfit.fit.plan import PARTS as NARROWED
+from blockfit.fit.plan import Narrowing
 from blockfit.fit.similarity import Tables
 from blockfit.reports import plots
 from blockfit.reports.content import Candidate, Content
@@ -94,7 +96,7 @@ def _subtitle(content: Content, chosen: Candidate | None) -> str:
         first, last = content.frontier[0], content.frontier[-1]
         return f"A sweep of {len(content.frontier)} plans: {first.name} to {last.name}"
     if chosen.plan.narrowings:
-        return f"Narrowed: {chosen.plan}"
+        return chosen.plan.changed(chosen.depth).capitalize()
     return f"{_blocks(chosen.removed)} of {chosen.depth} replaced: {chosen.plan}"
 
 
@@ -108,7 +110,7 @@ def _candidate(candidate: Candidate) -> View:
         "key": candidate.key,
         "title": candidate.name,
         "label": candidate.label,
-        "plan": str(candidate.plan),
+        "plan": candidate.plan.brief,
         "figures": _figures(candidate),
         "chain": _chain(candidate),
         "chain_words": plots.chain_words(candidate),
@@ -178,7 +180,9 @@ def _chain(candidate: Candidate) -> list[View]:
         if entry is None:
             state = "repaired" if block in (candidate.repaired or ()) else "kept"
             state = "holds a map" if block in folded else state
-            out.append({"span": False, "block": block, "state": state})
+            cuts = candidate.plan.at(block)
+            state = "narrowed" if cuts else state
+            out.append({"span": False, "block": block, "state": state, "parts": _bars(cuts)})
             block += 1
             continue
         error = errors.get(str(entry.span))
@@ -193,6 +197,22 @@ def _chain(candidate: Candidate) -> list[View]:
         )
         block = entry.span.stop
     return out
+
+
+def _bars(cuts: Mapping[str, Narrowing]) -> list[View]:
+    """What is left of every part of a block; nothing where none is narrowed."""
+    if not cuts:
+        return []
+    return [
+        {
+            "name": part,
+            "left": 100 * (cuts[part].kept / cuts[part].size if part in cuts else 1.0),
+            "words": f"{part} {cuts[part].kept} of {cuts[part].size}"
+            if part in cuts
+            else f"{part} whole",
+        }
+        for part in NARROWED
+    ]
 
 
 def _repair_words(candidate: Candidate) -> str:
@@ -247,13 +267,13 @@ def _mark(candidate: Candidate) -> str:
 
 def _state_plot(side: SideBySide, kind: str) -> View:
     plot = plots.state_errors(side, kind)
-    return {"plot": plot, "svg": plot.svg(), "kind": kind}
+    return {"plot": plot, "svg": plot.svg(), "kind": kind, "identity": kind in side.identity}
 
 
 def _state_rows(side: SideBySide) -> list[list[str]]:
     columns = [
         values[kind] for kind in TOKENS if kind in side.errors
-        for values in (side.errors, side.identity)
+        for values in (side.errors, side.identity) if kind in values
     ]  # fmt: skip
     return [[number(value) for value in row] for row in zip(*columns, strict=True)]
 
