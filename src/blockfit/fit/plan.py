@@ -368,7 +368,7 @@ class Plan:
 
     @property
     def brief(self) -> str:
-        """The plan in few words: its spans, and what is left of narrowed parts in how many blocks."""
+        """In few words: its spans, and what is left of narrowed parts in how many blocks."""
         words = [str(entry) for entry in self.replacements]
         for part in PARTS:
             cuts = [cut for cut in self.narrowings if cut.part == part]
