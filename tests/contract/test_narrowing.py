@@ -39,7 +39,7 @@ NO_ATTENTION = {
     "plain", "plain-no-prefix", "plain-in-place", "plain-nested", "plain-tuple", "plain-attributes",
 }  # fmt: skip
 
-NO_KEYS = {"timm-dinov3", "timm-eva02", "dinov3", "dinov3-backbone"}
+NO_KEYS = {"timm-dinov3", "timm-eva02", "timm-pe-core", "dinov3", "dinov3-backbone"}
 """Rotary position embeddings turn queries and keys."""
 
 

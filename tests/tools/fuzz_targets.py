@@ -114,13 +114,13 @@ def _make_sweep(folder: Path) -> None:
         model,
         blockfit.images("digits", model, limit=20),
         folder,
-        protect=range(3, 12),
+        points=(0.9, 0.8),
         latency_images=1,
     )
 
 
 def _read_sweep(folder: Path, empty: Path) -> None:
-    from_sweep(folder, Budget("remove", 1))
+    from_sweep(folder, Budget("params", 0.9))
 
 
 def _transformers(folder: Path) -> None:

@@ -168,7 +168,7 @@ def file_bytes(model: nn.Module) -> int:
     named = named_tensors(model)
     order, aliases, tensors = list(DTYPES), tied(named), held(named)
     dtypes = {name: stored_dtype(t) for name, t in tensors.items() if name not in aliases}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "blockfit"}}
     end = 0
     for name in sorted(dtypes, key=lambda name: (-order.index(_NAMES[dtypes[name]]), name)):
         tensor = tensors[name]
