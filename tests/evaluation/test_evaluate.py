@@ -102,7 +102,7 @@ def test_the_json_has_the_promised_keys() -> None:
     original, compressed, _, _ = pair("plain")
     out = evaluate(compressed, some("plain"), against=original)
     values = json.loads(json.dumps(out.to_json(), allow_nan=False))
-    assert list(values) == ["images", "original", "compressed", "fidelity"]
+    assert list(values) == ["images", "original", "compressed", "fidelity", "intervals"]
     for name, model in (("original", original), ("compressed", compressed)):
         side = values[name]
         assert {"top1", "parameters", "flops", "size_bytes", "images_per_second"} <= side.keys()
