@@ -42,9 +42,17 @@ if exported.suffix == ".onnx":
     out = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 elif exported.suffix == ".pt2":
     out = torch.export.load(exported).module()(images)
+elif (exported / "open_clip_config.json").is_file():
+    import open_clip
+    model = open_clip.create_model(f"local-dir:{exported}").eval()
+    out = model.encode_image(images)
 else:
     config = json.loads((exported / "config.json").read_text())
-    if "architecture" in config:
+    if "hidden_dim" in config:
+        import torchvision
+        model = torchvision.models.VisionTransformer(**config)
+        model.load_state_dict(load_file(exported / "model.safetensors"))
+    elif "architecture" in config:
         import timm
         model = timm.create_model(f"local-dir:{exported}", pretrained=True)
     else:

@@ -99,6 +99,7 @@ def compress(
     repair_ridge: float | None = None,
     cuts: Iterable[str] | str | None = None,
     multiple_of: int | None = None,
+    uniform: bool = False,
     protect: Iterable[int] = (),
     whole: Iterable[int] = (),
     blocks: str | None = None,
@@ -143,6 +144,8 @@ def compress(
         cuts: what budgets other than ``remove`` may cut, of ``blocks``, ``mlp``, ``values`` and
             ``keys``; all by default.
         multiple_of: widths that MLPs keep are multiples of it; of 32 by default.
+        uniform: what a stock config can say, so that ``export_plain`` can write it: one width for
+            the MLPs of all blocks, and blocks that leave no module. The recipe ``plain`` is that.
         protect: blocks that must stay because something reads their output; their parts may be
             narrowed.
         whole: blocks that nothing may cut.
@@ -183,6 +186,7 @@ def compress(
         rank=rank,
         per_token_type=per_token_type,
         cuts=cuts,
+        uniform=uniform,
         ridge=ridge,
         prefix_weight=prefix_weight,
         repair=repair,
@@ -208,9 +212,8 @@ def compress(
     narrowing = {"whole": sorted({*whole}), "multiple_of": multiple_of}
     run = {**run_json(model, parts, chosen, protect, hold_out, seed), **narrowing}
     checkpoint = checkpoint_of(resume, run, parts.calibration, setting.blocks)
-    session = Session(
-        setting, chosen, protect, seed, say, progress, checkpoint, room, whole, multiple_of
-    )
+    how = (say, progress, checkpoint, room, whole, multiple_of)
+    session = Session(setting, chosen, protect, seed, *how)
     if plan is not None:
         point = session.by_hand(plan)
     else:
@@ -455,14 +458,18 @@ def export_plain(
     folder: str | Path,
     *,
     images: Any = None,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> ExportedFolder:
-    """Write a compressed model as an ordinary checkpoint of its library, with fewer blocks.
+    """Write a compressed model as an ordinary checkpoint of its library.
+
+    It has fewer blocks or narrower MLPs than the original, and loads where blockfit is not.
 
     Args:
         small: what ``compress`` returned, or a folder that ``save`` wrote.
         folder: new or empty; read back and compared with the model before it takes its name.
         images: to compare on; two sample photographs by default.
+        dtype: of the weights, ``"float16"`` or ``"bfloat16"``; by default the model's own.
         overwrite: replace a checkpoint that lies there.
 
     Raises:
@@ -470,7 +477,8 @@ def export_plain(
     """
     check_target(folder, exported_folder.FORM, overwrite)
     saved = as_saved(small)
-    return plain.export_plain(saved, folder, images=_pictures(images, saved), overwrite=overwrite)
+    pictures = _pictures(images, saved)
+    return plain.export_plain(saved, folder, images=pictures, dtype=dtype, overwrite=overwrite)
 
 
 @checked

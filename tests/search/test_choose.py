@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from blockfit.fit.plan import Narrowing, Replacement, Span
-from blockfit.search.choose import Priced, choose
+from blockfit.fit.plan import Narrowing, Plan, Replacement, Span
+from blockfit.search.choose import Priced, choose, choose_uniform
 from blockfit.search.curves import Curve, interpolated, widths_of
 
 
@@ -131,3 +131,83 @@ def test_widths_are_multiples_that_kernels_like(
     size: int, part: str, multiple: int | None, expected: tuple[int, ...]
 ) -> None:
     assert widths_of(Narrowing(0, part, size, size), multiple) == expected
+
+
+def uniform_by_brute_force(
+    curves: list[Curve], spans: list[Priced], depth: int, to_save: float
+) -> dict[int, float]:
+    """By the number of blocks that go, the least effect at the widest width that is enough."""
+    best: dict[int, float] = {}
+    for step in range(4):
+        found: dict[int, list[tuple[float, float]]] = {}
+        for count in range(len(spans) + 1):
+            for gone in itertools.combinations(spans, count):
+                blocks = [b for s in gone for b in s.entry.span.blocks]
+                if len(set(blocks)) < len(blocks) or len(blocks) == depth:
+                    continue
+                left = [c for c in curves if c.whole.block not in blocks]
+                effect = sum(s.effect for s in gone) + sum(c.effects[step] for c in left)
+                saved = sum(s.saved for s in gone) + step * sum(c.unit for c in left)
+                found.setdefault(len(blocks), []).append((effect, saved))
+        for count, tried in found.items():
+            effect, saved = min(tried)
+            if saved >= to_save and count not in best:
+                best[count] = effect
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
+def test_a_uniform_choice_is_the_best_of_every_number_of_blocks(seed: int, part: float) -> None:
+    depth, rng = 4, random.Random(seed)
+    curves = [c for c in random_curves(depth, seed) if c.whole.part == "mlp"]
+    spans = [
+        Priced(Replacement(Span(start, stop), "identity"), rng.random() * 3, 40.0 * (stop - start))
+        for start in range(depth)
+        for stop in (start + 1, start + 2)
+        if stop <= depth
+    ]
+    to_save = part * sum(3 * c.unit for c in curves)
+    found = choose_uniform(curves, spans, depth, to_save)
+    expected = uniform_by_brute_force(curves, spans, depth, to_save)
+    assert {len(c.plan.removed_blocks): c.effect for c in found} == pytest.approx(expected)
+    assert [c.effect for c in found] == sorted(c.effect for c in found)
+    for choice in found:
+        assert choice.plan.not_plain(depth) is None
+        assert choice.saved >= to_save - 1e-9
+
+
+def test_of_mlps_alone_the_widest_that_is_enough() -> None:
+    curves = [curve(block, "mlp", (0, 1, 2, 3), 5) for block in range(3)]
+    (found,) = choose_uniform(curves, (), 3, 16)
+    assert [(cut.block, cut.kept) for cut in found.plan.narrowings] == [(0, 2), (1, 2), (2, 2)]
+    assert found.saved == 30
+    assert choose_uniform(curves, (), 3, 46) == []
+
+
+def test_widths_that_no_config_can_say_are_passed_over() -> None:
+    curves = [curve(block, "mlp", (0, 1, 2, 3), 5) for block in range(3)]
+
+    def says(plan: Plan) -> bool:
+        return plan.narrowings[0].kept == 1
+
+    (found,) = choose_uniform(curves, (), 3, 16, says=says)
+    assert {cut.kept for cut in found.plan.narrowings} == {1}
+
+
+def test_widths_between_those_of_the_curves_are_tried_where_a_config_is_limited_to_them() -> None:
+    whole = Narrowing(0, "mlp", 12, 12)
+    some = Curve(whole, (12, 8, 4), (0.0, 1.0, 3.0), 1, 2)
+    choices = choose_uniform(
+        [some], (), 1, 5, more_widths=(6,), says=lambda p: p.mlp_width(1)[1] == 6
+    )
+    assert [(c.effect, c.saved) for c in choices] == [(2.0, 6.0)]
+
+
+def test_a_block_that_cannot_be_narrowed_keeps_all_blocks_whole() -> None:
+    curves = [curve(block, "mlp", (0, 1, 2, 3), 5) for block in range(2)]
+    spans = [Priced(Replacement(Span(2, 3), "identity"), 1.0, 5.0)]
+    assert choose_uniform(curves, (), 3, 1) == []
+    choices = choose_uniform(curves, spans, 3, 12)
+    assert [c.plan.removed_blocks for c in choices] == [(2,)]
+    assert {cut.kept for cut in choices[0].plan.narrowings} == {3}

@@ -55,6 +55,8 @@ def test_one_entry_for_every_kind_and_rank() -> None:
         ({"maps": ("affin",)}, "unknown map 'affin'; choose one of identity, scale"),
         ({"maps": ()}, "needs a kind of map"),
         ({"rank": 4}, "only low-rank maps have a rank"),
+        ({"maps": ("affine",), "uniform": True}, "no place for affine maps"),
+        ({"maps": ("folded",), "uniform": True}, "cannot say narrower values"),
         ({"select": "best"}, "unknown selection 'best'; choose one of effect, mse"),
         ({"baseline": "corb"}, "unknown baseline 'corb'; choose one of corp, vbp, magnitude"),
     ],
@@ -105,3 +107,14 @@ def test_nothing_of_a_baseline_can_be_changed(change: dict[str, Any]) -> None:
 def test_unknown_recipes_are_refused_with_the_known_ones() -> None:
     with pytest.raises(BlockfitError, match="unknown recipe 'papr'; choose one of default, paper"):
         named_recipe("papr")
+
+
+def test_uniform_leaves_away_what_no_stock_config_can_say() -> None:
+    uniform = recipe_for("default", uniform=True)
+    assert (uniform.maps, uniform.cuts) == (("identity", "folded"), ("blocks", "mlp"))
+    assert uniform.plain
+    assert uniform.options == named_recipe("default").options
+    assert recipe_for("default", uniform=True, cuts="mlp").cuts == ("mlp",)
+    assert recipe_for("plain").uniform
+    with pytest.raises(BlockfitError, match="cannot say narrower keys"):
+        recipe_for("default", uniform=True, cuts="mlp,keys")

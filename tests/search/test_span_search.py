@@ -205,7 +205,7 @@ def test_the_smallest_rank_that_loses_next_to_nothing_is_taken() -> None:
 def test_a_plain_recipe_finds_plain_plans_also_where_nothing_can_be_folded() -> None:
     search = searching(small_vit(), named_recipe("plain"))
     for size in (1, 2, 3):
-        assert all(plan.plain for plan in search.proposals(size))
+        assert all(plan.not_plain(6) is None for plan in search.proposals(size))
     folded = searching(small_vit(), Recipe(maps=("folded",)))
     assert all(0 not in plan.removed_blocks for plan in folded.proposals(2))
 

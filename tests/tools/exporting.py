@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,20 +13,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blockfit.data.images import images as open_images
-from blockfit.fit.plan import Narrowing, Plan, Replacement, Span
+from blockfit.fit.maps import empty_map
+from blockfit.fit.plan import Narrowing, Plan, Replacement, Span, runs_of
 from blockfit.formats.folder import Saved, load_saved, save
-from blockfit.models.blocks import find_blocks
-from blockfit.models.forward import call
+from blockfit.formats.manifest import installed_versions
+from blockfit.models.blocks import block_modules, find_blocks
+from blockfit.models.forward import call, evaluating
 from blockfit.models.head import primary_output
 from blockfit.models.load import source_of
+from blockfit.models.parts import find_parts
 from blockfit.models.preprocessing import Preprocessing
+from blockfit.models.residual import find_writers
+from blockfit.models.surgery import apply_plan
+from blockfit.models.trace import trace
 from blockfit.search.solve import Options, solve
 from blockfit.search.states import Originals
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from without_blockfit import environment, output_elsewhere
 
-__all__ = ["MAPS", "PLAIN", "elsewhere", "environment", "output", "prepared", "saved"]
+__all__ = ["MAPS", "PLAIN", "elsewhere", "environment", "output", "prepared", "saved", "uniform"]
 
 PLAIN = Plan((Replacement(Span(0, 1), "identity"), Replacement(Span(2, 3), "folded")))
 MAPS = Plan((Replacement(Span(0, 1), "affine"), Replacement(Span(2, 3), "low-rank", rank=4)))
@@ -87,3 +94,28 @@ def elsewhere(python: Path, exported: Path, images: Tensor, traffic: Path) -> Te
     """The primary output of an export where blockfit is not installed."""
     save_file({"images": images}, traffic / "in.safetensors")
     return load_file(output_elsewhere(python, exported, traffic))["out"]
+
+
+def uniform(
+    name: str,
+    keep: float = 0.5,
+    gone: Sequence[int] = (),
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+) -> Saved:
+    """A tiny model whose MLPs all keep a share of their neurons, and without some blocks."""
+    family = FAMILIES[name]
+    model, pictures = family.build(seed), family.images(4)
+    blocks, source = find_blocks(model, pictures), source_of(model)
+    source = replace(source, preprocessing=preprocessing)
+    with evaluating(model):
+        seen = trace(model, blocks, pictures, range(blocks.depth))
+        block = block_modules(model, blocks)[1]
+        run, hidden = seen.runner(block, 1), seen.states[1]
+        part = find_parts(block, 1, find_writers(block, run, hidden), run, hidden).whole["mlp"]
+    kept = int(part.size * keep)
+    left = [index for index in range(blocks.depth) if index not in gone]
+    entries = tuple(Replacement(span, "identity") for span in runs_of(gone))
+    plan = Plan(entries, tuple(replace(part, block=index, kept=kept) for index in left))
+    apply_plan(model, blocks, plan, [empty_map(entry, blocks.width) for entry in plan])
+    return Saved(model, blocks, plan, {}, source, installed_versions())

@@ -115,7 +115,7 @@ def test_every_option_of_compress_reaches_the_call(
 ) -> None:
     given = (
         "--images", "digits", "--limit", "40", "--seed", "7", "--batch-size", "16",
-        "--params", "62%", "--recipe", "plain", "--map", "low-rank", "--rank", "4",
+        "--params", "62%", "--recipe", "default", "--map", "low-rank", "--rank", "4",
         "--repair", "mlp", "--ridge", "auto", "--select", "mse", "--contiguous",
         "--workers", "1", "--per-token-type", "--prefix-weight", "5", "--repair-ridge", "0.3",
         "--protect", "3, 6,9", "--blocks", "blocks", "--hold-out", "0.3", "--device", "cpu",
@@ -126,7 +126,7 @@ def test_every_option_of_compress_reaches_the_call(
     assert (call["params"], call["remove"], call["spans"]) == ("62%", None, None)
     assert call["images"].workers == 1
     recipe = call["recipe"]
-    assert (recipe.name, recipe.select, recipe.contiguous) == ("plain", "mse", True)
+    assert (recipe.name, recipe.select, recipe.contiguous) == ("default", "mse", True)
     assert (call["map"], call["rank"], call["per_token_type"]) == ("low-rank", 4, True)
     assert (call["ridge"], call["prefix_weight"]) == ("auto", 5.0)
     assert (call["repair"], call["repair_ridge"]) == ("mlp", 0.3)
@@ -144,6 +144,8 @@ def test_every_option_of_compress_reaches_the_call(
         (("--max-kl", "0.1"), "max_kl", 0.1),
         (("--max-drop", "0.5"), "max_drop", 0.5),
         (("--remove", "3", "--plain"), "recipe", "plain"),
+        (("--params", "80%", "--uniform"), "uniform", True),
+        (("--params", "80%"), "uniform", False),
         (("--remove", "3"), "recipe", "default"),
     ],
 )

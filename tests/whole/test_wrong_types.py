@@ -63,7 +63,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "prefix_weight": ["a", [1], 0, -1, float("nan")],
         "repair": [3, True, "unknown", ["mlp"]],
         "repair_ridge": ["a", [1], -1, float("nan")],
-        "inplace": FLAG, "force_budget": FLAG, "plan": [3, "x", [1], Plan()],
+        "inplace": FLAG, "force_budget": FLAG, "uniform": FLAG, "plan": [3, "x", [1], Plan()],
     },
     "sweep": COMMON | CUTS | {
         "points": [3, "a", [2.5], ["a"], [], [0]], "folder": PATH,
@@ -83,7 +83,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "original": NAME, "smalls": [None, 3, "x", [3]], "settings": [3, {}], "blocks": [3, []],
         "say": CODE,
     },
-    "export_plain": EXPORT, "export_hub": EXPORT,
+    "export_plain": EXPORT | {"dtype": [3, b"x", ["a"], "int8"]}, "export_hub": EXPORT,
     "export_onnx": {"small": NAME, "path": PATH}, "export_program": {"small": NAME, "path": PATH},
     "report": {"runs": [3, None, [3]], "path": PATH, "pictures": [3, b"x"]},
     "reproduce": {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from blockfit.formats.program import Exported
 
 PlainCheckpoint = Annotated[
-    bool, opt.option("--plain", "A stock transformers or timm checkpoint, fewer blocks.", opt.FORM)
+    bool, opt.option("--plain", "A stock checkpoint of the model's library.", opt.FORM)
 ]
 Onnx = Annotated[bool, opt.option("--onnx", "An ONNX file.", opt.FORM)]
 Pt2 = Annotated[bool, opt.option("--pt2", "A torch.export program (.pt2).", opt.FORM)]
@@ -42,6 +42,9 @@ FixedBatch = Annotated[
 ]
 Opset = Annotated[
     int | None, opt.option("--opset", "Version of the ONNX operator set; 18.", opt.HOW, "N")
+]
+WeightDtype = Annotated[
+    str | None, opt.option("--weights", "float16 or bfloat16; else the model's.", opt.HOW, "DTYPE")
 ]
 CompareLevels = Annotated[
     bool, opt.option("--compare-levels", "Time onnxruntime's graph optimisation levels.", opt.HOW)
@@ -70,6 +73,7 @@ def export(
     fixed_batch: FixedBatch = None,
     opset: Opset = None,
     compare_levels: CompareLevels = False,
+    weights: WeightDtype = None,
     images: Pictures = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -88,6 +92,8 @@ def export(
     if form != "onnx":
         only_onnx = {"--opset": opset, "--compare-levels": compare_levels}
         opt.refuse(only_onnx, "goes with --onnx only")
+    if form != "plain":
+        opt.refuse({"--weights": weights}, "goes with --plain only")
     shape = None if resolution is None else Resolution.parse(resolution)
     _check_output(form, output, overwrite)
     with out.working():
@@ -101,6 +107,8 @@ def export(
         how: dict[str, Any] = {"images": pictures, "overwrite": overwrite}
         if form not in FOLDERS:
             how |= {"resolution": shape, "batch": fixed_batch}
+        if form == "plain":
+            how |= {"dtype": weights}
         if form == "onnx":
             how |= {"opset": OPSET if opset is None else opset, "compare_levels": compare_levels}
         done = _WRITE[form](saved, output, **how)
@@ -135,7 +143,7 @@ def _form(**chosen: bool) -> str:
     if len(given) != 1:
         several = f"--{' and --'.join(given)} are two forms" if given else "no form was given"
         raise BlockfitError(
-            f"{several}; say one: --plain (an ordinary checkpoint with fewer blocks), --onnx (an "
+            f"{several}; say one: --plain (an ordinary checkpoint), --onnx (an "
             "ONNX file), --pt2 (a torch.export program) or --hub (a folder with its own code)"
         )
     return given[0]
@@ -154,7 +162,7 @@ def _saved(name: str, code: opt.Code, form: str) -> Saved:
 def _show_folder(out: Output, done: ExportedFolder) -> None:
     out.line(f"{done.library} checkpoint with {done.blocks} blocks in {done.folder}")
     out.line(f"compared with the model: {done.parity}")
-    out.line(f"load it: {done.how_to_load}")
+    out.line("load it: " + done.how_to_load.replace("\n", "\n         "))
     out.line(f"publish it: blockfit push {done.folder} OWNER/NAME")
 
 

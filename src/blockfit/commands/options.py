@@ -147,7 +147,12 @@ RecipeName = Annotated[
         show_default=False,
     ),
 ]
-Plain = Annotated[bool, option("--plain", "As --recipe plain: adds no module.", HOW, rare=True)]
+Plain = Annotated[
+    bool, option("--plain", "As --recipe plain: a stock checkpoint can hold it.", HOW, rare=True)
+]
+Uniform = Annotated[
+    bool, option("--uniform", "One width for all MLPs, and no maps.", HOW, rare=True)
+]
 Map = Annotated[str | None, option("--map", f"{', '.join(MAP_KINDS)}.", HOW, "KIND", rare=True)]
 Rank = Annotated[int | None, option("--rank", "Of low-rank maps.", HOW, "N", rare=True)]
 Repair = Annotated[
@@ -358,6 +363,7 @@ class Method:
     select: Select = None
     contiguous: Contiguous = False
     cuts: Cuts = None
+    uniform: Uniform = False
 
     def check(self) -> None:
         """Refuse before any work what is no recipe."""
@@ -387,7 +393,11 @@ class Method:
         """What changes a recipe, by the names that ``compress`` has for it; ``None``: nothing."""
         names = ("map", "rank", "ridge", "prefix_weight", "repair", "repair_ridge", "cuts")
         changed: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return {**changed, "per_token_type": self.per_token_type or None}
+        return {
+            **changed,
+            "per_token_type": self.per_token_type or None,
+            "uniform": self.uniform,
+        }
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...]:

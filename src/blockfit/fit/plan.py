@@ -411,11 +411,41 @@ class Plan:
             for _, (name, row) in sorted(rows.items())
         ]
 
-    @property
-    def plain(self) -> bool:
-        """Whether a stock checkpoint with fewer layers can express it: identity and folded only."""
-        stock = all(r.map in ("identity", "folded") for r in self.replacements)
-        return stock and not self.narrowings
+    def mlp_width(self, depth: int) -> tuple[int, int] | None:
+        """Old and new width where all blocks that are left keep equally many neurons."""
+        left = depth - len(self.removed_blocks)
+        widths = {(cut.size, cut.kept) for cut in self.narrowings if cut.part == "mlp"}
+        count = sum(cut.part == "mlp" for cut in self.narrowings)
+        return widths.pop() if len(widths) == 1 and count == left else None
+
+    def not_plain(self, depth: int) -> str | None:
+        """Why no stock config can say what is left of a model of ``depth`` blocks.
+
+        ``None`` where one might: maps are identity or folded, and all blocks that are left have
+        MLPs of one width.
+        """
+        for entry in self.replacements:
+            if entry.map not in ("identity", "folded"):
+                return (
+                    f"the {entry.map} map of span {entry.span} needs a module that no stock "
+                    "checkpoint has"
+                )
+        for cut in self.narrowings:
+            if cut.part != "mlp":
+                return (
+                    f"block {cut.block} keeps {cut.kept} of {cut.size} dimensions of every head's "
+                    f"{cut.part}, which no stock config can say"
+                )
+        if self.narrowings and self.mlp_width(depth) is None:
+            kept = {cut.block: cut.kept for cut in self.narrowings}
+            left = [i for i in range(depth) if i not in set(self.removed_blocks)]
+            other = next(i for i in left if kept.get(i) != kept.get(left[0]))
+            told = [f"block {i} keeps {kept.get(i, 'all')}" for i in (left[0], other)]
+            return (
+                f"{' and '.join(told)} of its MLP's neurons, and a stock config has one width for "
+                "all blocks"
+            )
+        return None
 
     def check(self, depth: int, protected: Iterable[int] = ()) -> None:
         """Refuse a plan that does not fit a model of ``depth`` blocks.

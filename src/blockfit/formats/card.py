@@ -24,6 +24,10 @@ TASKS = {
 """How the names of transformers' classes end → the Hub's names of what they do."""
 
 
+_IMPORTS = {"torchvision": "import json\n\nimport safetensors.torch\nimport torchvision"}
+"""By library, what the lines that load a checkpoint need beside it."""
+
+
 def model_card(saved: Saved, parity: Parity, how_to_load: str, needs_code: bool = False) -> str:
     """The text of ``README.md``: metadata in YAML, then Markdown.
 
@@ -73,8 +77,9 @@ def _on_hub(source: Source) -> str | None:
 
 def _loading(library: str, how_to_load: str, needs_code: bool) -> str:
     code = " Its own code, `modeling_blockfit.py`, is run." if needs_code else ""
+    imports = _IMPORTS.get(library, f"import {library}")
     return (
-        f"## How to load\n\n```python\nimport {library}\n\nmodel = {how_to_load}\n```\n\n"
+        f"## How to load\n\n```python\n{imports}\n\nmodel = {how_to_load}\n```\n\n"
         f"In the place of `OWNER/NAME` stands this repository, or a folder with its files.{code}"
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,13 +18,15 @@ from blockfit.files import FolderForm, expanded
 from blockfit.formats.folder import WEIGHTS, Saved
 from blockfit.formats.parity import Parity, Pictures, compare
 from blockfit.formats.traced import Bare, primary, run
+from blockfit.models.from_open_clip import CONFIG_FILE
 from blockfit.models.head import observe
 from blockfit.models.source import Source
 from blockfit.models.tensors import stored_dtype
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 CARD, CODE = "README.md", "modeling_blockfit.py"
-FILES = (CONFIG, WEIGHTS, PREPROCESSOR, CARD, CODE)
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+FILES = (CONFIG, WEIGHTS, PREPROCESSOR, CARD, CODE, CONFIG_FILE, OPEN_CLIP_WEIGHTS)
 """All that such a folder may hold."""
 
 FORM = FolderForm(CARD, "Made with blockfit", FILES)
@@ -70,8 +73,12 @@ def write_preprocessor(source: Source, folder: Path) -> None:
     """The image processor of a transformers model, where it is known."""
     own = source.preprocessing
     if own is not None and own.kind == "transformers":
-        text = json.dumps(own.settings, indent=2) + "\n"
-        (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
+        write_json(own.settings, folder / PREPROCESSOR)
+
+
+def write_json(values: Any, path: Path) -> None:
+    """Write values that people may want to read."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def narrow(weights: Path) -> None:
@@ -80,7 +87,13 @@ def narrow(weights: Path) -> None:
     save_file(values, weights, metadata={"format": "pt"})
 
 
-def compared(saved: Saved, again: nn.Module, images: Images | None, what: str) -> Parity:
+def compared(
+    saved: Saved,
+    again: nn.Module,
+    images: Images | None,
+    what: str,
+    dtype: torch.dtype | None = None,
+) -> Parity:
     """Compare a model that was read back with the small one.
 
     Args:
@@ -88,6 +101,7 @@ def compared(saved: Saved, again: nn.Module, images: Images | None, what: str) -
         again: what its library made of the folder.
         images: to compare on; see ``parity.Pictures``.
         what: was written, for the message.
+        dtype: that its weights were brought to; by default the small model's.
 
     Raises:
         BlockfitError: where their outputs differ.
@@ -106,7 +120,7 @@ def compared(saved: Saved, again: nn.Module, images: Images | None, what: str) -
         pictures.source,
         classes,
     )
-    parity.check(what, first.dtype)
+    parity.check(what, dtype or first.dtype)
     return parity
 
 
@@ -131,7 +145,10 @@ def push_folder(
         BlockfitError: where the folder is no exported one, or the Hub refuses or is out of reach.
     """
     folder = expanded(folder)
-    if missing := [name for name in (CONFIG, WEIGHTS, CARD) if not (folder / name).is_file()]:
+    wanted = (CONFIG, WEIGHTS, CARD)
+    if (folder / CONFIG_FILE).is_file():
+        wanted = (CONFIG_FILE, OPEN_CLIP_WEIGHTS, CARD)
+    if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise BlockfitError(
             f"{folder} has no {missing[0]}; push a folder that blockfit export --plain or --hub "
             "wrote"

@@ -1,19 +1,23 @@
 """Plain checkpoints: models whose plan adds no module, written as their own library writes models.
 
-Where every map of a plan is ``identity`` or ``folded``, what is left is an ordinary model with
-fewer blocks. It needs a config that says so and weights that are numbered anew, and then loads
-without blockfit.
+Where every map of a plan is ``identity`` or ``folded``, and the MLPs of all blocks have one width,
+what is left is an ordinary model with fewer blocks or narrower MLPs. It needs a config that says so
+and weights that are numbered again, and then loads without blockfit.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import json
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from blockfit.arguments import checked
 from blockfit.data.images import Images
@@ -22,164 +26,127 @@ from blockfit.files import check_target, new_folder
 from blockfit.formats.card import model_card
 from blockfit.formats.exported_folder import (
     CARD,
+    CONFIG,
     FORM,
+    OPEN_CLIP_WEIGHTS,
+    PREPROCESSOR,
     ExportedFolder,
     compared,
     kept_blocks,
     narrow,
+    write_json,
     write_preprocessor,
 )
 from blockfit.formats.folder import WEIGHTS, Saved
 from blockfit.formats.int8 import check_no_int8
-from blockfit.models.blocks import Blocks, named_blocks
-from blockfit.models.load import load_model, skeleton
+from blockfit.models.from_open_clip import CONFIG_FILE, preprocess_cfg
+from blockfit.models.load import load_model, read_dtype
 from blockfit.models.source import Source
-from blockfit.models.tensors import fill, named_tensors, storable
+from blockfit.models.stock import CONFIGURED, names_stages, renumbered, stock_model
+from blockfit.models.tensors import fill, storable
 
-_OF_STAGES = ("stage_names", "out_features", "out_indices")
-"""Keys by which a transformers config numbers the blocks for use as a backbone."""
+_NORM_EPS = 1e-6
+"""Of torchvision's norms, which no argument says that a file can hold."""
 
 
 @checked
 def export_plain(
-    saved: Saved, folder: str | Path, *, images: Images | None = None, overwrite: bool = False
+    saved: Saved,
+    folder: str | Path,
+    *,
+    images: Images | None = None,
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
 ) -> ExportedFolder:
-    """Write a compressed model as an ordinary checkpoint of its library, with fewer blocks.
+    """Write a compressed model as an ordinary checkpoint of its library.
 
-    A transformers model becomes a folder for ``from_pretrained``, a timm model one for
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)``. The folder is read back and compared
-    with the small model before it takes its name.
+    A transformers model becomes a folder for ``from_pretrained``, a timm or open_clip model one for
+    ``create_model("local-dir:FOLDER")``, a torchvision model a state dict and the arguments of
+    its class. The folder is read back by the library and compared with the small model before it
+    takes its name.
 
     Args:
         saved: from ``store.load_saved``.
         folder: new or empty.
         images: to compare on; see ``parity.Pictures``.
+        dtype: of the weights, ``"float16"`` or ``"bfloat16"``; by default the model's own, held in
+            half precision where that loses nothing.
         overwrite: replace a checkpoint that lies there.
 
     Raises:
-        BlockfitError: where the plan has maps that need a module, the library has no checkpoint
-            format, its config cannot say how many blocks are left, the outputs differ, or the
+        BlockfitError: where the plan needs a module or several widths, the library has no
+            checkpoint format, its config cannot say what is left, the outputs differ, or the
             folder is taken.
     """
+    wanted = None if dtype is None else read_dtype(dtype)
     target = check_target(folder, FORM, overwrite)
     check_no_int8(saved.model, "exported")
     model, source = plain_model(saved)
-    local, online = f"local-dir:{folder}", "hf-hub:OWNER/NAME"
-    load = 'timm.create_model("{}", pretrained=True)'
-    if source.library == "transformers":
-        local, online = str(folder), "OWNER/NAME"
-        load = f'transformers.{type(model).__name__}.from_pretrained("{{}}")'
+    model.to(wanted)
+    form = _FORMS[source.library]
+    load = form.load.replace("{cls}", type(model).__name__)
     with new_folder(folder, FORM, overwrite) as partial:
-        if source.library == "transformers":
-            _write_transformers(model, source, partial)
-        else:
-            _write_timm(model, source, partial)
-        narrow(partial / WEIGHTS)
-        parity = compared(saved, load_model(partial), images, "plain checkpoint")
+        form.write(model, source, partial)
+        narrow(partial / form.weights)
+        held = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        parity = compared(saved, form.read(partial), images, "plain checkpoint", held)
         (partial / CARD).write_text(
-            model_card(saved, parity, load.format(online)), encoding="utf-8"
+            model_card(saved, parity, load.replace("{name}", form.online)), encoding="utf-8"
         )
     count = sum(parameter.numel() for parameter in model.parameters())
+    local = form.local.replace("{folder}", str(folder))
     return ExportedFolder(
-        target, source.library, kept_blocks(saved), count, parity, load.format(local)
+        target, source.library, kept_blocks(saved), count, parity, load.replace("{name}", local)
     )
 
 
 def plain_model(saved: Saved) -> tuple[nn.Module, Source]:
-    """An ordinary model with as many blocks as are left, and what it is rebuilt from.
+    """An ordinary model of the size that is left, and what it is rebuilt from.
 
-    How a config counts blocks is found by trying: every number in it that equals the depth is
-    changed, one at a time, until the library builds exactly the tensors that are left.
+    How a config counts blocks and neurons is found by trying; see ``stock.stock_model``.
 
     Raises:
         BlockfitError: as ``export_plain``.
     """
-    needing = [entry for entry in saved.plan if entry.map not in ("identity", "folded")]
-    if needing:
+    depth = saved.blocks.depth
+    if (why := saved.plan.not_plain(depth)) is not None:
         raise BlockfitError(
-            f"the {needing[0].map} map of span {needing[0].span} needs a module that no stock "
-            "checkpoint has; compress with --plain (identity and folded maps only), or export with "
-            "--hub, --onnx or --pt2"
+            f"{why}; {_again(saved)}, or export this one with --hub, --onnx or --pt2"
         )
-    if saved.source.library not in ("transformers", "timm"):
+    if saved.source.library not in CONFIGURED:
         raise BlockfitError(
             f"a model of {saved.source.name} has no checkpoint format of its own; only "
-            "transformers and timm models can be written as plain checkpoints"
+            f"{', '.join(CONFIGURED)} models can be written as plain checkpoints"
         )
-    arguments = saved.source.arguments
-    if str(arguments.get("class")).endswith("Backbone") or "backbone_config" in arguments.get(
-        "config", {}
-    ):
+    if saved.plan.removed_blocks and names_stages(saved.source):
         raise BlockfitError(
             f"{saved.source.name} names its feature maps by the numbers of blocks, which change "
             "when some are gone for good; keep the folder that blockfit saved"
         )
-    values = _renumbered(saved)
-    shapes = {name: tuple(value.shape) for name, value in values.items()}
-    for source in _shorter(saved.source, saved.blocks, saved.plan.removed_blocks):
-        try:
-            bare = skeleton(source)
-        except BlockfitError:  # not the number that counts blocks
-            continue
-        if {name: tuple(value.shape) for name, value in named_tensors(bare).items()} == shapes:
-            fill(bare, values)
-            return bare.eval(), source
-    raise BlockfitError(
-        f"{saved.source.name} cannot be built with {kept_blocks(saved)} blocks by changing one "
-        "number of its config; keep the folder that blockfit saved"
+    values = renumbered(storable(saved.model), saved.model, saved.blocks, saved.plan)
+    found = stock_model(saved.source, saved.blocks, saved.plan, values)
+    if found is None:
+        widths = saved.plan.mlp_width(depth)
+        narrower = "" if widths is None else f" and {widths[1]} neurons in each MLP"
+        raise BlockfitError(
+            f"{saved.source.name} cannot be built with {kept_blocks(saved)} blocks{narrower} by "
+            "changing numbers of its config; keep the folder that blockfit saved"
+        )
+    bare, source = found
+    packed = {id(value): value.contiguous() for value in values.values()}  # as files hold them
+    fill(bare, {name: packed[id(value)] for name, value in values.items()})
+    return bare.eval(), source
+
+
+def _again(saved: Saved) -> str:
+    """The command that makes a plain plan of the same size."""
+    before, after = (saved.report.get(f"parameters_{when}") for when in ("before", "after"))
+    size = f"--params {math.ceil(100 * after / before)}%" if before and after else "--params SIZE"
+    model = saved.source.loads_as or "MODEL"
+    return (
+        "make one that can be with "
+        f"`blockfit compress {shlex.quote(model)} --images PHOTOS {size} --plain -o SMALL`"
     )
-
-
-def _renumbered(saved: Saved) -> dict[str, Tensor]:
-    """All tensors of the small model, the blocks that are left numbered without gaps."""
-    names = list(named_blocks(saved.model, saved.blocks))
-    gone = set(saved.plan.removed_blocks)
-    left = [name for index, name in enumerate(names) if index not in gone]
-    moved = {
-        f"{saved.blocks.path}.{old}." if saved.blocks.path else f"{old}.": new
-        for old, new in zip(left, names, strict=False)
-    }
-    out = {}
-    for name, value in storable(saved.model).items():
-        prefix = next((p for p in moved if name.startswith(p)), None)
-        if prefix is not None:
-            inside = f"{saved.blocks.path}." if saved.blocks.path else ""
-            name = f"{inside}{moved[prefix]}.{name[len(prefix) :]}"
-        out[name] = value
-    return out
-
-
-def _shorter(source: Source, blocks: Blocks, removed: tuple[int, ...]) -> Iterator[Source]:
-    """The source with one number that equals the depth changed; lists with an entry per block are
-    cut in each."""
-    depth, left = blocks.depth, blocks.depth - len(removed)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: cut(inner) for key, inner in value.items() if key not in _OF_STAGES}
-        if isinstance(value, list) and len(value) == depth:
-            return [entry for index, entry in enumerate(value) if index not in removed]
-        return value
-
-    base = cut(source.arguments)
-    for path in _numbers(base, depth):
-        arguments = copy.deepcopy(base)
-        inner = arguments
-        for key in path[:-1]:
-            inner = inner[key]
-        inner[path[-1]] = left
-        yield replace(source, arguments=arguments)
-    if source.library == "timm":  # whose architectures know their depth without being told
-        yield replace(source, arguments={**base, "options": {**base["options"], "depth": left}})
-
-
-def _numbers(value: Any, wanted: int, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Where in nested mappings the number ``wanted`` stands."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _numbers(inner, wanted, (*path, key))
-    elif type(value) is int and value == wanted:
-        yield path
 
 
 def _write_transformers(model: Any, source: Source, folder: Path) -> None:
@@ -194,3 +161,94 @@ def _write_timm(model: Any, source: Source, folder: Path) -> None:
 
     options = source.arguments["options"]
     save_for_hf(model, str(folder), model_args=options, safe_serialization=True)
+
+
+def _write_torchvision(model: nn.Module, source: Source, folder: Path) -> None:
+    arguments = dict(source.arguments)
+    if (eps := arguments.pop("norm_eps")) != _NORM_EPS:
+        raise BlockfitError(
+            f"the norms of {source.name} have eps {eps:g}, which no argument that a file can hold "
+            f"says (torchvision's own is {_NORM_EPS:g}); keep the folder that blockfit saved"
+        )
+    write_json(arguments, folder / CONFIG)
+    if source.preprocessing is not None:
+        write_json(source.preprocessing.settings, folder / PREPROCESSOR)
+    save_file(model.state_dict(), folder / WEIGHTS)
+
+
+def _read_torchvision(folder: Path) -> nn.Module:
+    """As the line does that ``how_to_load`` gives."""
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return cast(nn.Module, model)
+
+
+def _write_open_clip(model: nn.Module, source: Source, folder: Path) -> None:
+    write_json(
+        {
+            "model_cfg": source.arguments["config"],
+            "preprocess_cfg": preprocess_cfg(source.preprocessing),
+        },
+        folder / CONFIG_FILE,
+    )
+    save_file(model.state_dict(), folder / OPEN_CLIP_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a library's own checkpoint is written and read.
+
+    Args:
+        write: model, source, folder.
+        read: the folder, by the library itself.
+        weights: the file's name.
+        load: Python that gives a model, with the folder's or the repository's name in it.
+        local: that name, of a folder.
+        online: of a repository.
+    """
+
+    write: Callable[[Any, Source, Path], None]
+    read: Callable[[Path], nn.Module]
+    weights: str
+    load: str
+    local: str
+    online: str
+
+
+_FORMS = {
+    "transformers": _Form(
+        _write_transformers,
+        lambda folder: load_model(folder),
+        WEIGHTS,
+        'transformers.{cls}.from_pretrained("{name}")',
+        "{folder}",
+        "OWNER/NAME",
+    ),
+    "timm": _Form(
+        _write_timm,
+        lambda folder: load_model(folder),
+        WEIGHTS,
+        'timm.create_model("{name}", pretrained=True)',
+        "local-dir:{folder}",
+        "hf-hub:OWNER/NAME",
+    ),
+    "torchvision": _Form(
+        _write_torchvision,
+        _read_torchvision,
+        WEIGHTS,
+        'torchvision.models.VisionTransformer(**json.load(open("{name}/config.json")))\n'
+        'model.load_state_dict(safetensors.torch.load_file("{name}/model.safetensors"))',
+        "{folder}",
+        "FOLDER",
+    ),
+    "open_clip": _Form(
+        _write_open_clip,
+        lambda folder: load_model(folder),
+        OPEN_CLIP_WEIGHTS,
+        'open_clip.create_model("{name}")',
+        "local-dir:{folder}",
+        "hf-hub:OWNER/NAME",
+    ),
+}

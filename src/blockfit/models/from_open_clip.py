@@ -183,3 +183,25 @@ def open_clip_preprocessing(model: nn.Module) -> Preprocessing | None:
             "crop_mode": modes[config["resize_mode"]],
         },
     )
+
+
+def with_usual_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose image tower has every number that open_clip would fill in."""
+    fields = dataclasses.fields(need("open_clip", "open-clip").CLIPVisionCfg)
+    usual = {f.name: f.default for f in fields if type(f.default) in (int, float)}
+    return {**config, "vision_cfg": {**usual, **config["vision_cfg"]}}
+
+
+def preprocess_cfg(own: Preprocessing | None) -> dict[str, Any]:
+    """What ``open_clip_config.json`` says of the preprocessing; nothing where it is not known."""
+    if own is None or own.kind != "timm":
+        return {}
+    values = own.settings
+    return {
+        "size": list(values["input_size"][1:]),
+        "mode": "RGB",
+        "mean": values["mean"],
+        "std": values["std"],
+        "interpolation": values["interpolation"],
+        "resize_mode": "squash" if values["crop_mode"] == "squash" else "shortest",
+    }

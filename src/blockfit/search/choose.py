@@ -4,16 +4,19 @@ Effects of different cuts nearly add up while they are small (DESIGN: 4). For a 
 cost, every part takes the width of least effect + λ · cost, and the chain of blocks is walked by
 dynamic programming: a block is narrowed, or lies in a span that is replaced by a map. The smallest
 λ that meets the budget is found by bisection; what it leaves over is given back where it helps.
+
+Where a stock config has to say what is left, all MLPs have one width and spans leave no map: there
+are few such plans, and for each number of blocks the widest one is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from blockfit.fit.plan import Plan, Replacement
+from blockfit.fit.plan import Narrowing, Plan, Replacement
 from blockfit.search.curves import Curve, key_of
 
 BISECTIONS = 80
@@ -158,3 +161,118 @@ def _give_back(parts: Sequence[_Part], picked: dict[int, int], room: float) -> N
         i = picked[best]
         room -= parts[best].saved[i] - parts[best].saved[i - 1]
         picked[best] = i - 1
+
+
+def choose_uniform(
+    curves: Sequence[Curve],
+    spans: Sequence[Priced],
+    depth: int,
+    to_save: float,
+    units: Mapping[tuple[int, str], float] | None = None,
+    *,
+    more_widths: Iterable[int] = (),
+    says: Callable[[Plan], bool] = lambda plan: True,
+) -> list[Choice]:
+    """For every number of blocks that may go, the widest MLPs that meet a budget: one for all.
+
+    Args:
+        curves: of the MLPs; blocks can be narrowed only where all that are left have one.
+        spans: that may go.
+        depth: as in ``choose``.
+        to_save: as in ``choose``.
+        units: as in ``choose``.
+        more_widths: to be tried beside those of the curves.
+        says: whether a stock config can say a plan; asked last, since it takes time.
+
+    Returns:
+        the choices, that of least effect first; none where all that may go is not enough.
+    """
+    mlps = {curve.whole.block: curve for curve in curves}
+    sizes = {curve.whole.size for curve in curves}
+    widths: set[int] = set()
+    if len(sizes) == 1:
+        widths = {w for c in curves for w in c.widths} | set(more_widths)
+    narrower = sorted((w for w in widths if w < max(sizes)), reverse=True)
+    found: dict[int, Choice] = {}
+    for width in (None, *narrower):
+        blocks = [_at_width(mlps.get(i), width, units) for i in range(depth)]
+        for count, path in _walk_uniform(blocks, spans, depth).items():
+            if path.saved < to_save - 1e-12 or count in found:
+                continue
+            choice = path.choice()
+            if choice.plan and says(choice.plan):
+                found[count] = choice
+    return sorted(found.values(), key=lambda choice: choice.effect)
+
+
+@dataclass(frozen=True)
+class _Path:
+    """Cuts up to some block, the last one first.
+
+    Args:
+        effect: sum of the effects.
+        saved: cost that they take away.
+        cut: the last one; ``None`` for none.
+        before: the path that it goes on from.
+    """
+
+    effect: float = 0.0
+    saved: float = 0.0
+    cut: Replacement | Narrowing | None = None
+    before: _Path | None = None
+
+    def then(self, effect: float, saved: float, cut: Replacement | Narrowing | None) -> _Path:
+        return _Path(self.effect + effect, self.saved + saved, cut, self)
+
+    def choice(self) -> Choice:
+        cuts: list[Replacement | Narrowing] = []
+        path: _Path | None = self
+        while path is not None:
+            cuts += [] if path.cut is None else [path.cut]
+            path = path.before
+        spans = tuple(cut for cut in cuts if isinstance(cut, Replacement))
+        narrowings = tuple(cut for cut in cuts if isinstance(cut, Narrowing))
+        return Choice(Plan(spans, narrowings), self.effect, self.saved)
+
+
+Step = tuple[float, float, Narrowing | None]
+"""Effect and saving of a block that stays, and how it is narrowed."""
+
+
+def _at_width(
+    curve: Curve | None, width: int | None, units: Mapping[tuple[int, str], float] | None
+) -> Step | None:
+    """One block with its MLP at a width; whole where that is ``None``."""
+    if width is None:
+        return 0.0, 0.0, None
+    if curve is None:
+        return None
+    unit = curve.unit if units is None else units[key_of(curve)]
+    cut = replace(curve.whole, kept=width)
+    effect = float(np.interp(-width, [-w for w in curve.widths], curve.effects))
+    return effect, unit * (cut.size - width), cut
+
+
+def _walk_uniform(
+    blocks: Sequence[Step | None], spans: Sequence[Priced], depth: int
+) -> dict[int, _Path]:
+    """By the number of blocks that go, the path of least effect along them."""
+    best: list[dict[int, _Path]] = [{0: _Path()}, *({} for _ in range(depth))]
+    ending: dict[int, list[Priced]] = {}
+    for span in spans:
+        ending.setdefault(span.entry.span.stop, []).append(span)
+    for stop in range(1, depth + 1):
+        block = blocks[stop - 1]
+        steps: list[tuple[int, int, float, float, Narrowing | Replacement | None]] = []
+        if block is not None:
+            steps.append((stop - 1, 0, *block))
+        steps += [
+            (s.entry.span.start, len(s.entry.span), s.effect, s.saved, s.entry)
+            for s in ending.get(stop, [])
+        ]
+        for start, gone, effect, saved, cut in steps:
+            for count, before in best[start].items():
+                path, known = before.then(effect, saved, cut), best[stop].get(count + gone)
+                if known is None or path.effect < known.effect:
+                    best[stop][count + gone] = path
+    return {count: path for count, path in best[depth].items() if count < depth}

@@ -16,10 +16,10 @@ from blockfit.errors import BlockfitError
 from blockfit.fit.closed_form import RIDGE, fit_map
 from blockfit.fit.maps import empty_map
 from blockfit.fit.moments import Moments
-from blockfit.fit.plan import PARTS, Plan, Span, spans_up_to
+from blockfit.fit.plan import PARTS, Plan, Replacement, Span, runs_of, spans_up_to
 from blockfit.search.budget import Sizes
-from blockfit.search.choose import Choice, Priced, choose
-from blockfit.search.curves import Curve, curves, effect_of, key_of
+from blockfit.search.choose import Choice, Priced, choose, choose_uniform
+from blockfit.search.curves import Curve, curves, effect_of, key_of, widths_of
 from blockfit.search.held_out import HeldOut
 from blockfit.search.recipes import Recipe
 from blockfit.search.solve import Solution, solve
@@ -29,6 +29,9 @@ from blockfit.search.states import Originals
 
 LONGEST_SPAN = 2
 """Blocks of the longest span that is weighed against narrowing; longer ones cost far more."""
+
+FINALISTS = 3
+"""Plans that are solved and judged where few are possible and whole blocks go in some."""
 
 ROUNDS = 8
 """Times that a plan is chosen again because its cost was not what its parts' costs add up to."""
@@ -75,6 +78,7 @@ class CutSearch:
         precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.
         say: called with one line on what is being done.
         progress: called with how many of how many blocks are done.
+        says: whether a stock config can say a plan; asked where the recipe is uniform.
     """
 
     def __init__(
@@ -90,8 +94,10 @@ class CutSearch:
         precision: torch.dtype | None = None,
         say: Callable[[str], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        says: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
         self.originals, self.held_out, self.sizes, self.recipe = originals, held_out, sizes, recipe
+        self._says = says
         self.protected, self.whole = frozenset(protected) | set(whole), tuple(whole)
         self.depth = originals.blocks.depth
         self._moments, self._multiple = moments, multiple
@@ -151,7 +157,8 @@ class CutSearch:
         ridge = RIDGE if options.ridge is None else options.ridge
         solutions = []
         for span in spans:
-            entries = [
+            entries = [Replacement(span, "identity")] if self.recipe.uniform else []
+            entries += [
                 entry
                 for entry in self.recipe.replacements(span, self.originals.blocks.width)
                 if entry.map != "folded"
@@ -197,36 +204,78 @@ class CutSearch:
         if not self.curves and not self.spans:
             why = "; ".join(f"{part}: {reason}" for part, reason in self.refused().items())
             raise BlockfitError(f"nothing in this model can be cut ({why or 'no kind of cut'})")
+        return self.plans(share, prices)[0]
+
+    def plans(self, share: Share, prices: Prices | None = None) -> list[Plan]:
+        """The same, and where the recipe is uniform the best plans of other numbers of blocks.
+
+        In the order of their added effects, which say little of plans without whole blocks.
+        """
         to_save = 1 - share.value
         for _ in range(ROUNDS):
-            choice = self._choice(share, to_save, prices)
-            if choice is None:
+            choices = self._choices(share, to_save, prices)
+            if not choices:
                 break
+            plans = [plan for choice in choices for plan in self._forms(choice.plan)]
             if share.kind == "latency":
-                return choice.plan
-            left = self.sizes.fractions(choice.plan)[share.kind]
-            if left <= share.value + 1e-9:
-                return choice.plan
-            to_save += (left - share.value) * 1.02 + 1e-6
+                return plans
+            left = [self.sizes.fractions(plan)[share.kind] for plan in plans]
+            if left[0] <= share.value + 1e-9:
+                pairs = zip(plans, left, strict=True)
+                return [plan for plan, part in pairs if part <= share.value + 1e-9]
+            to_save += (left[0] - share.value) * 1.02 + 1e-6
         raise BlockfitError(
             f"{share.kind} {share.value:.1%} cannot be reached: with all gone that may go, "
             f"{self.smallest(share, prices):.1%} remains; ask for more, or allow more kinds of cuts"
         )
 
-    def _choice(self, share: Share, to_save: float, prices: Prices | None) -> Choice | None:
-        """The knapsack's choice; costs are parts of the original's."""
+    def _choices(self, share: Share, to_save: float, prices: Prices | None) -> list[Choice]:
+        """The knapsack's choice; several where the recipe is uniform. Costs are parts of the
+        original's."""
         if share.kind == "latency":
             assert prices is not None
-            return choose(
-                self.curves, self._priced(share, prices), self.depth, to_save, prices.units
-            )
-        if share.kind == "flops":
+            units = dict(prices.units)
+        elif share.kind == "flops":
             assert self.sizes.flops is not None
             units = {key_of(c): c.unit_flops / self.sizes.flops for c in self.curves}
         else:
             units = {key_of(c): c.unit / self.sizes.parameters for c in self.curves}
-        spans = self._priced(share, None)
-        return choose(self.curves, spans, self.depth, to_save, units)
+        spans = self._priced(share, prices)
+        if self.recipe.uniform:
+            how: dict[str, Any] = {"more_widths": self._ratios(), "says": self._says}
+            found = choose_uniform(self.curves, spans, self.depth, to_save, units, **how)
+            return found[:FINALISTS]
+        one = choose(self.curves, spans, self.depth, to_save, units)
+        return [] if one is None else [one]
+
+    def _forms(self, plan: Plan) -> list[Plan]:
+        """A plan with the maps that it may have: in a uniform one nothing or folded ones."""
+        if not self.recipe.uniform or not plan.replacements:
+            return [plan]
+        joined = runs_of(plan.removed_blocks)
+        forms = []
+        if "folded" in self.recipe.maps and joined[-1].start > 0:
+            kinds = ["folded" if span.start > 0 else "identity" for span in joined]
+            entries = tuple(map(Replacement, joined, kinds))
+            forms.append(Plan(entries, plan.narrowings))
+        return [*forms, plan] if "identity" in self.recipe.maps or not forms else forms
+
+    def _ratios(self) -> range:
+        """Whole multiples of the model's width, which some configs are limited to."""
+        size = max((curve.whole.size for curve in self.curves), default=0)
+        width = self.originals.blocks.width
+        return range(width, size, width)
+
+    def says_uniform(self) -> bool:
+        """Whether a stock config can say that all MLPs are narrower."""
+        parts = [self.originals.parts(i).whole.get("mlp") for i in range(self.depth)]
+        mlps = [part for part in parts if part is not None]
+        if len(mlps) < self.depth or self.whole or len({part.size for part in mlps}) > 1:
+            return False
+        tried = widths_of(mlps[0], self._multiple)
+        width = self.originals.blocks.width
+        few = [*range(width, mlps[0].size, width)[-2:], *tried[1:2]]
+        return any(self._says(Plan((), tuple(replace(p, kept=k) for p in mlps))) for k in few)
 
     def _priced(self, share: Share, prices: Prices | None) -> list[Priced]:
         def saved(plan: Plan) -> float:
@@ -255,6 +304,19 @@ class CutSearch:
             self._say("solving the plan on all images")
             solution = self.solve(judged.solution.plan)
         return replace(judged, solution=solution)
+
+    def best_point(self, share: Share) -> Point:
+        """The plan of least held-out loss among the few of least added effect."""
+        plans = self.plans(share)
+        if len(plans) == 1:
+            return self.point(plans[0])
+        points = []
+        for number, plan in enumerate(plans, 1):
+            self._say(f"judging plan {number} of {len(plans)}: {plan}")
+            points.append(self._judge.point(plan))
+        best = min(points, key=lambda point: point.fidelity.loss)
+        self._say("solving the best plan on all images")
+        return replace(best, solution=self.solve(best.solution.plan))
 
     def latency_prices(self, ratio: Callable[[Solution], float]) -> Prices:
         """What narrowing and spans save in latency, measured.

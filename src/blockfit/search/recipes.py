@@ -15,6 +15,12 @@ from blockfit.search.solve import Options
 CUTS = ("blocks", *PARTS)
 """Kinds of cuts: whole blocks, and parts of blocks."""
 
+PLAIN_MAPS = ("identity", "folded")
+"""Kinds of maps that add no module."""
+
+UNIFORM_CUTS = ("blocks", "mlp")
+"""Kinds of cuts that stock configs can say: fewer blocks, and one width for all MLPs."""
+
 SELECTIONS = ("effect", "mse", "angular", "first", "last", "random")
 
 
@@ -39,9 +45,12 @@ class Recipe:
             of ``mlp``s, dimensions of heads' ``values``, and of their queries and ``keys``.
         baseline: a published method that narrows all MLPs alike, instead of all the above: one of
             ``BASELINES``.
+        uniform: what is left can be said by a stock config: one width for the MLPs of all blocks,
+            whole blocks that leave no module.
 
     Raises:
-        BlockfitError: for an unknown map, selection, kind of cut or baseline.
+        BlockfitError: for an unknown map, selection, kind of cut or baseline, and for what a stock
+            config cannot say where ``uniform`` is asked for.
     """
 
     name: str = "default"
@@ -54,6 +63,7 @@ class Recipe:
     options: Options = field(default_factory=Options)
     cuts: tuple[str, ...] = CUTS
     baseline: str | None = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -76,6 +86,22 @@ class Recipe:
         if self.baseline not in (None, *BASELINES):
             raise BlockfitError(
                 f"unknown baseline {self.baseline!r}; choose one of {', '.join(BASELINES)}"
+            )
+
+        self._check_uniform()
+
+    def _check_uniform(self) -> None:
+        if not self.uniform:
+            return
+        if other := sorted({*self.maps} - {*PLAIN_MAPS}):
+            raise BlockfitError(
+                f"a stock config has no place for {other[0]} maps; with uniform= choose "
+                f"{' or '.join(PLAIN_MAPS)}"
+            )
+        if other := [cut for cut in self.cuts if cut not in UNIFORM_CUTS]:
+            raise BlockfitError(
+                f"a stock config cannot say narrower {other[0]}; with uniform= choose "
+                f"{' or '.join(UNIFORM_CUTS)}"
             )
 
     def replacements(self, span: Span, width: int) -> list[Replacement]:
@@ -125,7 +151,7 @@ class Recipe:
     @property
     def plain(self) -> bool:
         """Whether every plan of the recipe can be written as a stock checkpoint."""
-        return set(self.maps) <= {"identity", "folded"}
+        return set(self.maps) <= {*PLAIN_MAPS}
 
 
 BARE = Options(refit=False, repair="none")
@@ -141,7 +167,7 @@ RECIPES = {
         options=replace(BARE, ridge=0.0),
         cuts=("blocks",),
     ),
-    "plain": Recipe(name="plain", maps=("identity", "folded"), cuts=("blocks",)),
+    "plain": Recipe(name="plain", maps=PLAIN_MAPS, cuts=UNIFORM_CUTS, uniform=True),
     "identity": Recipe(
         name="identity",
         maps=("identity",),
@@ -153,10 +179,10 @@ RECIPES = {
     **{name: Recipe(name=name, options=BARE, cuts=("mlp",), baseline=name) for name in BASELINES},
 }
 """``default`` is the best measured; ``paper`` is TBA as published (arXiv 2410.04941): one span
-chosen by similarity, a linear map by plain least squares; ``plain`` adds no module, so its models
-can be written as stock checkpoints. The others are baselines: ``identity`` drops the span of
-smallest angular distance (arXiv 2403.17887); ``corp``, ``vbp`` and ``magnitude`` narrow all MLPs
-alike (``fit.published``)."""
+chosen by similarity, a linear map by plain least squares; ``plain`` adds no module and gives the
+MLPs of all blocks one width, so its models can be written as stock checkpoints. The others are
+baselines: ``identity`` drops the span of smallest angular distance (arXiv 2403.17887); ``corp``,
+``vbp`` and ``magnitude`` narrow all MLPs alike (``fit.published``)."""
 
 
 def named_recipe(name: str | Recipe, **changes: Any) -> Recipe:
@@ -180,6 +206,7 @@ def recipe_for(
     rank: int | None = None,
     per_token_type: bool | None = None,
     cuts: Iterable[str] | str | None = None,
+    uniform: bool | None = None,
     **solving: Any,
 ) -> Recipe:
     """The recipe that a call means.
@@ -194,21 +221,33 @@ def recipe_for(
         rank: of low-rank maps.
         per_token_type: one map for prefix and one for patch tokens.
         cuts: kinds of cuts, also as one text with commas.
+        uniform: what a stock config can say: the maps and cuts of the recipe that it cannot are
+            left away.
         solving: fields of ``Options``; ``ridge`` may be ``"auto"``.
     """
+    by_default = recipe == "default"
     maps = None if map is None else (map,)
     kinds = cuts.split(",") if isinstance(cuts, str) else cuts
     changes: dict[str, Any] = {"maps": maps, "rank": rank, "per_token_type": per_token_type}
     changes["cuts"] = None if kinds is None else tuple(kind.strip() for kind in kinds)
+    recipe = _uniform(named_recipe(recipe)) if uniform else recipe
     given = {k: v for k, v in solving.items() if v is not None}
     asked = {"map": map, "rank": rank, "per_token_type": per_token_type, "cuts": cuts, **given}
     named_recipe(recipe).check_use("params=", **asked)
     chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
     if "ridge" in given:
         given["ridge"] = _ridge(given["ridge"])
-    if spans_given and "repair" not in given and chosen.name == "default" and recipe == "default":
+    if spans_given and "repair" not in given and chosen.name == "default" and by_default:
         given["repair"] = "none"
     return replace(chosen, options=replace(chosen.options, **given))
+
+
+def _uniform(recipe: Recipe) -> Recipe:
+    """The recipe with nothing in it that a stock config cannot say."""
+    if recipe.baseline is not None:  # which narrows all MLPs alike
+        return recipe
+    cuts = tuple(cut for cut in recipe.cuts if cut in UNIFORM_CUTS)
+    return replace(recipe, maps=PLAIN_MAPS, rank=None, cuts=cuts, uniform=True)
 
 
 def _ridge(value: float | str) -> float | None:

@@ -18,6 +18,8 @@ from blockfit.fit.plan import PARTS, Plan, Span, spans_up_to
 from blockfit.models.adapters import check_merged
 from blockfit.models.blocks import Batch, Blocks, find_blocks, named_blocks
 from blockfit.models.forward import FORWARD_ERRORS, evaluating, first_images, offloaded
+from blockfit.models.load import source_of
+from blockfit.models.stock import Stock
 from blockfit.models.surgery import removed_plan
 from blockfit.models.tensors import narrowest
 from blockfit.models.trace import trace
@@ -142,6 +144,11 @@ def check_whole(whole: Iterable[int], depth: int) -> None:
             )
 
 
+def _any(plan: Plan) -> bool:
+    """Where no stock config has to say it."""
+    return True
+
+
 class Session:
     """Calibrates once; then finds plans for any number of budgets.
 
@@ -210,6 +217,7 @@ class Session:
     def cuts(self) -> CutSearch:
         """The search over cuts of all kinds; made at the first call."""
         if self._cuts is None:
+            model, blocks = self.setting.model, self.setting.blocks
             self._cuts = CutSearch(
                 self.originals,
                 self.held_out,
@@ -222,6 +230,7 @@ class Session:
                 self.precision,
                 self._say,
                 self._progress,
+                Stock(model, blocks, source_of(model)).says if self.recipe.uniform else _any,
             )
         return self._cuts
 
@@ -229,6 +238,8 @@ class Session:
         """Whether the recipe may narrow parts of blocks, and the model has some."""
         wanted = set(self.recipe.cuts) & set(PARTS)
         blocks = range(self.setting.blocks.depth) if self.recipe.narrows else ()
+        if self.recipe.uniform:
+            return self.recipe.narrows and self.cuts.says_uniform()
         return any(wanted & set(self.originals.parts(index).whole) for index in blocks)
 
     def search(self, longest: int | None = None) -> Search:
@@ -353,7 +364,7 @@ class Session:
         cuts = self.cuts
         if budget.kind in ("params", "flops"):
             self._check_flops(budget)
-            return cuts.point(cuts.plan(Share(budget.kind, budget.value)))
+            return cuts.best_point(Share(budget.kind, budget.value))
         if budget.kind == "latency":
 
             def ratio(solution: Solution) -> float:
