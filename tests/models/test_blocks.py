@@ -83,7 +83,7 @@ def test_the_tower_that_reads_the_images_wins_however_long_the_other_is(depth: i
 
 def test_a_tower_that_ignores_the_noise_asks_for_its_prefix_tokens() -> None:
     model, example = TwoTowers().eval(), towers_example()
-    example["ids"] = example["ids"][:1]
+    example["ids"] = example["ids"][:1].repeat(2, 1)
     with pytest.raises(BlockfitError, match="does not depend on the input; pass prefix_tokens"):
         find_blocks(model, example, path="words")
     assert find_blocks(model, example, path="words", prefix_tokens=0).prefix_tokens == 0

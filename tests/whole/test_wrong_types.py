@@ -94,7 +94,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "blocks": [3, ["a"]], "say": ["print", 3, None], "progress": ["print", 3, None],
         "note": ["print", 3, None], "warn": ["print", 3, None],
     },
-    "save": {"result": THING, "folder": PATH, "overwrite": FLAG},
+    "save": {"model": THING, "folder": PATH, "overwrite": FLAG},
     "load": {"name": PATH, "model": [3, "x", [1]]},
     "images": {
         "source": [None, 3, object(), {}, lambda: None], "model": [3, "x", [1]],
@@ -139,7 +139,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         "reproduce": (
             blockfit.reproduce, {"model": model, "data": "digits", "folder": folder / "paper"},
         ),
-        "save": (blockfit.save, {"result": small, "folder": folder / "small"}),
+        "save": (blockfit.save, {"model": small, "folder": folder / "small"}),
         "load": (blockfit.load, {"name": folder / "small", "model": model}),
         "images": (blockfit.images, {"source": small_pictures(8)}),
         "find_blocks": (blockfit.find_blocks, {"model": model, "example": small_pictures(2)}),

@@ -19,7 +19,7 @@ _STANDARD = frozenset(nn.Module().__dict__)
 
 _UNUSED = re.compile(
     r".*drop.*|.*checkpoint.*|blockfit_.*|_(blockfit|hf|is_hf|old_forward|compiled|no_split|tied).*"
-    r"|save_pretrained|push_to_hub|num_classes|num_labels|pretrained_cfg|default_cfg|loss_.*"
+    r"|save_pretrained|push_to_hub|num_classes|num_labels|pretrained_(cfg|model_args)|default_cfg|loss_.*"
     r"|_model_args|name_or_path|_keys_to_ignore.*|_auto_class|_loss_function|extra_repr"
 )
 """Attributes that outputs in eval mode do not depend on, or that are compared by other means."""

@@ -377,7 +377,11 @@ def two_different(model: nn.Module, example: Batch) -> Batch:
     def two(name: str, value: Any) -> Any:
         if isinstance(value, list) and len(value) == count:
             return (2 * value)[:2] if count == 1 else value[:2]
-        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        # Texts come in numbers of their own beside images; a single row is shared by all of them.
+        counted = value.ndim >= 2 and len(value) > 1 and not value.is_floating_point()
+        if len(value) != count and not counted:
             return value
         rows = value[:2].detach().to(like.device)
         rows = torch.cat([rows, rows]) if len(rows) == 1 else rows
