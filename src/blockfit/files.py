@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import sys
@@ -309,9 +310,16 @@ def kept_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+"""What safetensors calls a file that it has not finished."""
+
+
 def is_unfinished(name: str) -> bool:
-    """Whether a killed run left something of this name; ``.partial`` is of older versions."""
-    return name.endswith((PARTIAL, ".partial"))
+    """Whether a killed run left something of this name; ``.partial`` is of older versions.
+
+    safetensors writes to a temporary file of its own beside the one that it was given.
+    """
+    return name.endswith((PARTIAL, ".partial")) or _SAFETENSORS.fullmatch(name) is not None
 
 
 def short_name(name: str) -> str:

@@ -380,7 +380,8 @@ def test_the_public_functions_work_on_every_family(name: str, tmp_path: Path) ->
 )
 def test_sweeps_reach_every_size_on_models_of_every_library(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    found = blockfit.sweep(family.build(), family.images(12), tmp_path / "sweep", recipe="plain")
+    how = {"recipe": "plain", "cuts": "blocks"}
+    found = blockfit.sweep(family.build(), family.images(12), tmp_path / "sweep", **how)
     assert [point["removed"] for point in found.points] == [*range(1, DEPTH - 1)]
     small = blockfit.from_sweep(tmp_path / "sweep", remove=1, model=family.build())
     assert small.report["removed_blocks"] >= 1

@@ -156,7 +156,7 @@ def test_a_checkpoints_code_runs_on_the_command_line_only_where_it_is_trusted(
     }
     arguments = [command, str(tmp_path), *more.get(command, ["--images", "digits"])]
     assert cli.run(arguments) == 2
-    assert "trust_remote_code" in capsys.readouterr().err
+    assert "allow it with --trust-remote-code if you trust" in capsys.readouterr().err
     assert cli.run([*arguments, "--trust-remote-code"]) == 2
     assert "this code ran" in capsys.readouterr().err
 

@@ -227,7 +227,7 @@ def evaluate(
         data.learn(unreadable)
     for batch in own.batches(start):
         rows[str(batch.number)] = _row(models, places, batch, accuracies)
-        start = batch.number + 1
+        start = batch.places[-1] + 1
         if progress is not None:
             progress(sum(row[0] for row in rows.values()), len(own))
         if checkpoint is not None and checkpoint.due():

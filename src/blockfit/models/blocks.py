@@ -267,6 +267,8 @@ def _refuse_chunks(best: Watch, watches: Sequence[Watch]) -> None:
 def _refuse_the_smaller_part(best: Watch, watches: Sequence[Watch]) -> None:
     """Raise where a longer and larger list of modules works on maps, not on tokens."""
     for watch in watches:
+        if watch.chunks is not None:
+            continue  # what several modules hold is a list only where it works on tokens
         on_maps = watch.problem and len(watch.takes) == 3
         apart = not _inside(watch, best) and not _inside(best, watch)
         if on_maps and apart and len(watch.run) > len(best.run) and _size(watch) > _size(best):

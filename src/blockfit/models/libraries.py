@@ -122,7 +122,7 @@ def _transformers_class(config: Any, name: str, trust_remote_code: bool) -> Any:
         raise BlockfitError(
             f"{name} needs the class {(architectures or ['of its own'])[0]}, which the installed "
             "transformers does not have; update transformers, or allow the checkpoint's own code "
-            "with trust_remote_code (--trust-remote-code) if you trust its author"
+            "with trust_remote_code=True if you trust its author"
         )
     autos = [key for key in remote if key.startswith("AutoModel") and hasattr(transformers, key)]
     return getattr(transformers, autos[0] if autos else "AutoModel")
@@ -195,8 +195,8 @@ def build_transformers(arguments: Mapping[str, Any]) -> nn.Module:
 def _cannot_load(name: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
-            f"{name} comes with code of its own; allow it with trust_remote_code "
-            "(--trust-remote-code) if you trust its author"
+            f"{name} comes with code of its own; allow it with trust_remote_code=True "
+            "if you trust its author"
         )
     if Path(name).is_dir():
         return f"transformers cannot load the folder {name}: {first_line(error)}"

@@ -169,8 +169,8 @@ def check_original(config: object) -> None:
         if (chooses and "/" in str(value)) or (_FETCHES.fullmatch(str(key)) and value):
             raise BlockfitError(
                 f"config.json: {key!r} would have the Hub asked for {value!r:.80}, and no name "
-                "was given; take it out, or allow it with trust_remote_code "
-                "(--trust-remote-code) if you trust the folder's author"
+                "was given; take it out, or allow it with "
+                "trust_remote_code=True if you trust the folder's author"
             )
         check_original(value)
 

@@ -81,7 +81,7 @@ def calibrate(
             done += len(states[0])
             if progress is not None:
                 progress(done, len(own))
-            start = batch.number + 1
+            start = batch.places[-1] + 1
             if checkpoint is not None and checkpoint.due():
                 _save(checkpoint, name, moments, [done, start, [*images.unreadable.items()]])
     if checkpoint is not None:
