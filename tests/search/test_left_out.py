@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import one_thread  # noqa: F401
-from small import SmallViT, small_images, small_pictures, small_vit
+from small import WIDTH, SmallViT, small_images, small_pictures, small_vit
 from torch import Tensor
 
 import blockfit
@@ -41,7 +41,13 @@ IDENTITY = {"recipe": "plain", "map": "identity"}
 
 
 @pytest.mark.parametrize(
-    "budget", [{"remove": 2}, {"params": 0.7}, {"max_kl": 0.5, "force_budget": True}], ids=str
+    "budget",
+    [
+        {"remove": 2},
+        {"params": 0.7, "cuts": "blocks"},
+        {"max_kl": 0.5, "force_budget": True, "cuts": "blocks"},
+    ],
+    ids=str,
 )
 def test_a_candidate_that_cannot_be_run_is_left_out_and_named(budget: dict[str, Any]) -> None:
     model, images = needing(3), small_images(32)
@@ -54,6 +60,34 @@ def test_a_candidate_that_cannot_be_run_is_left_out_and_named(budget: dict[str, 
     kept = blockfit.compress(small_vit(6), images, **IDENTITY, **budget, protect=[3])
     assert kept.plan == small.plan
     assert not any(w.startswith("left out") for w in kept.report["warnings"])
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.6}, {"flops": 0.6}], ids=str)
+def test_spans_that_cannot_be_run_are_left_out_beside_narrowed_parts(budget: Any) -> None:
+    small = blockfit.compress(needing(3), small_images(32), map="identity", **budget)
+    assert 3 not in small.plan.removed_blocks
+    assert small.plan.narrowings
+    assert torch.isfinite(small.model(small_pictures(2))).all()
+    (line,) = (w for w in small.report["warnings"] if w.startswith("left out"))
+    assert line.count("did nothing") == 3  # the three spans of one or two blocks that hold it
+
+
+class Exact(SmallViT):
+    """Does not run where an MLP of one block has fewer neurons."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.blocks[2].mlp.wide.out_features != 2 * WIDTH:
+            raise RuntimeError("block 2 needs all its neurons")
+        return super().forward(x)
+
+
+def test_a_part_that_cannot_be_narrowed_in_the_model_is_left_out_and_named() -> None:
+    model = small_vit(6)
+    model.__class__ = Exact
+    small = blockfit.compress(model, small_images(32), params=0.8, cuts="mlp")
+    assert 2 not in {cut.block for cut in small.plan.narrowings}
+    (line,) = (w for w in small.report["warnings"] if w.startswith("left out"))
+    assert "block 2 needs all its neurons" in line
 
 
 def test_a_sweep_goes_on_without_them(tmp_path: Path) -> None:

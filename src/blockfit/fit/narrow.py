@@ -108,13 +108,24 @@ def remove_neurons(
 
 
 def _root(second: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a second moment, shape (m, m), and its pseudo-inverse."""
+    """The symmetric square root of a second moment, shape (m, m), and its pseudo-inverse.
+
+    Directions whose variance is what the rounding of float32 activations leaves have none.
+    """
     values, vectors = torch.linalg.eigh(second)
     values = values.clamp_min(0)
-    floor = values.max() * len(values) * torch.finfo(torch.float64).eps * 16
+    floor = values.max() * len(values) * (4 * torch.finfo(torch.float32).eps) ** 2
     root = values.sqrt()
     inverse = torch.where(values > floor, 1 / root.clamp_min(1e-300), torch.zeros_like(root))
     return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD; the largest entry of each left vector is positive, on any machine."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    largest = u.abs().argmax(0, keepdim=True)
+    signs = torch.where(u.gather(0, largest)[0] < 0, -1.0, 1.0).to(u.dtype)
+    return u * signs, s, vh * signs[:, None]
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,7 @@ def value_basis(covariance: Tensor, weight: Tensor) -> Basis:
         left (m, m), right (m, d) and the errors of all ranks.
     """
     root, inverse = _root(covariance)
-    u, s, vh = torch.linalg.svd(root @ weight, full_matrices=False)
+    u, s, vh = _svd(root @ weight)
     m = len(weight)
     short = m - len(s)  # fewer outputs than dimensions: the rest is never needed
     u = torch.cat([u, torch.zeros(m, short, dtype=u.dtype)], dim=1)
@@ -173,7 +184,7 @@ def key_basis(queries: Tensor, keys: Tensor) -> Basis:
     """
     root_q, inverse_q = _root(queries)
     root_k, inverse_k = _root(keys)
-    u, s, vh = torch.linalg.svd(root_q @ root_k)
+    u, s, vh = _svd(root_q @ root_k)
     half = s.sqrt()
     return Basis(inverse_q @ u * half, inverse_k @ vh.T * half, _tails(s, len(queries)))
 

@@ -69,7 +69,7 @@ class Neurons:
         if part.block not in self._spreads:
             total: Spread | None = None
             for batch in range(len(self.originals.traces)):
-                rows = Spread.of(self._read(batch, part), 1)
+                rows = Spread.of(self._read(batch, part), 1, torch.float32)
                 total = rows if total is None else total + rows
             assert total is not None
             total = total.over_ranks()

@@ -186,7 +186,7 @@ class PartSums:
             rows = taken[f"> {mlp.reader}"]
             prefix = originals.blocks.prefix_tokens
             draw = Draw.limited(prefix, originals.tokens, mlp.size, CURVE_INPUTS)
-            found["mlp"] = Spread.of(draw.take(rows, places), 1)
+            found["mlp"] = Spread.of(draw.take(rows, places), 1, torch.float32)
         if (values := self.parts.get("values")) is not None:
             found["values"] = Spread.of(taken[f"> {values.reader}"], values.heads)
         if (keys := self.parts.get("keys")) is not None:
@@ -283,6 +283,7 @@ def curves(
     batches: Sequence[int] | None = None,
     multiple: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    failed: dict[Plan, str] | None = None,
 ) -> list[Curve]:
     """The curves of all parts that can be narrowed.
 
@@ -294,7 +295,9 @@ def curves(
         batches: of the held-out images, on which effects are measured; all by default.
         multiple: chosen widths of MLPs are multiples of it.
         progress: called with blocks done and blocks in all.
+        failed: plans that the model cannot be run with, and why, are written into it.
     """
+    failed = {} if failed is None else failed
     wanted, whole = set(parts), set(whole_blocks)
     depth = originals.blocks.depth
     names = list(named_blocks(originals.model, originals.blocks))
@@ -303,7 +306,9 @@ def curves(
         for index in range(depth):
             if index not in whole:
                 prefix = ".".join(filter(None, (originals.blocks.path, names[index])))
-                out += _block_curves(originals, held_out, index, wanted, prefix, batches, multiple)
+                out += _block_curves(
+                    originals, held_out, index, wanted, prefix, batches, multiple, failed
+                )
             if progress is not None:
                 progress(index + 1, depth)
     return out
@@ -317,6 +322,7 @@ def _block_curves(
     prefix: str,
     batches: Sequence[int] | None,
     multiple: int | None,
+    failed: dict[Plan, str],
 ) -> list[Curve]:
     found = {n: p for n, p in originals.parts(index).whole.items() if n in wanted}
     if not found:
@@ -335,7 +341,6 @@ def _block_curves(
             )
             for width in trials
         ]
-        failed: dict[Plan, str] = {}
         scores = held_out.trials(solutions, failed, batches)
         pairs = zip(trials, scores, strict=True)
         measured = {width: effect_of(score) for width, score in pairs if score is not None}

@@ -20,7 +20,7 @@ from blockfit.fit.plan import PARTS, Plan, Replacement, Span, runs_of, spans_up_
 from blockfit.search.budget import Sizes
 from blockfit.search.choose import Choice, Priced, choose, choose_uniform
 from blockfit.search.curves import Curve, curves, effect_of, key_of, widths_of
-from blockfit.search.held_out import HeldOut
+from blockfit.search.held_out import HeldOut, left_out
 from blockfit.search.recipes import Recipe
 from blockfit.search.solve import Solution, solve
 from blockfit.search.span_search import Point, Search
@@ -107,6 +107,7 @@ class CutSearch:
             originals, held_out, None, recipe, protected, progress=progress, precision=precision
         )
         self._curves: list[Curve] | None = None
+        self._failed: dict[Plan, str] = {}
         self._spans: list[tuple[Plan, float]] | None = None
 
     def measure(self) -> None:
@@ -115,14 +116,18 @@ class CutSearch:
 
     def state(self) -> dict[str, Any]:
         """What was measured so far, as JSON values, to go on from after a stop."""
+        parts = [curve.to_json() for curve in self.curves]
         spans = [[plan.to_json(), effect] for plan, effect in self.spans]
-        return {"curves": [curve.to_json() for curve in self.curves], "spans": spans}
+        failed = [[plan.to_json(), reason] for plan, reason in self._failed.items()]
+        return {"curves": parts, "spans": spans, "failed": failed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state`` returned."""
         if "curves" in state:
             self._curves = [Curve.from_json(value) for value in state["curves"]]
             self._spans = [(Plan.from_json(plan), float(e)) for plan, e in state["spans"]]
+            failed = state.get("failed", ())
+            self._failed = {Plan.from_json(plan): reason for plan, reason in failed}
 
     @property
     def curves(self) -> list[Curve]:
@@ -136,6 +141,7 @@ class CutSearch:
                 self.whole,
                 multiple=self._multiple,
                 progress=self._progress,
+                failed=self._failed,
             )
         return self._curves
 
@@ -167,10 +173,13 @@ class CutSearch:
                 fitted = fit_map(entry, moments.of(span), ridge, options.prefix_weight)
                 solutions.append(Solution(Plan((entry,)), (fitted,)))
         batches = range((len(self.held_out.sizes) + 1) // 2)  # spans cost more; half will do
-        failed: dict[Plan, str] = {}
-        scores = self.held_out.trials(solutions, failed, batches)
+        scores = self.held_out.trials(solutions, self._failed, batches)
         pairs = zip(solutions, scores, strict=True)
         return [(solution.plan, effect_of(score)) for solution, score in pairs if score is not None]
+
+    def warnings(self) -> list[str]:
+        """Which cuts were left out because the model cannot be run with them, and why."""
+        return left_out(self._failed)
 
     def refused(self) -> dict[str, str]:
         """Why parts cannot be narrowed, in words that several blocks share."""

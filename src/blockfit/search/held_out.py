@@ -27,6 +27,20 @@ from blockfit.search.solve import Solution
 from blockfit.search.spill import Shelf
 
 
+NAMED = 3
+"""Candidates that a warning names."""
+
+
+def left_out(failed: Mapping[Plan, str]) -> list[str]:
+    """A line that names the candidates that the model cannot be run with; none without any."""
+    if not failed:
+        return []
+    told = [f"{plan} ({reason})" for plan, reason in [*failed.items()][:NAMED]]
+    more = len(failed) - len(told)
+    rest = f"; and {more} more" if more else ""
+    return [f"left out, because the model cannot be run with them: {'; '.join(told)}{rest}"]
+
+
 @dataclass(frozen=True)
 class MapError:
     """The local error of one map on held-out images, beside identity's and per token type.

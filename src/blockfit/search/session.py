@@ -503,6 +503,7 @@ class Session:
         loss, search = point.fidelity.loss, self._search
         out = [*self.setting.warnings, *self.sizes.warnings()]
         out += [] if search is None else search.warnings()
+        out += [] if self._cuts is None else self._cuts.warnings()
         if why := self.held_out.original[0].no_head:
             out.append(
                 f"no head is recognised ({why}), so plans are judged by features; KL, agreement "

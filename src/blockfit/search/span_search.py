@@ -18,7 +18,7 @@ from blockfit.fit.plan import Plan, Replacement, Span, runs_of, spans_up_to
 from blockfit.models.forward import FORWARD_ERRORS
 from blockfit.search.candidates import cheapest, race
 from blockfit.search.fidelity import Fidelity
-from blockfit.search.held_out import HeldOut, MapError
+from blockfit.search.held_out import HeldOut, MapError, left_out
 from blockfit.search.prefixes import Beginnings
 from blockfit.search.recipes import Recipe
 from blockfit.search.solve import Options, Solution, solve
@@ -37,9 +37,6 @@ images those that quick refits have not seen."""
 
 QUICK_IMAGES = 128
 """Images on which proposals are refitted; the best is solved on all, repair included."""
-
-NAMED = 3
-"""Candidates that a warning names."""
 
 RANK_SLACK = 0.05
 """How much worse than the best rank a smaller one may score and still be taken."""
@@ -255,12 +252,7 @@ class Search:
 
     def warnings(self) -> list[str]:
         """Which candidates were left out because they cannot be run, and why."""
-        if not self.failed:
-            return []
-        told = [f"{plan} ({reason})" for plan, reason in [*self.failed.items()][:NAMED]]
-        more = len(self.failed) - len(told)
-        rest = f"; and {more} more" if more else ""
-        return [f"left out, because the model cannot be run with them: {'; '.join(told)}{rest}"]
+        return left_out(self.failed)
 
     def _none_left(self) -> BlockfitError:
         """Why no candidate is left."""
