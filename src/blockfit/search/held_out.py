@@ -26,7 +26,6 @@ from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.search.solve import Solution
 from blockfit.search.spill import Shelf
 
-
 NAMED = 3
 """Candidates that a warning names."""
 
