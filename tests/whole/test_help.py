@@ -22,7 +22,7 @@ from blockfit.commands import options as opt
 from blockfit.commands import output
 from blockfit.commands.help import GROUPS, Rare
 from blockfit.commands.output import Output, clock
-from blockfit.commands.tables import verdict
+from blockfit.search.summaries import verdict
 
 WIDTH, HEIGHT, DOZEN = 80, 40, 15
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]

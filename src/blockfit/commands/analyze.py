@@ -8,7 +8,7 @@ import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show_analysis
+from blockfit.commands.tables import show
 
 
 @command("Look", "blockfit analyze MODEL --images PHOTOS -o analysis/")
@@ -26,6 +26,7 @@ def analyze(
 ) -> None:
     """Compare the hidden states of all blocks (MSE, cosine, CKA …)."""
     from blockfit.commands.reporter import Reporter
+    from blockfit.evaluation import summaries
     from blockfit.evaluation.analysis import check_folder
 
     started = time.perf_counter()
@@ -48,7 +49,8 @@ def analyze(
             max_memory=running.max_memory,
         )
         page.analysed(out, result.to_json(), output)
-    show_analysis(out, result.tables, result.warnings)
+    show(out, [summaries.analysis(result.tables)])
+    out.warn(result.warnings)
     if output is not None:
         out.line(f"all pairs of states: {', '.join(str(output / name) for name in result.files)}")
     page.tell(out)

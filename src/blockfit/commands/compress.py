@@ -12,7 +12,7 @@ from blockfit import processes
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
-from blockfit.commands.tables import show_compression, show_plan
+from blockfit.commands.tables import show
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Span
 
@@ -137,8 +137,11 @@ def _unfinished(state: Path | None) -> str:
 
 
 def _show(out: Output, page: Reporter, result: Result, model: str, output: Path) -> None:
-    show_plan(out, result.plan)
-    show_compression(out, result.report, result.blocks.depth)
+    from blockfit.search.summaries import compression, plan_lines
+
+    show(out, plan_lines(result.plan))
+    show(out, compression(result.report, result.blocks.depth, maps=out.verbose))
+    out.warn(result.report["warnings"])
     out.line(f"saved to {output} in {result.report['seconds']:.1f} s")
     words = ["blockfit", "evaluate", str(output), "--against", model, "--images", "TEST_IMAGES"]
     out.line(f"next: {shlex.join(words)}")

@@ -8,7 +8,7 @@ import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show_compression, show_evaluation, show_plan
+from blockfit.commands.tables import show
 
 IMAGES = 512
 """Calibration images."""
@@ -27,7 +27,9 @@ def demo(
 ) -> None:
     """Compress a shipped model and show what it was worth."""
     from blockfit.commands.reporter import Reporter
+    from blockfit.evaluation.summaries import evaluation
     from blockfit.formats.folder import check_folder
+    from blockfit.search.summaries import compression, plan_lines
 
     page = Reporter(report)
     if output is not None:
@@ -46,9 +48,10 @@ def demo(
             result.model, test, against=original, blocks=result.blocks, progress=out.count
         ).to_json()
         page.compressed(out, result, output, original, pictures, test, evaluation=worth)
-    show_plan(out, result.plan)
-    show_compression(out, result.report, result.blocks.depth)
-    show_evaluation(out, worth)
+    show(out, plan_lines(result.plan))
+    show(out, compression(result.report, result.blocks.depth, maps=out.verbose))
+    out.warn(result.report["warnings"])
+    show(out, evaluation(worth))
     if output is not None:
         out.line(f"saved to {output}")
     page.tell(out)

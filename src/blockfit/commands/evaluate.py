@@ -10,7 +10,7 @@ import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show_evaluation, show_images
+from blockfit.commands.tables import show, show_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,6 +81,7 @@ def evaluate(
     """Measure accuracy, size, speed and fidelity to the original."""
     from blockfit.commands.protocols import Wanted
     from blockfit.data.paths import check_there
+    from blockfit.evaluation.summaries import evaluation
     from blockfit.models.load import source_of
 
     wanted = Wanted(tuple(dict.fromkeys(protocol or ())), train, classes, prompt, masks)
@@ -116,7 +117,7 @@ def evaluate(
             worth["protocols"] = wanted.judge(out, models, where, learn, pictures, images)
         if checkpoint is not None:
             checkpoint.forget()
-    show_evaluation(out, worth)
+    show(out, evaluation(worth))
     out.result(worth)
 
 

@@ -11,7 +11,7 @@ import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
-from blockfit.commands.tables import show_frontier
+from blockfit.commands.tables import show
 from blockfit.errors import BlockfitError
 
 MeasureLatency = Annotated[
@@ -67,6 +67,7 @@ def sweep(
     A sweep that was stopped goes on where it was.
     """
     from blockfit.commands.reporter import Reporter
+    from blockfit.search import summaries
     from blockfit.search.sweep_file import check_sweep_folder
 
     started = time.perf_counter()
@@ -100,7 +101,7 @@ def sweep(
         shown = pictures.apart(min(opt.LOOKED_AT, len(pictures) // 2), reading.seed)[1]
         page.swept(out, output, original, pictures, shown)
     before = frontier.data["original"]
-    show_frontier(out, frontier.points, before)
+    show(out, [summaries.frontier(frontier.points, before)])
     out.line(f"next: blockfit compress --from {shlex.quote(str(output))} --params 62% -o small/")
     page.tell(out)
     out.result(

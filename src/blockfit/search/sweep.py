@@ -53,6 +53,7 @@ from blockfit.search.session import (
 )
 from blockfit.search.solve import Solution
 from blockfit.search.span_search import Point, most_removed
+from blockfit.search.summaries import loss_of
 from blockfit.search.sweep_file import (
     FORMAT,
     MARK,
@@ -185,13 +186,6 @@ def named(point: dict[str, Any], gerund: bool = False) -> str:
     count = point["removed"]
     blocks = f"{count} block{'' if count == 1 else 's'}"
     return f"removing {blocks}" if gerund else blocks
-
-
-def loss_of(point: dict[str, Any]) -> float:
-    """The held-out loss of a point: KL, or relative feature error without a head."""
-    held_out = point["held_out"]
-    kl = held_out["kl"]
-    return float(held_out["feature_relative_error"] if kl is None else kl)
 
 
 @checked

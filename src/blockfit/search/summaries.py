@@ -1,0 +1,152 @@
+"""What runs and sweeps found, as lines and tables for people; every figure is in the JSON too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from blockfit.fit.plan import Plan
+from blockfit.search.session import SAFE_LOSS
+from blockfit.summary import Part, Table
+from blockfit.units import amount, number, percent, share
+
+BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
+
+
+def plan_lines(plan: Plan) -> list[Part]:
+    """What the plan cuts, a line per block, where parts of blocks are narrowed."""
+    if not plan.narrowings:
+        return []
+    title = "what stays, of what there was (of values and keys, of each head):"
+    return [title, *(f"  {line}" for line in plan.lines())]
+
+
+def compression(report: Mapping[str, Any], depth: int, maps: bool = False) -> list[Part]:
+    """Sizes before and after, fidelity, final figures and a verdict.
+
+    Args:
+        report: of a run.
+        depth: blocks of the original.
+        maps: with the table of every map's error.
+    """
+    kept = depth - report["removed_blocks"]
+    sizes = [("blocks", str(depth), str(kept), share(kept, depth))]
+    for name, key in (("parameters", "parameters"), ("FLOPs per image", "flops")):
+        before, after = report[f"{key}_before"], report[f"{key}_after"]
+        sizes.append((name, amount(before), amount(after), share(after, before)))
+    parts: list[Part] = [Table.of(BEFORE_AFTER, sizes)]
+    if maps:
+        parts.append(_maps(report["maps"]))
+    held_out = report["held_out"]
+    words = []
+    if held_out["kl"] is not None:
+        words = [f"KL {held_out['kl']:.4f}", f"agreement {held_out['agreement']:.2%}"]
+    if report["top1_after"] is not None:
+        before, after = percent(report["top1_before"]), percent(report["top1_after"])
+        words.append(f"top-1 {after} (original {before})")
+    words += [
+        f"feature cosine {held_out['feature_cosine']:.4f}",
+        f"relative error {held_out['feature_relative_error']:.4f}",
+    ]
+    told = f"on {held_out['images']} held-out images, which chose the plan: {', '.join(words)}"
+    return [*parts, told, *_final(report), f"verdict: {verdict(report)}"]
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """Whether the small model can be used as it is, and what its maps are worth, in one line."""
+    loss = loss_of(report)
+    name = "KL" if report["held_out"]["kl"] is not None else "feature error"
+    close = (
+        f"close to the original ({name} {loss:.3f}, at most {SAFE_LOSS} is)"
+        if loss <= SAFE_LOSS
+        else f"not close to the original ({name} {loss:.3f}, above {SAFE_LOSS})"
+    )
+    worst = max(report["maps"], key=lambda entry: entry["error"], default=None)
+    if worst is None or not worst["identity_error"]:
+        return close
+    left = share(worst["error"], worst["identity_error"])
+    return f"{close}; the weakest map, of {worst['span']}, leaves {left} of the error without it"
+
+
+def _maps(maps: Iterable[Mapping[str, Any]]) -> Table:
+    """The held-out error of every map beside identity's."""
+    header = ["span", "map"]
+    for name in ("error", "prefix", "patch"):
+        header += [name, "identity"]
+    keys = ("error", "identity_error", "prefix", "identity_prefix", "patch", "identity_patch")
+    rows = [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in maps]
+    title = "Held-out error of each map, beside identity's: all tokens, prefix, patch"
+    return Table.of(header, rows, title)
+
+
+def _final(report: Mapping[str, Any]) -> Iterator[Part]:
+    """How a budget of loss was judged, and the figures of images that decided nothing."""
+    if (judged := report.get("judged")) is not None:
+        yield (
+            f"{report['budget']}: {judged['value']:.3g} on {judged['images']} images, and no more "
+            f"than {judged['bound']:.3g} in all ({judged['confidence']:.0%}, one-sided)"
+        )
+    if (final := report.get("final")) is not None:
+        title = f"Final figures, on images that decided nothing: {final['source']}"
+        header = ("", "value", f"{final['confidence']:.0%} interval", "images")
+        yield Table.of(header, figures(final), title)
+
+
+def figures(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, value, interval and number of images of every figure that has an interval."""
+    return [
+        (
+            name,
+            shown(figure["value"]),
+            f"{shown(figure['low'])} to {shown(figure['high'])}",
+            str(found.get(on, "")),
+        )
+        for name, key, shown, on in (
+            ("top-1 of the original", "top1_before", percent, "labelled"),
+            ("top-1", "top1_after", percent, "labelled"),
+            ("points of top-1 lost", "drop", lambda value: f"{value:.2f}", "labelled"),
+            ("agreement", "agreement", percent, "images"),
+            ("KL", "kl", number, "images"),
+            ("feature error", "feature_error", number, "images"),
+        )
+        if (figure := found.get(key)) is not None
+    ]
+
+
+def frontier(points: Iterable[Mapping[str, Any]], original: Mapping[str, Any]) -> Table:
+    """The points of a sweep: size, what remains, held-out fidelity, plan.
+
+    Latency and top-1 have a column where the sweep knows them.
+    """
+    known = list(points)
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "removed": lambda point: str(point["removed"]),
+        "parameters": lambda point: share(point["parameters"], original["parameters"]),
+        "FLOPs": lambda point: share(point["flops"], original["flops"]),
+    }
+    if any("latency" in point for point in known):
+        columns["latency"] = lambda point: share(point.get("latency", {}).get("ratio"), 1)
+    columns |= {
+        "KL": lambda point: number(point["held_out"]["kl"]),
+        "agreement": lambda point: percent(point["held_out"]["agreement"]),
+    }
+    if any(point.get("top1") is not None for point in known):
+        columns["top-1"] = lambda point: percent(point.get("top1"))
+    columns |= {
+        "feature error": lambda point: number(point["held_out"]["feature_relative_error"]),
+        "plan": lambda point: Plan.from_json(point["plan"]).brief,
+    }
+    if all("share" in point for point in known):
+        del columns["removed"]
+    title = "The best plan for every size, on held-out images"
+    if original.get("top1") is not None:
+        title += f"; the original's top-1 is {percent(original['top1'])}"
+    rows = [tuple(shown(point) for shown in columns.values()) for point in known]
+    return Table.of(columns, rows, title)
+
+
+def loss_of(point: Mapping[str, Any]) -> float:
+    """The held-out loss of a report or point: KL, or relative feature error without a head."""
+    held_out = point["held_out"]
+    kl = held_out["kl"]
+    return float(held_out["feature_relative_error"] if kl is None else kl)

@@ -1,0 +1,124 @@
+"""What a result says of itself: lines and tables for terminals, notebooks, and pandas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from blockfit.errors import need
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts, whose first column is words and whose others are numbers.
+
+    Args:
+        header: names of the columns.
+        rows: as many texts each.
+        title: above it; empty for none.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str = ""
+
+    @classmethod
+    def of(cls, header: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> Table:
+        """The same from lists or generators."""
+        return cls(tuple(header), tuple(tuple(row) for row in rows), title)
+
+    def text(self) -> str:
+        """In columns, the first one flush left."""
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = [
+            "  ".join(
+                cell.rjust(width) if place else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        shown.insert(1, "  ".join("─" * width for width in widths))
+        return "\n".join([self.title, *shown] if self.title else shown)
+
+    def html(self) -> str:
+        """As an HTML table; all texts are escaped."""
+        title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        head = "".join(f"<th>{escape(name)}</th>" for name in self.header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+Part = Table | str
+
+
+@dataclass(frozen=True, repr=False)
+class Summary:
+    """Lines and tables; text where it is printed, tables where a notebook shows it.
+
+    Args:
+        parts: in their order.
+    """
+
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, *parts: Part | Iterable[Part], warnings: Iterable[str] = ()) -> Summary:
+        """One of parts, of several of them, and of what the user should know."""
+        every: list[Part] = []
+        for part in parts:
+            every += [part] if isinstance(part, Table | str) else [*part]
+        return cls((*every, *(f"warning: {line}" for line in warnings)))
+
+    def __str__(self) -> str:
+        return "\n".join(part if isinstance(part, str) else part.text() for part in self.parts)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        shown = []
+        for part in self.parts:
+            if not isinstance(part, str):
+                shown.append(part.html())
+            elif part.startswith(" "):  # in columns
+                shown.append(f'<pre style="margin:0">{escape(part)}</pre>')
+            else:
+                shown.append(f"<div>{escape(part)}</div>")
+        return "\n".join(shown)
+
+
+def frame(rows: Iterable[Mapping[str, Any]], index: Sequence[str] = ()) -> Any:
+    """Rows as a ``pandas.DataFrame``.
+
+    Args:
+        rows: by the names of the columns.
+        index: columns that name the rows.
+
+    Raises:
+        BlockfitError: where pandas is not installed.
+    """
+    pandas = need("pandas", "notebook", "to_frame()")
+    made = pandas.DataFrame.from_records([dict(row) for row in rows])
+    return made.set_index(list(index)) if index else made
+
+
+def axes_of(ax: Any, width: float = 5.0, height: float = 3.4) -> Any:
+    """The axes to draw on: ``ax``, or those of a new figure of pyplot.
+
+    Args:
+        ax: matplotlib's axes, or ``None``.
+        width: of a new figure, in inches.
+        height: likewise.
+
+    Raises:
+        BlockfitError: where matplotlib is not installed.
+    """
+    if ax is not None:
+        return ax
+    pyplot = need("matplotlib.pyplot", "plots", "plot()")
+    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
