@@ -20,6 +20,8 @@ from blockfit.evaluation import analysis
 from blockfit.evaluation import bench as benchmark
 from blockfit.evaluation import evaluate as evaluation
 from blockfit.evaluation.analysis import Analysis
+from blockfit.evaluation.compare import Comparison, Entrant, preparing
+from blockfit.evaluation.compare import compare as compare_entrants
 from blockfit.evaluation.evaluate import Evaluation
 from blockfit.evaluation.paper import setup, study
 from blockfit.evaluation.precision import overflow_warnings
@@ -394,6 +396,48 @@ def evaluate(
 
 
 @checked
+def compare(
+    models: Mapping[str, Any] | Sequence[str | Path],
+    data: Any,
+    *,
+    against: str | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Any number of models side by side on the same images, with paired differences.
+
+    Args:
+        models: two or more results, modules or names, by the names to show; or a list of names.
+        data: ``Images``, or whatever ``blockfit.images`` takes, which is then prepared for each
+            model as it needs; labels are used where there are any.
+        against: which of the models the differences are from; by default the largest.
+        progress: called after every batch, with images done and in all, over all passes.
+
+    Returns:
+        Size, accuracy and differences of each model, per class as well, each with its 95%
+        interval, and the images on which they part.
+
+    Raises:
+        BlockfitError: fewer than two models, an unknown reference, no images, outputs that are not
+            finite.
+    """
+    named = models if isinstance(models, Mapping) else {str(model): model for model in models}
+    if len(named) < 2:
+        raise BlockfitError("there is one model; give two or more to compare")
+    saved = {name: as_saved(one) for name, one in named.items() if _has_blocks(one)}
+    loaded = {
+        name: saved[name].model if name in saved else _module(one) for name, one in named.items()
+    }
+    prepared = preparing(loaded)
+    entrants = {
+        name: Entrant(
+            model, _images(data, prepared[name]), saved[name].blocks if name in saved else None
+        )
+        for name, model in loaded.items()
+    }
+    return compare_entrants(entrants, against, progress)
+
+
+@checked
 def analyze(
     model: nn.Module | str | Path, images: Any, folder: str | Path | None = None, **options: Any
 ) -> Analysis:
@@ -699,6 +743,7 @@ __all__ = [
     "Result",
     "analyze",
     "bench",
+    "compare",
     "compress",
     "evaluate",
     "export_hub",

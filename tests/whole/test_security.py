@@ -129,7 +129,7 @@ def test_a_saved_folders_config_cannot_name_a_checkpoint_to_look_up(
 def test_every_command_that_loads_a_model_takes_the_flag_and_none_has_it_on() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     loading = {
-        *("compress", "sweep", "analyze", "evaluate", "reproduce"),
+        *("compress", "sweep", "analyze", "evaluate", "compare", "reproduce"),
         *("bench", "report", "quantize", "check", "export"),
     }
     assert loading <= commands.keys()

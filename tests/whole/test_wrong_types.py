@@ -78,6 +78,10 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "blocks": [3, "blocks", [1]], "measure": FLAG, "progress": CODE,
         "checkpoint": [3, "x", [1]],
     },
+    "compare": {
+        "models": [None, 3, "x", [3], {"a": 3, "b": 3}], "data": [None, 3, object(), {}],
+        "against": [3, "x", [1]], "progress": CODE,
+    },
     "analyze": {"model": NAME, "images": [None, 3, object(), {}], "folder": [3, b"x"]},
     "bench": {
         "original": NAME, "smalls": [None, 3, "x", [3]], "settings": [3, {}], "blocks": [3, []],
@@ -129,6 +133,9 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
             {"folder": folder / "sweep", "budget": Budget("remove", 1), "model": model},
         ),
         "evaluate": (blockfit.evaluate, {"compressed": small, "data": images, "measure": False}),
+        "compare": (
+            blockfit.compare, {"models": {"small": small, "model": model}, "data": images},
+        ),
         "analyze": (blockfit.analyze, {"model": model, "images": images}),
         "bench": (blockfit.bench, {"original": model, "smalls": {"small": small}}),
         "export_plain": (blockfit.export_plain, {"small": small, "folder": folder / "plain"}),

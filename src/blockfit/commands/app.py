@@ -14,6 +14,7 @@ from blockfit import __version__
 from blockfit.commands.analyze import analyze
 from blockfit.commands.bench import bench
 from blockfit.commands.check import check
+from blockfit.commands.compare import compare
 from blockfit.commands.compress import compress
 from blockfit.commands.demo import demo
 from blockfit.commands.doctor import doctor
@@ -40,7 +41,7 @@ QUIET_LOGGERS = ("torch.utils._pytree", "torch.utils.cpp_extension")
 
 COMMANDS = (
     demo, compress, sweep, doctor,
-    evaluate, analyze, bench, check, report,
+    evaluate, compare, analyze, bench, check, report,
     export, quantize, push,
     reproduce,
 )  # fmt: skip

@@ -1,0 +1,89 @@
+"""``blockfit compare``: any number of models side by side on the same images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from blockfit.commands import options as opt
+from blockfit.commands.command import command
+from blockfit.commands.output import Output
+from blockfit.commands.tables import show, show_images
+from blockfit.errors import BlockfitError
+
+if TYPE_CHECKING:
+    from blockfit.evaluation.compare import Entrant
+
+Models = Annotated[
+    list[str], typer.Argument(metavar="MODEL...", help="Folders that compress wrote, or models.")
+]
+Against = Annotated[
+    str | None,
+    opt.option("--against", "Tell differences from it; else the largest.", opt.DATA, "MODEL"),
+]
+
+
+@command(
+    "Look", "blockfit compare small/ smaller/ MODEL --images TEST_IMAGES", {"--data": "--images"}
+)
+def compare(
+    out: Output,
+    models: Models,
+    images: opt.Pictures,
+    reading: opt.Reading,
+    loading: opt.Loading,
+    against: Against = None,
+) -> None:
+    """Compare models on the same images: intervals, classes, flips."""
+    from blockfit.data.paths import check_there
+    from blockfit.evaluation.compare import compare as compare_models
+
+    started = time.perf_counter()
+    names = list(dict.fromkeys([*models, *([] if against is None else [against])]))
+    if len(names) < 2:
+        raise BlockfitError("there is one model; give two or more to compare")
+    check_there(images)
+    shown = short_names(names)
+    with out.working():
+        entrants = _entrants(out, shown, images, reading, loading)
+        reference = None if against is None else shown[against]
+        found = compare_models(entrants, reference, out.count)
+    show(out, found.summary(out.verbose).parts)
+    seconds = round(time.perf_counter() - started, 3)
+    out.result({**found.to_json(), "seconds": seconds})
+
+
+def short_names(names: list[str]) -> Mapping[str, str]:
+    """What tables call each model: the last part of its path where that tells them apart."""
+    short = [Path(name).name or name for name in names]
+    return dict(zip(names, short if len(set(short)) == len(names) else names, strict=True))
+
+
+def _entrants(
+    out: Output,
+    names: Mapping[str, str],
+    images: str,
+    reading: opt.Reading,
+    loading: opt.Loading,
+) -> dict[str, Entrant]:
+    from blockfit.evaluation.compare import Entrant, preparing
+
+    models, places = {}, {}
+    for name, shown in names.items():
+        out.say(f"loading {name}")
+        models[shown], places[shown] = loading.load_small(name)
+    prepared, told = preparing(models), set[str]()
+    found = {}
+    for name, model in models.items():
+        pictures = reading.open(images, prepared[name])
+        how = pictures.description()
+        if (line := f"{how['preprocessing']} {how['labels']}") not in told:
+            show_images(out, pictures, None if told else loading.place())
+            told.add(line)
+        found[name] = Entrant(model, pictures, places[name])
+    out.say(f"comparing {len(found)} models")
+    return found
