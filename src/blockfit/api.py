@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from blockfit.arguments import at_least, checked
+from blockfit.arguments import at_least, checked, fitted
 from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, images
 from blockfit.data.images import images as open_images
@@ -423,6 +423,8 @@ def compare(
     named = models if isinstance(models, Mapping) else {str(model): model for model in models}
     if len(named) < 2:
         raise BlockfitError("there is one model; give two or more to compare")
+    for name, one in named.items():
+        fitted(one, Result | Saved | nn.Module | str | Path, f"models[{name!r}]")
     saved = {name: as_saved(one) for name, one in named.items() if _has_blocks(one)}
     loaded = {
         name: saved[name].model if name in saved else _module(one) for name, one in named.items()

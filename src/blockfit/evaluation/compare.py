@@ -160,7 +160,7 @@ class Comparison:
         Args:
             whole: all classes and images, not those alone that lose most.
         """
-        return Summary.of(comparison(self, whole))
+        return Summary.of(comparison(self.to_json(), whole))
 
     def _repr_html_(self) -> str:
         return self.summary()._repr_html_()

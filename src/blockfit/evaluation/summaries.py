@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from blockfit.fit.intervals import CONFIDENCE, Interval
 from blockfit.fit.similarity import Tables
 from blockfit.search.summaries import BEFORE_AFTER, figures
 from blockfit.summary import Part, Table
 from blockfit.units import amount, number, percent, share
-
-if TYPE_CHECKING:
-    from blockfit.evaluation.compare import Comparison
 
 ROWS = 10
 """Classes and images of a comparison that are shown where not all are asked for."""
@@ -87,97 +83,100 @@ def analysis(tables: Tables) -> Table:
     return Table.of(("block", *tables.values), rows, title)
 
 
-def comparison(found: Comparison, whole: bool = False) -> list[Part]:
+def comparison(found: Mapping[str, Any], whole: bool = False) -> list[Part]:
     """Models side by side, the classes that lose most, the images on which they part.
 
     Args:
-        found: what ``compare`` returned.
+        found: what ``Comparison.to_json`` holds.
         whole: all classes and images, not ``ROWS`` of each.
     """
-    first = found.models[found.reference]
-    called = {name: f"{name} *" if one is first else name for name, one in found.models.items()}
+    reference = found["reference"]
+    first = found["models"][reference]
+    called = {name: f"{name} *" if one is first else name for name, one in found["models"].items()}
     sizes = [
         (
             called[name],
-            amount(one.parameters),
-            share(one.parameters, first.parameters),
-            amount(one.flops),
-            share(one.flops, first.flops),
-            _bytes(one.size_bytes),
+            amount(one["parameters"]),
+            share(one["parameters"], first["parameters"]),
+            amount(one["flops"]),
+            share(one["flops"], first["flops"]),
+            _bytes(one["size_bytes"]),
         )
-        for name, one in found.models.items()
+        for name, one in found["models"].items()
     ]
     rows = [
         (
             called[name],
-            _ends(one.top1, percent, 100),
-            _ends(one.drop, lambda value: f"{value:.2f}"),
-            percent(one.agreement.value if one.agreement else None),
-            number(one.kl.value if one.kl else None),
-            "–" if one.drop is None else f"{one.lost} / {one.gained}",
+            _ends(one["top1"], percent, 100),
+            _ends(one["drop"], lambda value: f"{value:.2f}"),
+            percent((one["agreement"] or {}).get("value")),
+            number((one["kl"] or {}).get("value")),
+            "–" if one["drop"] is None else f"{one['lost']} / {one['gained']}",
         )
-        for name, one in found.models.items()
+        for name, one in found["models"].items()
     ]
     header = ("", "top-1", "points lost", "agreement", "KL", "lost / gained")
     return [
         Table.of(("", "parameters", "of *", "FLOPs per image", "of *", "file"), sizes),
-        Table.of(header, rows, f"On {found.images:,} images of {found.source}"),
-        f"*: what the others are compared with, image by image; in brackets: {CONFIDENCE:.0%} "
-        f"intervals; lost / gained: images that only {found.reference} answers rightly, and that "
-        "only the other does",
+        Table.of(header, rows, f"On {found['images']:,} images of {found['source']}"),
+        "*: what the others are compared with, image by image; in brackets: "
+        f"{found['confidence']:.0%} intervals; lost / gained: images that only {reference} "
+        "answers rightly, and that only the other does",
         *(
-            f"{name} has no top-1, agreement or KL: {one.no_head}"
-            for name, one in found.models.items()
-            if one.no_head
+            f"{name} has no top-1, agreement or KL: {one['no_head']}"
+            for name, one in found["models"].items()
+            if one["no_head"]
         ),
         *_classes(found, whole),
         _flips(found, whole),
     ]
 
 
-def _classes(found: Comparison, whole: bool) -> list[Part]:
-    if not found.classes:
+def _classes(found: Mapping[str, Any], whole: bool) -> list[Part]:
+    if not found["classes"]:
         return []
-    others = [name for name in found.models if name != found.reference]
-    shown = found.classes if whole else found.classes[:ROWS]
+    others = [name for name in found["models"] if name != found["reference"]]
+    shown = found["classes"] if whole else found["classes"][:ROWS]
     rows = []
     for row in shown:
-        cells = [_share_of(row.top1.get(found.reference))]
+        cells = [_share_of(row["top1"].get(found["reference"]))]
         for name in others:
-            lost = _ends(row.drop.get(name), lambda points: f"{points:.1f}")
-            cells += [_share_of(row.top1.get(name)), lost]
-        rows.append((row.name, str(row.images), *cells))
-    header = ["class", "images", found.reference]
+            lost = _ends(row["drop"].get(name), lambda points: f"{points:.1f}")
+            cells += [_share_of(row["top1"].get(name)), lost]
+        rows.append((row["name"], str(row["images"]), *cells))
+    header = ["class", "images", found["reference"]]
     header += [text for name in others for text in (name, "points lost")]
-    more = "" if len(shown) == len(found.classes) else f", {ROWS} of {len(found.classes)}"
+    more = "" if len(shown) == len(found["classes"]) else f", {ROWS} of {len(found['classes'])}"
     return [Table.of(header, rows, f"Top-1 of the classes that lose most{more}")]
 
 
-def _flips(found: Comparison, whole: bool) -> Part:
-    if not found.flips:
-        return f"no image flips: on each one every model does as {found.reference} does"
-    labelled = any(one.top1 is not None for one in found.models.values())
-    shown = found.flips if whole else found.flips[:ROWS]
+def _flips(found: Mapping[str, Any], whole: bool) -> Part:
+    if not found["flips"]:
+        return f"no image flips: on each one every model does as {found['reference']} does"
+    labelled = any(one["top1"] is not None for one in found["models"].values())
+    shown = found["flips"] if whole else found["flips"][:ROWS]
     rows = [
-        (flip.image, *([flip.label or "–"] if labelled else []), *flip.answers.values())
+        (flip["image"], *([flip["label"] or "–"] if labelled else []), *flip["answers"].values())
         for flip in shown
     ]
-    header = ("image", *(["label"] if labelled else []), *found.models)
+    header = ("image", *(["label"] if labelled else []), *found["models"])
     what = "Images that flip between right and wrong" if labelled else "Images with several answers"
-    more = "" if len(shown) == len(found.flips) else f"{len(shown)} of "
-    return Table.of(header, rows, f"{what}: {more}{len(found.flips)}")
+    more = "" if len(shown) == len(found["flips"]) else f"{len(shown)} of "
+    return Table.of(header, rows, f"{what}: {more}{len(found['flips'])}")
 
 
-def _share_of(found: Interval | None) -> str:
-    return percent(None if found is None else found.value)
+def _share_of(found: Mapping[str, float] | None) -> str:
+    return percent(None if found is None else found["value"])
 
 
-def _ends(found: Interval | None, shown: Callable[[float], str], times: float = 1) -> str:
+def _ends(
+    found: Mapping[str, float] | None, shown: Callable[[float], str], times: float = 1
+) -> str:
     """A value with the ends of its interval in brackets."""
     if found is None:
         return "–"
-    low, high = (f"{times * end:.1f}" for end in (found.low, found.high))
-    return f"{shown(found.value)} ({low} to {high})"
+    low, high = (f"{times * end:.1f}" for end in (found["low"], found["high"]))
+    return f"{shown(found['value'])} ({low} to {high})"
 
 
 def _digits(value: float | None) -> str:
