@@ -25,7 +25,8 @@ from blockfit.search.candidates import race
 from blockfit.search.held_out import HeldOut
 from blockfit.search.session import JUDGE_BATCH
 from blockfit.search.solve import Solution
-from blockfit.search.sweep import loss_of, sweep
+from blockfit.search.summaries import loss_of
+from blockfit.search.sweep import sweep
 
 KINDS = ("identity", "linear", "affine")
 

@@ -1,4 +1,4 @@
-"""Values of a JSON file, read by people's rules: what is missing is unknown, what is wrong is said.
+"""JSON values: dataclasses written and read back, and files read key by key.
 
 A saved folder may come from somebody else: nothing in it is taken for what it claims to be.
 """
@@ -17,6 +17,12 @@ from blockfit.errors import BlockfitError
 from blockfit.untrusted import read_json
 
 T = TypeVar("T")
+
+LATER: Mapping[str, Any] = {"later": True}
+"""``metadata`` of a field with a default that files of earlier versions lack."""
+
+LEFT_OUT: Mapping[str, Any] = {"later": True, "left out": True}
+"""``metadata`` of a field that is not written where it has its default."""
 
 _KINDS: dict[Any, str] = {
     str: "a text",
@@ -154,11 +160,36 @@ def check_keys(values: Mapping[str, Any], expected: Any, where: str) -> None:
         raise BlockfitError(f"{where}: key {missing[0]!r} is missing")
 
 
-def read(kind: type[T], value: object, where: str) -> T:
-    """A frozen dataclass from the JSON object that its ``asdict`` or ``to_json`` wrote.
+def written(value: Any) -> Any:
+    """Plain JSON values of dataclasses, tuples and mappings, which ``read`` takes back.
 
-    Every field has to be there, nothing else may be, and each has to be of its annotated type. A
-    field whose type has a ``from_json`` of its own is read by it.
+    What has a ``to_json`` of its own is written by it; fields marked ``LEFT_OUT`` are not written
+    where they have their default.
+    """
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        return fields_written(value)
+    if isinstance(value, Mapping):
+        return {name: written(one) for name, one in value.items()}
+    return [written(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def fields_written(value: Any) -> dict[str, Any]:
+    """The fields of one dataclass as ``written`` writes them; for the ``to_json`` of classes."""
+    return {
+        field.name: written(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+        if "left out" not in field.metadata or getattr(value, field.name) != field.default
+    }
+
+
+def read(kind: type[T], value: object, where: str) -> T:
+    """A frozen dataclass from the JSON object that ``written`` or ``asdict`` made of it.
+
+    Every field has to be there unless it is marked ``LATER`` or ``LEFT_OUT``, nothing else may be,
+    and each has to be of its annotated type. A field whose type has a ``from_json`` of its own is
+    read by it.
 
     Args:
         kind: the dataclass.
@@ -169,7 +200,9 @@ def read(kind: type[T], value: object, where: str) -> T:
         BlockfitError: names the place and the key.
     """
     values = object_of(value, where)
-    names = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
+    known = dataclasses.fields(typing.cast(Any, kind))
+    lacking = {f.name for f in known if "later" in f.metadata and f.name not in values}
+    names = [field.name for field in known if field.name not in lacking]
     check_keys(values, names, where)
     hints = typing.get_type_hints(kind)
     made = {name: typed(hints[name], values[name], f"{where}: {name}") for name in names}
@@ -185,7 +218,9 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     Raises:
         BlockfitError: where it is of another type; names the place.
     """
-    if kind is Any:
+    if kind is Any or (
+        dataclasses.is_dataclass(kind) and isinstance(value, typing.cast(Any, kind))
+    ):
         return value
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -196,7 +231,8 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return read(typing.cast(Any, kind), value, where)
     json_kind: Any = {tuple: list, float: (int, float)}.get(origin, origin)
-    if not isinstance(value, json_kind) or (isinstance(value, bool) and origin is not bool):
+    fits = isinstance(value, json_kind) and (origin is bool or not isinstance(value, bool))
+    if not fits or value != value:  # NaN is not equal to itself
         raise BlockfitError(f"{where} must be {_KINDS[origin]}, got {value!r:.60}")
     if origin in (list, tuple):
         return origin(typed(inner[0], one, f"{where}[{i}]") for i, one in enumerate(value))

@@ -124,12 +124,12 @@ def test_a_folded_span_needs_a_kept_block_before_it() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({}, r"plan: expected a list of replacements"),
-        ([3], r"plan\[0\]: expected an object with start, stop and map, got 3"),
+        ({}, r"plan: expected a list of cuts"),
+        ([3], r"plan\[0\] must hold an object, got int"),
         ([{"start": 1, "stop": 2}], r"plan\[0\]: key 'map' is missing"),
         ([{"start": 1, "stop": 2, "map": "affine", "mpa": 1}], r"plan\[0\]: unknown key 'mpa'"),
         ([{"start": 1, "stop": "2", "map": "affine"}], r"plan\[0\]: stop must be a whole number"),
-        ([{"start": 1, "stop": 2, "map": ["affine"]}], r"unknown map \['affine'\]"),
+        ([{"start": 1, "stop": 2, "map": ["affine"]}], r"plan\[0\]: map must be a text"),
         (
             [{"start": 1, "stop": 2, "map": "affine", "per_token_type": 1}],
             "per_token_type must be true or false",
@@ -180,8 +180,8 @@ KEYS = {**MLP, "part": "keys", "rows": [["qkv", 0], ["qkv", 64]], "reader": ""}
         ({"part": ["mlp"]}, "part must be a text"),
         ({"extra": 1}, "unknown key 'extra'"),
         ({"rows": []}, "mlp of block 1 need one run or more of rows, got 0"),
-        ({"rows": [["fc1"]]}, r"rows: expected \[layer, first row\]"),
-        ({"rows": [["fc1", -1]]}, r"rows: expected \[layer, first row\]"),
+        ({"rows": [["fc1"]]}, r"rows\[0\]: expected \[layer, first row\]"),
+        ({"rows": [["fc1", -1]]}, r"rows\[0\]: expected \[layer, first row\]"),
         ({"rows": [["fc1", 0], ["fc1", 63]]}, "its rows of 'fc1' overlap"),
         ({"rows": [["fc2", 0]]}, "must name layers other than the reader"),
         ({"reader": ""}, "needs the layer that reads it"),

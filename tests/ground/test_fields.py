@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blockfit.errors import BlockfitError
-from blockfit.fields import Values, read, read_values
+from blockfit.fields import LATER, LEFT_OUT, Values, read, read_values, written
 
 
 def test_missing_and_null_values_are_unknown() -> None:
@@ -103,6 +103,7 @@ def test_a_dataclass_is_read_back_from_what_asdict_wrote() -> None:
         ({"name": 3}, "file: name must be a text, got 3"),
         ({"part": "1"}, "file: part must be a number, got '1'"),
         ({"part": True}, "file: part must be a number, got True"),
+        ({"part": float("nan")}, "file: part must be a number, got nan"),
         ({"tall": 1}, "file: tall must be true or false, got 1"),
         ({"note": 1}, "file: note must be a text, got 1"),
         ({"leaves": {}}, "file: leaves must be a list, got {}"),
@@ -120,3 +121,21 @@ def test_what_does_not_fit_a_dataclass_is_named_by_its_place(
     with pytest.raises(BlockfitError) as caught:
         read(Tree, {**json.loads(json.dumps(asdict(TREE))), **change}, "file")
     assert str(caught.value) == message
+
+
+@dataclass(frozen=True)
+class Grown:
+    leaf: Leaf
+    newer: int = field(default=1, metadata=LATER)
+    rare: int | None = field(default=None, metadata=LEFT_OUT)
+
+
+def test_what_may_be_missing_is_read_at_its_default() -> None:
+    old = {"leaf": {"size": 3}}
+    assert read(Grown, old, "file") == Grown(Leaf(3))
+    assert written(Grown(Leaf(3))) == {**old, "newer": 1}
+    both = [Grown(Leaf(3), 2, 5)]
+    assert written(both) == [{**old, "newer": 2, "rare": 5}]
+    assert read(Grown, written(both)[0], "file") == both[0]
+    with pytest.raises(BlockfitError, match="file: key 'leaf' is missing"):
+        read(Grown, {"newer": 1}, "file")

@@ -15,7 +15,8 @@ import blockfit
 from blockfit.fit.plan import PARTS, Plan
 from blockfit.search.budget import Budget
 from blockfit.search.cuts import CutSearch
-from blockfit.search.sweep import MARK, Frontier, from_sweep, loss_of, read_sweep, sweep
+from blockfit.search.summaries import loss_of
+from blockfit.search.sweep import MARK, Frontier, from_sweep, read_sweep, sweep
 
 POINTS = (0.9, 0.7, 0.5)
 

@@ -12,7 +12,8 @@ import blockfit
 from blockfit.fit.intervals import drop_above
 from blockfit.search.budget import Budget
 from blockfit.search.span_search import Search
-from blockfit.search.sweep import MARK, from_sweep, loss_of, parts_of_sweep, read_sweep, sweep
+from blockfit.search.summaries import loss_of
+from blockfit.search.sweep import MARK, from_sweep, parts_of_sweep, read_sweep, sweep
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_what_a_sweep_does_not_know_is_said_with_what_to_do(folder, timed, tmp_p
         ("original", "top1", 1.5, "original: top1 must be between 0 and 1"),
         ("point", "top1", "high", "top1 must be a number"),
         ("point", "top1", -0.1, "top1 must be between 0 and 1"),
-        ("point", "latency", {"ratio": 0.5}, "missing key .*latency"),
+        ("point", "latency", {"ratio": 0.5}, "latency: key .* is missing"),
         ("latency", "ratio", 0.0, "latency: ratio must be above 0"),
         ("latency", "threads", 0, "latency: threads must be above 0"),
         ("latency", "more", 1, "unknown key .*more"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
 
 from blockfit.arguments import check_fields, fitted
 from blockfit.errors import BlockfitError
-from blockfit.fields import check_keys
+from blockfit.fields import LEFT_OUT, fields_written, object_of, read, written
 
 MAP_KINDS = ("identity", "scale", "orthogonal", "linear", "affine", "low-rank", "folded")
 """The kinds of map that can stand where a span stood, from nothing to most (``maps.py``)."""
@@ -116,8 +116,8 @@ class Replacement:
 
     span: Span
     map: str
-    rank: int | None = None
-    per_token_type: bool = False
+    rank: int | None = field(default=None, metadata=LEFT_OUT)
+    per_token_type: bool = field(default=False, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         if self.map not in MAP_KINDS:
@@ -144,33 +144,16 @@ class Replacement:
 
     def to_json(self) -> dict[str, Any]:
         """The replacement as plain JSON values; options at their defaults are left out."""
-        out: dict[str, Any] = {"start": self.span.start, "stop": self.span.stop, "map": self.map}
-        if self.rank is not None:
-            out["rank"] = self.rank
-        if self.per_token_type:
-            out["per_token_type"] = True
-        return out
+        values = fields_written(self)
+        return {**values.pop("span"), **values}
 
     @classmethod
     def from_json(cls, value: object, where: str = "plan") -> Replacement:
         """Read what ``to_json`` wrote; ``where`` names the place in messages."""
-        if not isinstance(value, Mapping):
-            raise BlockfitError(
-                f"{where}: expected an object with start, stop and map, got {value!r}"
-            )
-        unknown = sorted(set(map(str, value)) - {"start", "stop", "map", "rank", "per_token_type"})
-        if unknown:
-            raise BlockfitError(f"{where}: unknown key {unknown[0]!r}")
-        missing = [key for key in ("start", "stop", "map") if key not in value]
-        if missing:
-            raise BlockfitError(f"{where}: key {missing[0]!r} is missing")
-        split = value.get("per_token_type", False)
-        if not isinstance(split, bool):
-            raise BlockfitError(f"{where}: per_token_type must be true or false, got {split!r}")
-        span = Span(
-            _whole(value["start"], f"{where}: start"), _whole(value["stop"], f"{where}: stop")
-        )
-        return cls(span, value["map"], value.get("rank"), split)
+        values = object_of(value, where)
+        bounds = {name: values[name] for name in ("start", "stop") if name in values}
+        others = {name: one for name, one in values.items() if name not in bounds}
+        return read(cls, {"span": read(Span, bounds, where), **others}, where)
 
 
 PARTS = ("mlp", "values", "keys")
@@ -189,6 +172,18 @@ class Rows:
 
     layer: str
     start: int = 0
+
+    def to_json(self) -> list[Any]:
+        """The run as ``[layer, first row]``."""
+        return [self.layer, self.start]
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "rows") -> Rows:
+        """Read what ``to_json`` wrote; ``where`` names the place in messages."""
+        layer, start = value if isinstance(value, list) and len(value) == 2 else (None, None)
+        if not isinstance(layer, str) or type(start) is not int or start < 0:
+            raise BlockfitError(f"{where}: expected [layer, first row], got {value!r:.60}")
+        return cls(layer, start)
 
 
 @dataclass(frozen=True, order=True)
@@ -252,37 +247,10 @@ class Narrowing:
             if one.layer == other.layer and one.start + self.heads * self.size > other.start:
                 raise BlockfitError(f"{where}: its rows of {one.layer!r:.60} overlap")
 
-    def to_json(self) -> dict[str, Any]:
-        """The narrowing as plain JSON values."""
-        return {
-            "block": self.block,
-            "part": self.part,
-            "kept": self.kept,
-            "size": self.size,
-            "heads": self.heads,
-            "rows": [[rows.layer, rows.start] for rows in self.rows],
-            "reader": self.reader,
-        }
-
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str = "plan") -> Narrowing:
-        """Read what ``to_json`` wrote; ``where`` names the place in messages."""
-        names = ("block", "part", "kept", "size", "heads", "rows", "reader")
-        check_keys(value, names, where)
-        rows, reader = value["rows"], value["reader"]
-        if not isinstance(reader, str) or not isinstance(rows, list):
-            raise BlockfitError(f"{where}: reader must be a text and rows a list")
-        pairs = []
-        for pair in rows:
-            whole = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-            if not whole or type(pair[1]) is not int or pair[1] < 0:
-                raise BlockfitError(f"{where}: rows: expected [layer, first row], got {pair!r}")
-            pairs.append(Rows(pair[0], pair[1]))
-        sizes = [_whole(value[name], f"{where}: {name}") for name in ("block", "kept", "size")]
-        heads = _whole(value["heads"], f"{where}: heads")
-        if not isinstance(value["part"], str):
-            raise BlockfitError(f"{where}: part must be a text, got {value['part']!r}")
-        cut = cls(sizes[0], value["part"], sizes[1], sizes[2], heads, tuple(pairs), reader)
+    def from_json(cls, value: object, where: str = "plan") -> Narrowing:
+        """Read what ``written`` made of it; ``where`` names the place in messages."""
+        cut = read(cls, value, where)
         cut.check_layers()
         return cut
 
@@ -350,6 +318,13 @@ class Plan:
         """One kind of map for all ``spans``; spans may be written as ``"9:11"`` or ``(9, 11)``."""
         parsed = [s if isinstance(s, Span) else Span.read(s) for s in spans]
         return cls(tuple(Replacement(span, map, **options) for span in parsed))
+
+    @classmethod
+    def of_cuts(cls, cuts: Iterable[Replacement | Narrowing]) -> Plan:
+        """A plan of cuts of both kinds, in any order."""
+        both = tuple(cuts)
+        spans = tuple(cut for cut in both if isinstance(cut, Replacement))
+        return cls(spans, tuple(cut for cut in both if isinstance(cut, Narrowing)))
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -474,21 +449,18 @@ class Plan:
 
     def to_json(self) -> list[dict[str, Any]]:
         """The plan as plain JSON values."""
-        return [r.to_json() for r in self.replacements] + [n.to_json() for n in self.narrowings]
+        return [written(cut) for cut in (*self.replacements, *self.narrowings)]
 
     @classmethod
     def from_json(cls, value: object, where: str = "plan") -> Plan:
         """Read what ``to_json`` wrote. Unknown keys are refused."""
         if not isinstance(value, list):
-            raise BlockfitError(f"{where}: expected a list of replacements, got {value!r}")
-        spans: list[Replacement] = []
-        narrowings: list[Narrowing] = []
+            raise BlockfitError(f"{where}: expected a list of cuts, got {value!r:.60}")
+        cuts: list[Replacement | Narrowing] = []
         for number, cut in enumerate(value):
-            if isinstance(cut, Mapping) and "part" in cut:
-                narrowings.append(Narrowing.from_json(cut, f"{where}[{number}]"))
-            else:
-                spans.append(Replacement.from_json(cut, f"{where}[{number}]"))
-        return cls(tuple(spans), tuple(narrowings))
+            kind = Narrowing if isinstance(cut, Mapping) and "part" in cut else Replacement
+            cuts.append(kind.from_json(cut, f"{where}[{number}]"))
+        return cls.of_cuts(cuts)
 
     def at(self, block: int) -> dict[str, Narrowing]:
         """The narrowings of one block, by their part."""

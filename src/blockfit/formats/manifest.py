@@ -12,7 +12,7 @@ from typing import Any
 from blockfit.errors import BlockfitError
 from blockfit.fields import check_keys, object_of, typed
 from blockfit.fit.plan import Plan
-from blockfit.models.blocks import Blocks, read_blocks
+from blockfit.models.blocks import Blocks
 from blockfit.models.source import Source
 from blockfit.models.tensors import DTYPES, INT8_KINDS
 from blockfit.untrusted import read_json
@@ -131,7 +131,7 @@ def read_manifest(path: Path) -> Manifest:
     newer = ("int8",) if version > 1 else ()
     check_keys(values, ("format", *names, *newer, "report"), where)
     in_int8 = version == 2 or values.get("int8") is not None
-    blocks = read_blocks(values["blocks"], f"{where}: blocks")
+    blocks = Blocks.from_json(values["blocks"], f"{where}: blocks")
     plan = _within(where, lambda: Plan.from_json(values["plan"], "plan"))
     if plan.narrowings and version < 3:
         raise BlockfitError(f"{where}: format {version} knows no narrowed parts; save it again")

@@ -40,7 +40,6 @@ __all__ = [
     "find_blocks",
     "named_blocks",
     "overridden",
-    "read_blocks",
     "record",
 ]
 
@@ -81,6 +80,15 @@ class Blocks:
     def as_output(self, hidden: Tensor) -> Any:
         """``hidden`` in the form in which the blocks return it; other items become ``None``."""
         return (hidden, *[None] * (self.output_items - 1)) if self.output_items else hidden
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "blocks") -> Blocks:
+        """Read what ``asdict`` wrote; ``where`` names the place in messages."""
+        found = read(cls, value, where)
+        for name, least in {"depth": 1, "width": 1, "prefix_tokens": 0, "output_items": 0}.items():
+            if (entry := getattr(found, name)) < least:
+                raise BlockfitError(f"{where}: {name} must be at least {least}, got {entry}")
+        return found
 
 
 def named_blocks(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
@@ -392,12 +400,3 @@ def _count_prefix_tokens(first: Tensor) -> int:
     if all(same):
         raise BlockfitError(f"the hidden state before block 0 does not depend on the input; {ask}")
     return same.index(False)
-
-
-def read_blocks(value: Any, where: str) -> Blocks:
-    """Where a model keeps its blocks, from JSON; ``where`` names the place in messages."""
-    found = read(Blocks, value, where)
-    for name, least in {"depth": 1, "width": 1, "prefix_tokens": 0, "output_items": 0}.items():
-        if (entry := getattr(found, name)) < least:
-            raise BlockfitError(f"{where}: {name} must be at least {least}, got {entry}")
-    return found

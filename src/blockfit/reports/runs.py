@@ -192,10 +192,10 @@ def _point(
     target = point.number("share")
     budget = Budget("remove", removed) if target is None else Budget("params", target)
     line: str | None = from_line(found.folder, budget)
-    best = found.best(budget)
-    if best["file"] != point.text("file"):
+    best = found.best_entry(budget)
+    if best.file != point.text("file"):
         warnings += (
-            f"the plan {sweeps.named(best, gerund=True)} is smaller and lost less on the held-out "
+            f"the plan {best.named(gerund=True)} is smaller and lost less on the held-out "
             f"images: --from with the budget of this one makes that one",
         )
         line = by_hand_line(run, plan, source)

@@ -230,9 +230,7 @@ class _Path:
         while path is not None:
             cuts += [] if path.cut is None else [path.cut]
             path = path.before
-        spans = tuple(cut for cut in cuts if isinstance(cut, Replacement))
-        narrowings = tuple(cut for cut in cuts if isinstance(cut, Narrowing))
-        return Choice(Plan(spans, narrowings), self.effect, self.saved)
+        return Choice(Plan.of_cuts(cuts), self.effect, self.saved)
 
 
 Step = tuple[float, float, Narrowing | None]

@@ -8,16 +8,15 @@ of the effect is close to linear in that of the error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blockfit.fields import check_keys
 from blockfit.fit.moments import Spread
 from blockfit.fit.plan import Narrowing, Plan
 from blockfit.models.blocks import named_blocks
@@ -69,18 +68,6 @@ class Curve:
     effects: tuple[float, ...]
     unit: int
     unit_flops: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**asdict(self), "whole": self.whole.to_json()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Curve:
-        """Read what ``to_json`` wrote."""
-        check_keys(value, ("whole", "widths", "effects", "unit", "unit_flops"), "curve")
-        whole = Narrowing.from_json(value["whole"], "curve: whole")
-        widths, effects = tuple(value["widths"]), tuple(map(float, value["effects"]))
-        return cls(whole, widths, effects, int(value["unit"]), int(value["unit_flops"]))
 
 
 def key_of(curve: Curve) -> tuple[int, str]:

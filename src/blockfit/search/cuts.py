@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from blockfit.errors import BlockfitError
+from blockfit.fields import read, written
 from blockfit.fit.closed_form import RIDGE, fit_map
 from blockfit.fit.maps import empty_map
 from blockfit.fit.moments import Moments
@@ -116,7 +117,7 @@ class CutSearch:
 
     def state(self) -> dict[str, Any]:
         """What was measured so far, as JSON values, to go on from after a stop."""
-        parts = [curve.to_json() for curve in self.curves]
+        parts = written(self.curves)
         spans = [[plan.to_json(), effect] for plan, effect in self.spans]
         failed = [[plan.to_json(), reason] for plan, reason in self._failed.items()]
         return {"curves": parts, "spans": spans, "failed": failed}
@@ -124,7 +125,7 @@ class CutSearch:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state`` returned."""
         if "curves" in state:
-            self._curves = [Curve.from_json(value) for value in state["curves"]]
+            self._curves = [read(Curve, value, "curve") for value in state["curves"]]
             self._spans = [(Plan.from_json(plan), float(e)) for plan, e in state["spans"]]
             failed = state.get("failed", ())
             self._failed = {Plan.from_json(plan): reason for plan, reason in failed}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Batch, Blocks
 from blockfit.models.cost import ROUNDS, alternate, device_name, paired_ratios
 from blockfit.models.forward import image_tensor, placed
@@ -34,6 +36,9 @@ class Latency:
         batch_size: images in each pass.
         threads: that torch used on the CPU.
         device: where it ran.
+
+    Raises:
+        BlockfitError: for a time or a number that is not above 0.
     """
 
     ratio: float
@@ -44,6 +49,11 @@ class Latency:
     batch_size: int
     threads: int
     device: str
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "device" and not 0 < value < math.inf:
+                raise BlockfitError(f"{name} must be above 0, got {value}")
 
 
 def way_of(model: nn.Module, inputs: Batch) -> dict[str, Any]:

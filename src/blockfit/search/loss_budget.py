@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from blockfit.arguments import at_least
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.fit.intervals import (
@@ -260,6 +261,9 @@ class Judged:
         kl: mean KL from the original; ``None`` without a head.
         kl_bound: the upper end of its one-sided interval.
         apart: whether the images are others than those of the final figures.
+
+    Raises:
+        BlockfitError: where more answers have changed than there are labels.
     """
 
     images: int
@@ -269,6 +273,11 @@ class Judged:
     kl: float | None
     kl_bound: float | None
     apart: bool
+
+    def __post_init__(self) -> None:
+        at_least(0, images=self.images, worse=self.worse, better=self.better)
+        if self.worse + self.better > self.labelled:
+            raise BlockfitError("more answers have changed than there are labels")
 
     @classmethod
     def of(cls, found: Outcomes, apart: bool, seed: int = 0) -> Judged:

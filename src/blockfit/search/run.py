@@ -13,6 +13,7 @@ from torch import nn
 
 from blockfit.checkpoint import Checkpoint, settled
 from blockfit.data.images import Images
+from blockfit.fields import fields_written
 from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Blocks
 from blockfit.models.source import Source, attach
@@ -21,6 +22,7 @@ from blockfit.search.budget import Budget
 from blockfit.search.final import Final, Parts
 from blockfit.search.loss_budget import Judge, beyond_bound
 from blockfit.search.recipes import Recipe, recipe_json
+from blockfit.search.report import Entry, Original, Report
 from blockfit.search.session import Session
 from blockfit.search.span_search import Point
 
@@ -48,6 +50,30 @@ class Result:
         self.model.__dict__["blockfit_report"] = self.report
 
 
+def original_of(session: Session) -> Original:
+    """Figures of the original."""
+    sizes = session.sizes
+    return Original(sizes.parameters, sizes.flops, session.held_out.top1)
+
+
+def entry_of(session: Session, point: Point, final: Final | None = None) -> Entry:
+    """What is written down of a solved plan, in a sweep or in a report."""
+    plan = point.solution.plan
+    parameters, flops = session.sizes.of(plan)
+    return Entry(
+        removed=point.removed,
+        plan=plan,
+        parameters=parameters,
+        flops=flops,
+        held_out=point.fidelity,
+        top1=point.top1,
+        maps=point.map_errors,
+        repaired_blocks=tuple(session.repaired_blocks(point)),
+        warnings=tuple(session.warnings(point)),
+        final=None if final is None else final.to_json(),
+    )
+
+
 def describe(
     session: Session,
     point: Point,
@@ -56,42 +82,28 @@ def describe(
     judge: Judge | None = None,
     final: Final | None = None,
 ) -> dict[str, Any]:
-    """The report of a run, as JSON values.
-
-    ``held_out`` and ``top1_before``, ``top1_after`` are of the images that chose the plan,
-    ``final`` of images that decided nothing.
-    """
-    plan, verdict = point.solution.plan, None
-    if judge is not None:
-        verdict = judge.decided.get(plan)
-    parameters, flops = session.sizes.of(plan)
-    return {
-        "budget": None if budget is None else str(budget),
-        "recipe": recipe_json(session.recipe),
-        "seed": session.seed,
-        "protect": list(session.protected),
-        "removed_blocks": len(plan.removed_blocks),
-        "parameters_before": session.sizes.parameters,
-        "parameters_after": parameters,
-        "flops_before": session.sizes.flops,
-        "flops_after": flops,
-        "calibration": {
-            **parts.whole.description(),
-            "fit": len(session.setting.fit),
-            "held_out": len(session.setting.held_out),
-            "judged": 0 if parts.judge is None else len(parts.judge),
-            "final": 0 if parts.final is None else len(parts.final),
-        },
-        "final": None if final is None else final.to_json(),
-        "judged": None if verdict is None else verdict.to_json(),
-        "held_out": dataclasses.asdict(point.fidelity),
-        "top1_before": session.held_out.top1,
-        "top1_after": point.top1,
-        "maps": [dataclasses.asdict(error) for error in point.map_errors],
-        "repaired_blocks": session.repaired_blocks(point),
-        "warnings": session.warnings(point)
-        + ([] if budget is None or verdict is None else beyond_bound(budget, verdict)),
+    """The report of a run, as JSON values."""
+    verdict = None if judge is None else judge.decided.get(point.solution.plan)
+    beyond = [] if budget is None or verdict is None else beyond_bound(budget, verdict)
+    calibration = {
+        **parts.whole.description(),
+        "fit": len(session.setting.fit),
+        "held_out": len(session.setting.held_out),
+        "judged": 0 if parts.judge is None else len(parts.judge),
+        "final": 0 if parts.final is None else len(parts.final),
     }
+    report = Report.of(
+        original_of(session),
+        entry_of(session, point, final),
+        budget,
+        verdict,
+        tuple(beyond),
+        recipe=recipe_json(session.recipe),
+        seed=session.seed,
+        calibration=calibration,
+        protect=session.protected,
+    )
+    return fields_written(report)
 
 
 def run_json(

@@ -18,14 +18,14 @@ from blockfit.checkpoint import forget
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
+from blockfit.fields import fields_written, read, written
 from blockfit.files import expanded
 from blockfit.fit.maps import empty_map
-from blockfit.fit.plan import Plan, Replacement
+from blockfit.fit.plan import Replacement
 from blockfit.models.blocks import Batch, Blocks
 from blockfit.models.forward import first_images
 from blockfit.models.head import Observation
 from blockfit.models.load import load_model, source_of
-from blockfit.models.source import Source
 from blockfit.models.tensors import fingerprint
 from blockfit.search.budget import Budget
 from blockfit.search.cuts import Share
@@ -41,7 +41,8 @@ from blockfit.search.final import (
 from blockfit.search.latency import latency_of, way_of
 from blockfit.search.loss_budget import Judged, Verdict, beyond_bound
 from blockfit.search.recipes import Recipe, recipe_for
-from blockfit.search.run import Result, checkpoint_of, run_json
+from blockfit.search.report import Entry, Report
+from blockfit.search.run import Result, checkpoint_of, entry_of, original_of, run_json
 from blockfit.search.session import (
     CALIBRATION_IMAGES,
     HOLD_OUT,
@@ -53,10 +54,10 @@ from blockfit.search.session import (
 )
 from blockfit.search.solve import Solution
 from blockfit.search.span_search import Point, most_removed
-from blockfit.search.summaries import loss_of
 from blockfit.search.sweep_file import (
-    FORMAT,
     MARK,
+    Run,
+    SweepFile,
     check_sweep_folder,
     read_point_file,
     read_sweep_file,
@@ -80,34 +81,47 @@ UNKNOWN = {
 """Why no point of a sweep can be chosen by a kind of budget, and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Frontier:
     """What a sweep folder holds.
 
     Args:
         folder: where it lies.
-        data: the content of ``sweep.json``: the run, the original's sizes, one entry per size.
+        content: of ``sweep.json``: the run, the original's figures, one entry per size.
     """
 
     folder: Path
-    data: dict[str, Any]
+    content: SweepFile
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The content as JSON values."""
+        return fields_written(self.content)
 
     @property
     def points(self) -> list[dict[str, Any]]:
-        """One entry per plan, the gentlest first."""
-        points: list[dict[str, Any]] = self.data["points"]
-        return sorted(points, key=lambda point: (-point.get("share", 1.0), point["removed"]))
+        """One entry per plan as JSON values, the gentlest first."""
+        return [fields_written(entry) for entry in self.entries]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The plans with their figures, the gentlest first."""
+        return sorted(self.content.points, key=lambda e: (-(e.share or 1.0), e.removed))
 
     @property
     def narrows(self) -> bool:
         """Whether its plans are of parts of the parameters, not of numbers of removed blocks."""
-        return any("share" in point for point in self.data["points"])
+        return any(entry.share is not None for entry in self.content.points)
 
     def best(self, budget: Budget, force: bool = False) -> dict[str, Any]:
-        """The point of smallest held-out loss that meets ``budget``.
+        """``best_entry`` as JSON values."""
+        return fields_written(self.best_entry(budget, force))
+
+    def best_entry(self, budget: Budget, force: bool = False) -> Entry:
+        """The plan of smallest held-out loss that meets ``budget``.
 
         For ``max_kl`` and ``max_drop``, the last one up to which all keep it by the upper end of
-        their interval. Of sizes, a point that removes more at a smaller loss is preferred, so the
+        their interval. Of sizes, a plan that removes more at a smaller loss is preferred, so the
         loss never falls from one budget to a larger one.
 
         Args:
@@ -115,7 +129,7 @@ class Frontier:
             force: go by the loss that was measured instead of the bound.
 
         Raises:
-            BlockfitError: where no point meets it, or the sweep does not hold what it needs.
+            BlockfitError: where no plan meets it, or the sweep does not hold what it needs.
         """
         if budget.kind in ("max_kl", "max_drop"):
             return self._furthest(budget, force)
@@ -124,31 +138,32 @@ class Frontier:
                 f"the plans of the sweep {self.folder} narrow parts of blocks, and were found for "
                 "parts of the parameters; use params, or sweep with cuts='blocks' into a new folder"
             )
-        known = [(point, self._figures(point)) for point in self.points]
-        known = [(point, figures) for point, figures in known if budget.kind in figures]
+        entries = self.entries
+        sizes = [(entry, entry.fractions(self.content.original)) for entry in entries]
+        known = [(entry, fractions) for entry, fractions in sizes if budget.kind in fractions]
         if not known:
             raise BlockfitError(f"the sweep {self.folder} {UNKNOWN[budget.kind]}")
-        fitting = [p for p, figures in known if budget.met_by_size(figures)]
+        fitting = [entry for entry, fractions in known if budget.met_by_size(fractions)]
         if fitting:
-            return min(fitting, key=lambda p: (loss_of(p), p["removed"]))
-        first, last = (named(point, gerund=True) for point in (self.points[0], self.points[-1]))
+            return min(fitting, key=lambda entry: (entry.held_out.loss, entry.removed))
+        first, last = (entry.named(gerund=True) for entry in (entries[0], entries[-1]))
         raise BlockfitError(
             f"no plan of the sweep {self.folder} meets {budget}; they go from {first} to {last}"
         )
 
-    def _furthest(self, budget: Budget, force: bool) -> dict[str, Any]:
+    def _furthest(self, budget: Budget, force: bool) -> Entry:
         best, verdict = None, None
-        for point in self.points:
-            verdict = judged_of(point, budget, force)
+        for entry in self.entries:
+            verdict = None if entry.judged is None else entry.judged.verdict(budget, force)
             if verdict is None:
                 raise BlockfitError(f"the sweep {self.folder} {UNKNOWN[budget.kind]}")
             if not verdict.kept:
                 break
-            best = point
+            best = entry
         if best is not None:
             return best
         assert verdict is not None
-        least = f"{named(self.points[0], gerund=True)} costs {verdict.value:.3g}"
+        least = f"{self.entries[0].named(gerund=True)} costs {verdict.value:.3g}"
         if verdict.value > budget.value:
             raise BlockfitError(
                 f"no plan of the sweep {self.folder} keeps {budget}: {least} already; ask for more"
@@ -159,33 +174,11 @@ class Frontier:
             "images into a new folder, allow a larger loss, or give force_budget=True"
         )
 
-    def _figures(self, point: dict[str, Any]) -> dict[str, float]:
-        """What each kind of budget looks at, as far as the sweep holds it."""
-        original = self.data["original"]
-        flops = point["flops"], original["flops"]
-        found = {
-            "removed": point["removed"],
-            "remove": point["removed"],
-            "params": point["parameters"] / original["parameters"],
-            "flops": None if None in flops else flops[0] / flops[1],
-            "latency": point.get("latency", {}).get("ratio"),
-        }
-        return {kind: value for kind, value in found.items() if value is not None}
-
-
-def judged_of(point: dict[str, Any], budget: Budget, force: bool = False) -> Verdict | None:
-    """Whether a point keeps a budget of loss; ``None`` where the sweep does not know."""
-    judged = point.get("judged")
-    return None if judged is None else Judged(**judged).verdict(budget, force)
-
-
-def named(point: dict[str, Any], gerund: bool = False) -> str:
-    """A point in words: by the part of the parameters that it leaves, or the blocks it removes."""
-    if "share" in point:
-        return f"{'leaving ' if gerund else ''}{point['share']:.0%} of the parameters"
-    count = point["removed"]
-    blocks = f"{count} block{'' if count == 1 else 's'}"
-    return f"removing {blocks}" if gerund else blocks
+    def keep(self, **changes: Any) -> None:
+        """Change fields of the content and write it, by the first process."""
+        self.content = replace(self.content, **changes)
+        if ranks.is_first():
+            write_sweep_file(self.folder / MARK, self.content)
 
 
 @checked
@@ -258,17 +251,19 @@ def sweep(
     run = run_json(model, parts, chosen, protect, hold_out, seed)
     if chosen.narrows:
         run |= {"whole": sorted(set(whole)), "multiple_of": multiple_of, "shares": shares}
-    before = ranks.agreed(lambda: _resume(target, run))
+    asked = read(Run, run, "the run")
+    stored = ranks.agreed(lambda: written(_resume(target, asked)))
+    before = None if stored is None else read(SweepFile, stored, str(target / MARK))
     setting = Setting.of(model, parts.calibration, blocks, hold_out, seed)
     check_whole(whole, setting.blocks.depth)
-    if before is not None and _complete(before, run, setting):
+    if before is not None and _complete(before, setting):
         frontier = Frontier(target, before)
     else:
         checkpoint = checkpoint_of(resume, run, parts.calibration, setting.blocks)
         session = Session(
             setting, chosen, protect, seed, say, progress, checkpoint, room, whole, multiple_of
         )
-        frontier = Frontier(target, before or _begun(session, run))
+        frontier = Frontier(target, before or _begun(session, asked))
         looks = _Looks(setting, parts, seed, say, progress)
         go = _go_through_shares if session.narrows() else _go_through
         go(frontier, session, looks)
@@ -295,12 +290,12 @@ def shares_of(points: Iterable[float]) -> list[float]:
     return shares
 
 
-def _complete(data: dict[str, Any], run: dict[str, Any], setting: Setting) -> bool:
+def _complete(content: SweepFile, setting: Setting) -> bool:
     """Whether a sweep has all of its plans."""
-    if "shares" in data["search"]:
-        return {p["share"] for p in data["points"]} >= set(data["search"]["shares"])
-    done = {p["removed"] for p in data["points"]}
-    return done >= set(range(1, most_removed(setting.blocks.depth, run["protect"]) + 1))
+    done = {entry.size for entry in content.points}
+    if "shares" in content.search:
+        return done >= set(content.search["shares"])
+    return done >= set(range(1, most_removed(setting.blocks.depth, content.run.protect) + 1))
 
 
 def parts_of_sweep(images: Images, final: int | None, seed: int) -> Parts:
@@ -344,8 +339,8 @@ class _Looks:
         self._say, self._progress = say or (lambda line: None), progress
         self._original: list[dict[int, Observation]] = [{}, {}]
 
-    def of(self, point: Point) -> dict[str, Any]:
-        """The final figures of a plan, and what budgets of loss are judged by."""
+    def at(self, point: Point) -> dict[str, Any]:
+        """``final`` and ``judged`` of an entry: figures, and what budgets of loss are judged by."""
         parts = self._parts
         if parts.final is None:
             return {"final": None}
@@ -358,75 +353,90 @@ class _Looks:
             if images is not None
         ]
         source = f"{parts.final.records.source}, {parts.apart}"
-        judged = Judged.of(found[-1], parts.judge is not None, self._seed)
         return {
             "final": final_of(found[0], source, self._seed).to_json(),
-            "judged": asdict(judged),
+            "judged": Judged.of(found[-1], parts.judge is not None, self._seed),
         }
 
 
-def _begun(session: Session, run: dict[str, Any]) -> dict[str, Any]:
+def _begun(session: Session, run: Run) -> SweepFile:
     """The content of ``sweep.json`` before there is a plan."""
-    sizes, model = session.sizes, session.setting.model
-    top1 = session.held_out.top1
-    return {
-        "format": FORMAT,
-        "run": run,
-        "source": source_of(model).to_json(),
-        "blocks": asdict(session.setting.blocks),
-        "original": {"parameters": sizes.parameters, "flops": sizes.flops, "top1": top1},
-        "points": [],
-        "search": {},
-    }
+    source, blocks = source_of(session.setting.model), session.setting.blocks
+    return SweepFile(run, source, blocks, original_of(session), (), {})
 
 
 def _go_through(frontier: Frontier, session: Session, looks: _Looks) -> None:
     """Find, and write at once, the plans that are not there yet."""
-    target, data = frontier.folder, frontier.data
     search = session.search()
-    search.restore(data["search"])
-    data["original"].setdefault("top1", session.held_out.top1)
-    done = {point["removed"] for point in data["points"]}
-    if ranks.is_first() and not (target / MARK).exists():
-        write_sweep_file(target / MARK, data)  # a run that is killed leaves a folder that it knows
+    search.restore(frontier.content.search)
+    done = {entry.removed for entry in frontier.content.points}
+    _know_top1(frontier, session)
+    if not (frontier.folder / MARK).exists():
+        frontier.keep()  # a run that is killed leaves a folder that it knows
     for size in range(1, search.largest + 1):
         if size in done:
             continue
         started = time.perf_counter()
         point = search.solved(size)
         assert point is not None
-        data["search"], worth = search.state(), looks.of(point)
-        if ranks.is_first():
-            data["points"].append({**_write_point(target, session, point, started), **worth})
-            write_sweep_file(target / MARK, data)
+        _keep(frontier, session, point, looks, started, search.state())
 
 
 def _go_through_shares(frontier: Frontier, session: Session, looks: _Looks) -> None:
     """Find, and write at once, the plans for parts of the parameters that are not there yet."""
-    target, data, cuts = frontier.folder, frontier.data, session.cuts
-    data["original"].setdefault("top1", session.held_out.top1)
-    cuts.restore(data["search"])
+    cuts, run = session.cuts, frontier.content.run
+    _know_top1(frontier, session)
+    cuts.restore(frontier.content.search)
     smallest = cuts.smallest(Share("params", 1.0))
-    shares = [share for share in data["run"]["shares"] if share > smallest]
+    shares = [share for share in run.shares or () if share > smallest]
     if not shares:
         raise BlockfitError(
             f"with all gone that may go, {smallest:.1%} of the parameters remain, more than any of "
             "the points; give larger ones, or allow more kinds of cuts"
         )
     if ranks.is_first():
-        target.mkdir(parents=True, exist_ok=True)
-    done = {point["share"] for point in data["points"]}
+        frontier.folder.mkdir(parents=True, exist_ok=True)
+    done = {entry.share for entry in frontier.content.points}
     for share in shares:
         if share in done:
             continue
         started = time.perf_counter()
         session.say(f"{share:.0%} of the parameters")
         point = cuts.point(cuts.plan(Share("params", share)))
-        data["search"], worth = {**cuts.state(), "shares": shares}, looks.of(point)
-        if ranks.is_first():
-            written = _write_point(target, session, point, started, share)
-            data["points"].append({**written, **worth})
-            write_sweep_file(target / MARK, data)
+        search = {**cuts.state(), "shares": shares}
+        _keep(frontier, session, point, looks, started, search, share)
+
+
+def _know_top1(frontier: Frontier, session: Session) -> None:
+    """Sweeps of earlier versions lack the original's top-1."""
+    content = frontier.content
+    if content.original.top1 is None:
+        original = replace(content.original, top1=session.held_out.top1)
+        frontier.content = replace(content, original=original)
+
+
+def _keep(
+    frontier: Frontier,
+    session: Session,
+    point: Point,
+    looks: _Looks,
+    started: float,
+    search: dict[str, Any],
+    share: float | None = None,
+) -> None:
+    """Write one plan and what the search found so far."""
+    more, name = looks.at(point), ""
+    stem = f"removed-{point.removed:02d}" if share is None else f"params-{100 * share:g}"
+    if ranks.is_first():
+        name = write_point_file(frontier.folder, stem, _tensors(point.solution))
+    entry = replace(
+        entry_of(session, point),
+        share=share,
+        file=name or f"{stem}.safetensors",
+        seconds=round(time.perf_counter() - started, 3),
+        **more,
+    )
+    frontier.keep(points=(*frontier.content.points, entry), search=search)
 
 
 def _measure(frontier: Frontier, setting: Setting, inputs: Batch, say: Say | None) -> None:
@@ -437,13 +447,16 @@ def _measure(frontier: Frontier, setting: Setting, inputs: Batch, say: Say | Non
 
     def missing() -> list[str]:
         now = way_of(setting.model, inputs).items()
-        return [p["file"] for p in frontier.points if not now <= p.get("latency", {}).items()]
+        timed = ((e.file, {} if e.latency is None else asdict(e.latency)) for e in frontier.entries)
+        return [file for file, latency in timed if not now <= latency.items()]
 
     def timed(file: str) -> None:
-        point = next(p for p in frontier.points if p["file"] == file)
-        solution = _read_point(frontier.folder, point, setting.blocks)
-        point["latency"] = asdict(latency_of(setting.model, setting.blocks, solution, inputs))
-        write_sweep_file(frontier.folder / MARK, frontier.data)
+        points = list(frontier.content.points)
+        at = next(place for place, entry in enumerate(points) if entry.file == file)
+        solution = _read_point(frontier.folder, points[at], setting.blocks)
+        latency = latency_of(setting.model, setting.blocks, solution, inputs)
+        points[at] = replace(points[at], latency=latency)
+        frontier.keep(points=tuple(points))
 
     for file in ranks.agreed(missing):
         if say is not None:
@@ -461,10 +474,10 @@ def read_sweep(folder: str | Path) -> Frontier:
     path = target / MARK
     if not path.is_file():
         raise BlockfitError(f"{folder} is no sweep folder (it has no {MARK}); make one with sweep")
-    data = read_sweep_file(path)
-    if not data["points"]:
+    content = read_sweep_file(path)
+    if not content.points:
         raise BlockfitError(f"{folder} holds an unfinished sweep without a plan; run it again")
-    return Frontier(target, data)
+    return Frontier(target, content)
 
 
 @checked
@@ -487,50 +500,44 @@ def from_sweep(
     """
     started = time.perf_counter()
     frontier = read_sweep(folder)
-    data = frontier.data
-    point = frontier.best(budget, force_budget)
-    verdict = judged_of(point, budget) if budget.kind in ("max_kl", "max_drop") else None
+    content = frontier.content
+    entry = frontier.best_entry(budget, force_budget)
+    verdict = None
+    if budget.kind in ("max_kl", "max_drop") and entry.judged is not None:
+        verdict = entry.judged.verdict(budget)
     given = isinstance(model, nn.Module)
-    original = model if isinstance(model, nn.Module) else load_model(model or _name(data))
-    if fingerprint(original) != data["run"]["model"]:
+    original = model if isinstance(model, nn.Module) else load_model(model or _name(content))
+    if fingerprint(original) != content.run.model:
         raise BlockfitError(
             f"the model is not the one that the sweep {folder} was made with; give that model"
         )
-    blocks = Blocks(**data["blocks"])
-    solution = _read_point(frontier.folder, point, blocks)
+    blocks = content.blocks
+    solution = _read_point(frontier.folder, entry, blocks)
     source = source_of(original)
     small = copy.deepcopy(original) if given else original
     solution.apply(small, blocks)
-    report: dict[str, Any] = {
-        "budget": str(budget),
-        "sweep": str(folder),
-        "recipe": data["run"]["recipe"],
-        "seed": data["run"]["seed"],
-        "removed_blocks": point["removed"],
-        "parameters_before": data["original"]["parameters"],
-        "parameters_after": point["parameters"],
-        "flops_before": data["original"]["flops"],
-        "flops_after": point["flops"],
-        "calibration": data["run"]["calibration"],
-        "held_out": point["held_out"],
-        "final": point.get("final"),
-        "judged": None if verdict is None else verdict.to_json(),
-        "maps": point["maps"],
-        "top1_before": data["original"].get("top1"),
-        "top1_after": point.get("top1"),
-        **{key: point[key] for key in ("repaired_blocks", "latency") if key in point},
-        "warnings": point["warnings"] + _warnings(point, budget, verdict),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    return Result(small, solution.plan, report, blocks, source)
+    report = Report.of(
+        content.original,
+        entry,
+        budget,
+        verdict,
+        tuple(_warnings(entry, budget, verdict)),
+        recipe=content.run.recipe,
+        seed=content.run.seed,
+        calibration=content.run.calibration,
+        sweep=str(folder),
+    )
+    seconds = round(time.perf_counter() - started, 3)
+    values = {**fields_written(report), "seconds": seconds}
+    return Result(small, solution.plan, values, blocks, source)
 
 
-def _warnings(point: dict[str, Any], budget: Budget, verdict: Verdict | None) -> list[str]:
+def _warnings(entry: Entry, budget: Budget, verdict: Verdict | None) -> list[str]:
     """What to tell of a plan that was chosen by its loss."""
-    if verdict is None:
+    if verdict is None or entry.judged is None:
         return []
     told = beyond_bound(budget, verdict)
-    if not point["judged"]["apart"]:
+    if not entry.judged.apart:
         told.append(
             f"the {verdict.images} images of the final figures also judged {budget}, for the sweep "
             "had no others; evaluate the small model on images of your own"
@@ -538,49 +545,30 @@ def _warnings(point: dict[str, Any], budget: Budget, verdict: Verdict | None) ->
     return told
 
 
-def _name(data: dict[str, Any]) -> str:
-    name = Source.from_json(data["source"]).loads_as
+def _name(content: SweepFile) -> str:
+    name = content.source.loads_as
     if name is None:
         raise BlockfitError("the sweep's model was built by the user; give it as MODEL (model=)")
     return name
 
 
-def _write_point(
-    folder: Path, session: Session, point: Point, started: float, share: float | None = None
-) -> dict[str, Any]:
-    solution = point.solution
-    tensors: dict[str, Tensor] = {f"weights.{k}": v for k, v in solution.weights.items()}
+def _tensors(solution: Solution) -> dict[str, Tensor]:
+    """Solved weights and maps under the names that ``_read_point`` takes."""
+    tensors = {f"weights.{name}": value for name, value in solution.weights.items()}
     for number, module in enumerate(solution.maps):
-        tensors |= {f"maps.{number}.{k}": v for k, v in module.state_dict().items()}
-    stem = f"removed-{point.removed:02d}" if share is None else f"params-{100 * share:g}"
-    name = write_point_file(folder, stem, tensors)
-    parameters, flops = session.sizes.of(solution.plan)
-    return {
-        **({} if share is None else {"share": share}),
-        "removed": point.removed,
-        "plan": solution.plan.to_json(),
-        "parameters": parameters,
-        "flops": flops,
-        "held_out": asdict(point.fidelity),
-        "top1": point.top1,
-        "maps": [asdict(error) for error in point.map_errors],
-        "repaired_blocks": session.repaired_blocks(point),
-        "warnings": session.warnings(point),
-        "file": name,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+        tensors |= {f"maps.{number}.{name}": v for name, v in module.state_dict().items()}
+    return tensors
 
 
-def _read_point(folder: Path, point: dict[str, Any], blocks: Blocks) -> Solution:
-    plan = Plan.from_json(point["plan"], f"{MARK}: plan")
-    tensors, path = read_point_file(folder, point["file"]), folder / point["file"]
+def _read_point(folder: Path, entry: Entry, blocks: Blocks) -> Solution:
+    tensors, path = read_point_file(folder, entry.file), folder / entry.file
     maps = []
-    for number, entry in enumerate(plan):
+    for number, replacement in enumerate(entry.plan):
         prefix = f"maps.{number}."
         own = {k[len(prefix) :]: tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
-        maps.append(_filled(entry, own, blocks, path))
+        maps.append(_filled(replacement, own, blocks, path))
     weights = {k.removeprefix("weights."): v for k, v in tensors.items()}
-    return Solution(plan, tuple(maps), weights)
+    return Solution(entry.plan, tuple(maps), weights)
 
 
 def _filled(entry: Replacement, values: dict[str, Tensor], blocks: Blocks, path: Path) -> nn.Module:
@@ -594,14 +582,13 @@ def _filled(entry: Replacement, values: dict[str, Tensor], blocks: Blocks, path:
     return module
 
 
-def _resume(target: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+def _resume(target: Path, run: Run) -> SweepFile | None:
     """What a stopped sweep of the same run left; refuses a folder of anything else."""
     if not (check_sweep_folder(target) / MARK).is_file():
         return None
-    data = read_sweep_file(target / MARK)
-    if data["run"] != run:
-        different = [k for k in run if data["run"].get(k) != run[k]]
+    content = read_sweep_file(target / MARK)
+    if different := content.run.differences(run):
         raise BlockfitError(
             f"{target} holds a sweep with another {' and '.join(different)}; choose a new folder"
         )
-    return data
+    return content
