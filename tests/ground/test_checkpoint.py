@@ -180,9 +180,11 @@ MEASURED = {
 
 
 def settled(value: Any) -> Any:
-    """A JSON value without what was measured and without the name of the folder."""
+    """A JSON value without what was measured and without the folder's name."""
     if isinstance(value, dict):
-        return {k: settled(v) for k, v in value.items() if k not in MEASURED | {"output"}}
+        return {
+            k: settled(v) for k, v in value.items() if k not in MEASURED | {"output", "command"}
+        }
     return [settled(one) for one in value] if isinstance(value, list) else value
 
 

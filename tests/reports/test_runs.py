@@ -15,6 +15,7 @@ from reports import made as made
 from reports import runs as runs
 
 import blockfit
+from blockfit.command_line import command_line, started_with
 from blockfit.errors import BlockfitError
 from blockfit.reports.runs import read_run, read_runs
 
@@ -45,40 +46,44 @@ def test_a_saved_folder_is_read_as_it_was_written(runs: dict[str, Path]) -> None
     assert found.repaired == tuple(saved["report"]["repaired_blocks"]) == (4, 5, 6, 7, 8, 11)
 
 
-def test_the_command_of_a_saved_folder_makes_the_same_model(
-    runs: dict[str, Path], tmp_path: Path
-) -> None:
-    found = read_run(runs["small"]).compressed
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--remove", "1", "--recipe", "paper", "--hold-out", "0.3", "--protect", "0,3"),
+        ("--span=2:4", "--map", "low-rank", "--rank", "3", "--ridge", "auto", "--seed", "3"),
+        ("--params", "90%", "--cuts", "mlp"),
+    ],
+)
+def test_a_run_writes_its_own_command_down(tmp_path: Path, options: tuple[str, ...]) -> None:
+    target = tmp_path / "with space"
+    first = ("compress", "demo", *FEW, *options, "-o", target, "--quiet")
+    assert blockfit_command(*first).code == 0
+    found = read_run(target).compressed
     assert found is not None
     assert found.command is not None
+    assert shlex.split(found.command) == ["blockfit", *map(str, first)]
     again = made_again(found.command, tmp_path / "again")
-    before = written(runs["small"] / "blockfit.json")
+    before = written(target / "blockfit.json")
     assert again["plan"] == before["plan"]
     assert again["report"]["held_out"] == before["report"]["held_out"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--remove", "1"),
-        ("--remove", "1", "--recipe", "paper", "--hold-out", "0.3", "--protect", "0,3"),
-        ("--span", "2:4", "--map", "low-rank", "--rank", "3", "--ridge", "auto", "--seed", "3"),
-        ("--span", "9:11", "--map", "scale", "--repair", "mlp", "--repair-ridge", "2"),
-    ],
-)
-def test_commands_say_every_option_that_was_given(tmp_path: Path, options: tuple[str, ...]) -> None:
-    first = ("compress", "demo", *FEW, *options, "-o", tmp_path / "first", "--quiet")
-    assert blockfit_command(*first).code == 0
-    found = read_run(tmp_path / "first").compressed
-    assert found is not None
-    assert found.command is not None
-    again = made_again(found.command, tmp_path / "again")["report"]
-    before = written(tmp_path / "first" / "blockfit.json")["report"]
-    for name in ("recipe", "held_out", "seed", "protect", "budget", "maps"):
-        assert again[name] == before[name]
+def test_python_has_no_command_and_old_names_are_written_as_the_new_ones(tmp_path: Path) -> None:
+    images = blockfit.images("digits", blockfit.load("demo"), limit=40)
+    report = blockfit.compress("demo", images, spans=["9:11"], map="identity").report
+    assert "command" not in report
+    assert command_line() is None
+    with started_with(["blockfit", "compress", "a b"]):
+        assert command_line() == "blockfit compress 'a b'"
+    folder = tmp_path / "paper"
+    old = ("reproduce", "--model", "demo", "--data", "digits", "--quick")
+    few = ("--experiments", "similarity", "--limit", "40", "--test-limit", "20")
+    assert blockfit_command(*old, *few, "-o", folder, "--quiet").code == 0
+    (line,) = (one.line for one in read_run(folder).commands)
+    assert line.startswith("blockfit reproduce demo --images digits --quick --experiments")
 
 
-def test_every_plan_of_a_sweep_has_a_command_that_makes_exactly_it(
+def test_plans_of_a_sweep_have_commands_that_make_exactly_them(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
     found = read_run(runs["sweep"])
@@ -90,9 +95,9 @@ def test_every_plan_of_a_sweep_has_a_command_that_makes_exactly_it(
     assert "--select last --repair none --measure-latency 1 -o" in found.commands[0].line
     assert found.facts[-1].name == "latency measured with"
     assert found.facts[-1].value.startswith("1 image per forward pass, ")
-    by_hand = [c for c in found.frontier if c.command and "--from" not in c.command]
-    straight = [c for c in found.frontier if c.command and "--from" in c.command]
-    for candidate in (*by_hand[:1], *straight[:1]):
+    straight = [c for c in found.frontier if c.command]
+    assert all("--from" in str(c.command) for c in straight)
+    for candidate in straight[:2]:
         assert candidate.command is not None
         again = made_again(candidate.command, tmp_path / str(candidate.removed))
         point = next(p for p in points if p["removed"] == candidate.removed)
@@ -101,7 +106,7 @@ def test_every_plan_of_a_sweep_has_a_command_that_makes_exactly_it(
     assert straight
 
 
-def test_a_plan_that_a_smaller_model_beats_is_made_by_hand(
+def test_a_plan_that_a_smaller_model_beats_has_no_command(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "sweep"
@@ -111,11 +116,7 @@ def test_a_plan_that_a_smaller_model_beats_is_made_by_hand(
         point["held_out"]["kl"] = 0.5 if point["removed"] == 2 else 0.01 * point["removed"]
     (folder / "sweep.json").write_text(json.dumps(data))
     beaten = read_run(folder).frontier[1]
-    plan = data["points"][1]["plan"]
-    assert beaten.command is not None
-    assert "--from" not in beaten.command
-    for entry in plan:
-        assert f"--span {entry['start']}:{entry['stop']}" in beaten.command
+    assert beaten.command is None
     assert any("removing 3 blocks is smaller" in text for text in beaten.warnings)
 
 

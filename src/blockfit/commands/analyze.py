@@ -48,7 +48,7 @@ def analyze(
             resume=state,
             max_memory=running.max_memory,
         )
-        page.analysed(out, result.to_json(), output)
+        page.analysed(out, result.to_json())
     show(out, [summaries.analysis(result.tables)])
     out.warn(result.warnings)
     if output is not None:

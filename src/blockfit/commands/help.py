@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from blockfit.command_line import started_with
 from blockfit.commands.options import DATA, FORM, HOW, OUT, REMOVE, Rare, option
 
 GROUPS = ("Start", "Look", "Deploy", "Research")
@@ -18,6 +19,8 @@ PANELS = ("Arguments", FORM, DATA, REMOVE, HOW, OUT)
 
 METAVARS = {"integer": "N", "float": "X", "path": "PATH"}
 ALL = "--help-all"
+WORDS = "blockfit.words"
+"""Under which a context keeps what stood behind the command's name."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,14 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Bring old names to those of now; everything else is click's."""
-        return super().parse_args(ctx, _renamed(args, self.declared.old))
+        words = _renamed(args, self.declared.old)
+        ctx.meta[WORDS] = tuple(words)
+        return super().parse_args(ctx, words)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; what it writes holds the command line."""
+        with started_with(("blockfit", str(ctx.info_name), *ctx.meta.get(WORDS, ()))):
+            return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Arguments, the options that must be there, and that there are others."""

@@ -106,10 +106,10 @@ class Reporter:
         few = shown.take(LOOKED_AT)
         self._write(out, beside(out, content, original, small, blocks, few))
 
-    def analysed(self, out: Output, found: dict[str, Any], folder: Path | None) -> None:
+    def analysed(self, out: Output, found: dict[str, Any]) -> None:
         """Write the report of an analysis, from ``Analysis.to_json``."""
         if self.path is not None:
-            self._write(out, analysis_content(Values(found, "the analysis"), folder))
+            self._write(out, analysis_content(Values(found, "the analysis")))
 
     def reproduced(self, out: Output, folder: Path) -> None:
         """Write the report of the experiments that ``folder`` holds."""
@@ -118,7 +118,8 @@ class Reporter:
 
     def _similarity(self, out: Output, original: nn.Module, images: Images) -> Content:
         found = analyze(original, images, say=out.say, progress=out.count)
-        return analysis_content(Values(found.to_json(), "the analysis"))
+        content = analysis_content(Values(found.to_json(), "the analysis"))
+        return replace(content, commands=())  # no command of its own made it
 
     def _write(self, out: Output, content: Content) -> None:
         assert self.path is not None

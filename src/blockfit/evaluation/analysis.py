@@ -15,6 +15,7 @@ from torch import nn
 from blockfit import processes as ranks
 from blockfit.arguments import checked
 from blockfit.checkpoint import Checkpoint, settled
+from blockfit.command_line import command_line
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
@@ -150,6 +151,7 @@ def analyze(
             say("comparing hidden states")
         parts.append(part(moments))
     report = {
+        "command": command_line(),
         "model": source_of(model).name,
         "seed": seed,
         "calibration": images.description(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,14 +26,6 @@ from blockfit.fit.similarity import METRICS, Tables
 from blockfit.formats import folder as store
 from blockfit.formats.manifest import read_manifest
 from blockfit.models.source import Source
-from blockfit.reports.command_lines import (
-    SMALL,
-    analyze_line,
-    by_hand_line,
-    compress_line,
-    from_line,
-    sweep_line,
-)
 from blockfit.reports.content import (
     FIDELITY,
     Candidate,
@@ -103,7 +96,6 @@ def _saved(folder: Path) -> Content:
         manifest.blocks.depth,
         manifest.source,
         Values(manifest.report, f"{mark}: report"),
-        folder,
         weights.stat().st_size if weights.is_file() else None,
     )
     return replace(found, facts=(*found.facts, written_with(manifest.versions)))
@@ -114,7 +106,6 @@ def result_content(
     depth: int,
     source: Source,
     report: Values,
-    folder: Path | None = None,
     size_bytes: float | None = None,
 ) -> Content:
     """The findings of one compression.
@@ -124,7 +115,6 @@ def result_content(
         depth: blocks of the original.
         source: the original model.
         report: of the run.
-        folder: where the small model lies, for the command that makes it again.
         size_bytes: of its weights file.
     """
     before, after = (
@@ -142,7 +132,7 @@ def result_content(
         maps=_map_errors(report),
         repaired=_repaired(report, depth),
         warnings=report.texts("warnings"),
-        command=compress_line(report, plan, source, folder or SMALL),
+        command=report.text("command"),
         top1=(report.number("top1_before"), report.number("top1_after")),
         latency=_latency(report),
         final=_final(report.inner("final")),
@@ -162,11 +152,7 @@ def _sweep(folder: Path) -> Content:
         raise BlockfitError(f"{where}: blocks: key 'depth' is missing; run the sweep again")
     points = [Values(point, str(where)) for point in found.points]
     candidates = [_point(point, found, data, depth, source) for point in points]
-    commands: tuple[Command, ...] = ()
-    sizes = {point.inner("latency").whole("batch_size") for point in points}
-    timed = sizes.pop() if len(sizes) == 1 else None
-    if (line := sweep_line(run, source, folder, timed)) is not None:
-        commands = (Command("The sweep", line),)
+    commands = _commands("The sweep", data.text("command"))
     return Content(
         source.name,
         frontier=tuple(candidates),
@@ -181,24 +167,36 @@ def _sweep(folder: Path) -> Content:
     )
 
 
+def _commands(what: str, line: str | None) -> tuple[Command, ...]:
+    """The command that a run wrote down; none where Python started it."""
+    return () if line is None else (Command(what, line),)
+
+
+def _from_sweep(folder: Path, budget: Budget) -> str:
+    """The command that makes the model of a sweep's plan."""
+    value = f"{budget.value:.0f}" if budget.kind == "remove" else f"{100 * budget.value:g}%"
+    words = ("blockfit", "compress", "--from", str(folder), f"--{budget.kind}", value)
+    return shlex.join((*words, "-o", "small"))
+
+
 def _point(
     point: Values, found: sweeps.Frontier, data: Values, depth: int, source: Source
 ) -> Candidate:
-    """One plan of a sweep, and the command that makes exactly it."""
+    """One plan of a sweep, and the command that makes exactly it where the sweep gives it."""
     plan = Plan.from_json(point.raw("plan"), f"{point.where}: plan")
     plan.check(depth)
-    run, original = data.inner("run"), data.inner("original")
+    original = data.inner("original")
     removed, warnings = len(plan.removed_blocks), point.texts("warnings")
     target = point.number("share")
     budget = Budget("remove", removed) if target is None else Budget("params", target)
-    line: str | None = from_line(found.folder, budget)
+    line: str | None = _from_sweep(found.folder, budget)
     best = found.best_entry(budget)
     if best.file != point.text("file"):
         warnings += (
             f"the plan {best.named(gerund=True)} is smaller and lost less on the held-out "
             f"images: --from with the budget of this one makes that one",
         )
-        line = by_hand_line(run, plan, source)
+        line = None
     return Candidate(
         plan=plan,
         depth=depth,
@@ -217,20 +215,17 @@ def _point(
 
 
 def _analysis(folder: Path) -> Content:
-    return analysis_content(read_values(folder / analysis.MARK), folder)
+    return analysis_content(read_values(folder / analysis.MARK))
 
 
-def analysis_content(data: Values, folder: Path | None = None) -> Content:
-    """The findings of ``Analysis.to_json``; ``folder`` is where it lies, for its command."""
+def analysis_content(data: Values) -> Content:
+    """The findings of ``Analysis.to_json``."""
     name, calibration = data.text("model") or "", data.inner("calibration")
-    commands: tuple[Command, ...] = ()
-    if (line := analyze_line(data, name, folder or Path("analysis/"))) is not None:
-        commands = (Command("The analysis", line),)
     return Content(
         name,
         similarity=_tables(data.inner("similarity")),
         facts=only_known(run_facts(data, calibration, "images of the similarity")),
-        commands=commands,
+        commands=_commands("The analysis", data.text("command")),
         warnings=data.texts("warnings"),
     )
 
@@ -257,7 +252,10 @@ def _reproduction(folder: Path) -> Content:
         Fact("test images", f"{test.whole('images') or 0} from {test.text('source') or '–'}"),
     ]
     return Content(
-        model.text("name") or "", experiments=tuple(experiments), facts=only_known(facts)
+        model.text("name") or "",
+        experiments=tuple(experiments),
+        facts=only_known(facts),
+        commands=_commands("The experiments", data.text("command")),
     )
 
 

@@ -122,7 +122,7 @@ class Report:
     """The report of a small model; ``fields.written`` makes it JSON.
 
     ``held_out`` and ``top1_before``, ``top1_after`` are of the images that chose the plan,
-    ``final`` of images that decided nothing.
+    ``final`` of images that decided nothing; ``command`` is the command line that was run.
     """
 
     budget: str | None
@@ -145,6 +145,7 @@ class Report:
     latency: Latency | None = field(default=None, metadata=LEFT_OUT)
     protect: tuple[int, ...] | None = field(default=None, metadata=LEFT_OUT)
     sweep: str | None = field(default=None, metadata=LEFT_OUT)
+    command: str | None = field(default=None, metadata=LEFT_OUT)
 
     @classmethod
     def of(
@@ -164,7 +165,7 @@ class Report:
             budget: that it was chosen for.
             verdict: whether it keeps a budget of loss.
             warnings: beside those of the entry.
-            run: ``recipe``, ``seed``, ``calibration``, and ``protect`` or ``sweep``.
+            run: ``recipe``, ``seed``, ``calibration``, ``command``, and ``protect`` or ``sweep``.
         """
         return cls(
             budget=None if budget is None else str(budget),

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from blockfit.checkpoint import Checkpoint, settled
+from blockfit.command_line import command_line
 from blockfit.data.images import Images
 from blockfit.fields import fields_written
 from blockfit.fit.plan import Plan
@@ -102,6 +103,7 @@ def describe(
         seed=session.seed,
         calibration=calibration,
         protect=session.protected,
+        command=command_line(),
     )
     return fields_written(report)
 

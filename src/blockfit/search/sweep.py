@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from blockfit import processes as ranks
 from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import forget
+from blockfit.command_line import command_line
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
@@ -256,6 +257,8 @@ def sweep(
     before = None if stored is None else read(SweepFile, stored, str(target / MARK))
     setting = Setting.of(model, parts.calibration, blocks, hold_out, seed)
     check_whole(whole, setting.blocks.depth)
+    if before is not None and command_line() is not None:
+        before = replace(before, command=command_line())
     if before is not None and _complete(before, setting):
         frontier = Frontier(target, before)
     else:
@@ -362,7 +365,8 @@ class _Looks:
 def _begun(session: Session, run: Run) -> SweepFile:
     """The content of ``sweep.json`` before there is a plan."""
     source, blocks = source_of(session.setting.model), session.setting.blocks
-    return SweepFile(run, source, blocks, original_of(session), (), {})
+    original = original_of(session)
+    return SweepFile(run, source, blocks, original, (), {}, command=command_line())
 
 
 def _go_through(frontier: Frontier, session: Session, looks: _Looks) -> None:
@@ -526,6 +530,7 @@ def from_sweep(
         seed=content.run.seed,
         calibration=content.run.calibration,
         sweep=str(folder),
+        command=command_line(),
     )
     seconds = round(time.perf_counter() - started, 3)
     values = {**fields_written(report), "seconds": seconds}

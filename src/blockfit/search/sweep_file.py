@@ -71,6 +71,7 @@ class SweepFile:
         points: the plans, in the order in which they were found.
         search: what the search found so far, to go on from.
         format: ``FORMAT``.
+        command: the command line that was run last on it; ``None`` where Python did.
 
     Raises:
         BlockfitError: where the plans cannot be of this model, or two are of one size.
@@ -83,6 +84,7 @@ class SweepFile:
     points: tuple[Entry, ...]
     search: dict[str, Any]
     format: int = FORMAT
+    command: str | None = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         for number, entry in enumerate(self.points):

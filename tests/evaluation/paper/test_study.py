@@ -131,6 +131,25 @@ def test_a_report_shows_every_experiment_with_its_finding_rows_and_picture(
     assert left.picture is None
 
 
+@pytest.mark.parametrize("name", [INDEX, "spans.md", "seeds.csv", "positions.png"])
+def test_a_file_of_the_user_s_is_never_replaced(
+    whole: tuple[Path, Done], tmp_path: Path, name: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole[0], copy)
+    if name.endswith((".csv", ".png")):  # of an experiment that was not run there
+        data = json.loads((copy / MARK).read_text())
+        del data["experiments"][name.partition(".")[0]]
+        (copy / MARK).write_text(json.dumps(data))
+    for text in ("my own notes\n", (copy / name).read_bytes().decode("latin-1") + "a line\n"):
+        (copy / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(BlockfitError, match=rf"{name} is not as blockfit reproduce writes it"):
+            reproduce.earlier(copy)
+        assert (copy / name).read_bytes() == text.encode("latin-1")
+    (copy / name).unlink()
+    assert reproduce.earlier(copy) is not None
+
+
 def test_what_is_done_is_not_run_again_and_what_was_deleted_is_written_again(
     whole: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from blockfit.command_line import command_line
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.paper.charts import draw
 from blockfit.evaluation.paper.experiments import EXPERIMENTS, Experiment
@@ -21,6 +23,7 @@ MARK = "reproduction.json"
 INDEX = "index.md"
 FORMAT = 1
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
+_KEYS = {"format", "about", "experiments"}
 ENDINGS = (".csv", ".md", ".png")
 _NAMES = {MARK, INDEX, *(f"{name}{ending}" for name in BY_NAME for ending in ENDINGS)}
 _OTHER = {
@@ -76,16 +79,34 @@ def earlier(folder: Path, about: Mapping[str, Any] | None = None) -> dict[str, A
         data = read_json(mark, exact=False)
     except BlockfitError as error:
         raise BlockfitError(f"{error}; choose a new folder") from error
-    if not isinstance(data, dict) or set(data) != {"format", "about", "experiments"}:
+    if not isinstance(data, dict) or set(data) - {"command"} != _KEYS:
         raise BlockfitError(f"{mark} was not written by blockfit reproduce; choose a new folder")
     if data["format"] != FORMAT:
         raise BlockfitError(f"{mark} has format {data['format']!r}; this version reads {FORMAT}")
+    _refuse_foreign(target, data)
     if about is not None and data["about"] != about:
         other = [said for key, said in _OTHER.items() if data["about"].get(key) != about.get(key)]
         raise BlockfitError(
             f"{folder} holds experiments with {' and '.join(other)}; choose a new folder"
         )
     return data
+
+
+def _refuse_foreign(folder: Path, data: Mapping[str, Any]) -> None:
+    """Refuse a folder in which something of the user's stands where a run would write.
+
+    Raises:
+        BlockfitError: names the first such file.
+    """
+    pages = (INDEX, *(f"{name}.md" for name in BY_NAME))
+    foreign = [name for name in pages if _has(folder, name) and not _is_own(folder / name)]
+    for name in BY_NAME.keys() - data["experiments"].keys():
+        foreign += [f"{name}{end}" for end in ENDINGS if end != ".md" and _has(folder, name + end)]
+    if foreign:
+        raise BlockfitError(
+            f"{folder / min(foreign)} is not as blockfit reproduce writes it and would be replaced; "
+            "move it away or choose a new folder"
+        )
 
 
 def reproduce(
@@ -118,6 +139,8 @@ def reproduce(
     about = json.loads(json.dumps(about))
     folder = resolved(folder)
     data = earlier(folder, about) or {"format": FORMAT, "about": about, "experiments": {}}
+    if command_line() is not None:
+        data["command"] = command_line()
     if not (folder / MARK).exists():  # a run that is killed leaves a folder that it knows again
         _write_text(folder / MARK, json.dumps(data, indent=1, allow_nan=False) + "\n")
     for experiment in experiments:
@@ -134,14 +157,14 @@ def reproduce(
             said = finding(experiment.name, rows)
             entry = {"settings": settings, "finding": said, **times, "rows": rows}
             (folder / f"{experiment.name}.png").unlink(missing_ok=True)
-            _write(folder, experiment, entry, data["about"], warn)
             data["experiments"][experiment.name] = entry
             order = [name for name in BY_NAME if name in data["experiments"]]
             data["experiments"] = {name: data["experiments"][name] for name in order}
             _write_text(folder / MARK, json.dumps(data, indent=1, allow_nan=False) + "\n")
+            _write(folder, experiment, entry, data["about"], warn)
         elif any(not (folder / f"{experiment.name}{end}").exists() for end in ENDINGS):
             _write(folder, experiment, entry, data["about"], warn)
-        _write_text(folder / INDEX, _index(folder, data))
+        _write_page(folder / INDEX, _index(folder, data))
     return data
 
 
@@ -183,7 +206,7 @@ def _write(
     picture = f"![{experiment.title}]({name}.png)\n\n" if _has(folder, f"{name}.png") else ""
     table = similarity_table(rows) if name == "similarity" else as_table(rows)
     used = "; ".join(f"{key} {_words(value)}" for key, value in entry["settings"].items())
-    _write_text(
+    _write_page(
         folder / f"{name}.md",
         f"# {experiment.title}\n\n{experiment.shows} {entry['finding']}\n\n{picture}{table}\n"
         f"Settings: {used}. {entry['seconds']:.0f} s, {entry['cpu_seconds']:.0f} s of CPU time. "
@@ -234,6 +257,25 @@ def _words(value: Any) -> str:
 
 def _has(folder: Path, name: str) -> bool:
     return (folder / name).is_file()
+
+
+def _write_page(path: Path, text: str) -> None:
+    """Write a page whose last line tells it from one that the user wrote or changed."""
+    _write_text(path, f"{text}\n{_mark_of(text)}\n")
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a page is as ``_write_page`` left it."""
+    try:
+        text, _, last = path.read_bytes().decode("utf-8").removesuffix("\n").rpartition("\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return last == _mark_of(text)
+
+
+def _mark_of(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return f"<!-- written by blockfit reproduce {digest[:16]} -->"
 
 
 def _write_text(path: Path, text: str) -> None:
