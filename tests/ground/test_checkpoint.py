@@ -174,7 +174,7 @@ COMMANDS = {
 }
 MEASURED = {
     *("seconds", "cpu_seconds", "latency_ms", "batch_ms", "images_per_second"),
-    *("peak_memory_bytes", "speedup"),
+    *("peak_memory_bytes", "speedup", "command"),
 }
 """What differs from run to run by its nature."""
 

@@ -104,8 +104,8 @@ def _refuse_foreign(folder: Path, data: Mapping[str, Any]) -> None:
         foreign += [f"{name}{end}" for end in ENDINGS if end != ".md" and _has(folder, name + end)]
     if foreign:
         raise BlockfitError(
-            f"{folder / min(foreign)} is not as blockfit reproduce writes it and would be replaced; "
-            "move it away or choose a new folder"
+            f"{folder / min(foreign)} is not as blockfit reproduce writes it and would be "
+            "replaced; move it away or choose a new folder"
         )
 
 
