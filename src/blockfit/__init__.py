@@ -25,24 +25,31 @@ if TYPE_CHECKING:  # for type checkers and editors; each name is imported when i
         from_sweep,
         images,
         load,
+        push_to_hub,
         report,
         reproduce,
         save,
         sweep,
     )
     from blockfit.errors import BlockfitError, BlockfitWarning
+    from blockfit.evaluation.analysis import Analysis
+    from blockfit.evaluation.evaluate import Evaluation
     from blockfit.fit.plan import Narrowing, Plan, Replacement, Span
     from blockfit.models.blocks import Blocks, find_blocks
     from blockfit.search.recipes import RECIPES, Recipe
     from blockfit.search.solve import Options
+    from blockfit.search.sweep import Frontier
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RECIPES",
+    "Analysis",
     "BlockfitError",
     "BlockfitWarning",
     "Blocks",
+    "Evaluation",
+    "Frontier",
     "Narrowing",
     "Options",
     "Plan",
@@ -63,6 +70,7 @@ __all__ = [
     "from_sweep",
     "images",
     "load",
+    "push_to_hub",
     "report",
     "reproduce",
     "save",
@@ -71,9 +79,12 @@ __all__ = [
 
 _ELSEWHERE = {
     "RECIPES": "search.recipes",
+    "Analysis": "evaluation.analysis",
     "BlockfitError": "errors",
     "BlockfitWarning": "errors",
     "Blocks": "models.blocks",
+    "Evaluation": "evaluation.evaluate",
+    "Frontier": "search.sweep",
     "Narrowing": "fit.plan",
     "Options": "search.solve",
     "Plan": "fit.plan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -337,13 +338,15 @@ def from_sweep(
     Raises:
         BlockfitError: no budget or two, no plan that meets it, another model than the sweep's.
     """
-    given = Budget.of(
-        remove=remove, params=params, flops=flops, latency=latency, max_kl=max_kl, max_drop=max_drop
+    wanted = Budget.one(
+        budget,
+        remove=remove,
+        params=params,
+        flops=flops,
+        latency=latency,
+        max_kl=max_kl,
+        max_drop=max_drop,
     )
-    if (budget is None) == (given is None):
-        raise BlockfitError("say how small by one budget, such as remove=3 or params='62%'")
-    wanted = budget or given
-    assert wanted is not None
     result = sweeps.from_sweep(folder, wanted, model, force_budget)
     tell(result.report["warnings"], stacklevel=3)
     return result
@@ -596,6 +599,42 @@ def export_program(
 
 
 @checked
+def push_to_hub(
+    small: Result | Saved | nn.Module | str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Upload a compressed model to the Hugging Face Hub, with huggingface_hub's own settings.
+
+    As an ordinary checkpoint where the library's config can say what is left (``export_plain``),
+    with code of its own otherwise (``export_hub``); an exported folder goes up as it is.
+
+    Args:
+        small: as in ``export_plain``, or a folder that it or ``export_hub`` wrote.
+        repository: ``owner/name``.
+        private: visible to its owner only, where the repository is new.
+        overwrite: put the files into a repository that is there already.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        BlockfitError: where no form for the Hub can hold the model, or the Hub refuses.
+    """
+    how = {"private": private, "overwrite": overwrite}
+    if isinstance(small, (str, Path)) and not store.is_saved(small) and expanded(small).is_dir():
+        return exported_folder.push_folder(Path(small), repository, **how)
+    saved = as_saved(small)
+    stock = saved.plan.not_plain(saved.blocks.depth) is None
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / "model"
+        (export_plain if stock else export_hub)(saved, folder)
+        return exported_folder.push_folder(folder, repository, **how)
+
+
+@checked
 def report(
     runs: str | Path | Iterable[str | Path],
     path: str | Path = "report.html",
@@ -741,6 +780,8 @@ def _pictures(images: Any, saved: Saved) -> Images | None:
     return None if images is None else _images(images, saved.model)
 
 
+Result.verbs.update(save=save, push_to_hub=push_to_hub, evaluate=evaluate)
+
 __all__ = [
     "Result",
     "analyze",
@@ -755,6 +796,7 @@ __all__ = [
     "from_sweep",
     "images",
     "load",
+    "push_to_hub",
     "report",
     "reproduce",
     "save",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from typing import Any
 
 from blockfit.errors import need
@@ -82,13 +83,15 @@ class Summary:
 
     def _repr_html_(self) -> str:
         shown = []
-        for part in self.parts:
-            if not isinstance(part, str):
-                shown.append(part.html())
-            elif part.startswith(" "):  # in columns
-                shown.append(f'<pre style="margin:0">{escape(part)}</pre>')
-            else:
-                shown.append(f"<div>{escape(part)}</div>")
+        for columns, parts in groupby(self.parts, lambda p: isinstance(p, str) and p[:1] == " "):
+            if columns:
+                text = "\n".join(map(str, parts))
+                shown.append(f'<pre style="line-height:1.3">{escape(text)}</pre>')
+                continue
+            shown += [
+                f"<div>{escape(part)}</div>" if isinstance(part, str) else part.html()
+                for part in parts
+            ]
         return "\n".join(shown)
 
 
@@ -105,20 +108,3 @@ def frame(rows: Iterable[Mapping[str, Any]], index: Sequence[str] = ()) -> Any:
     pandas = need("pandas", "notebook", "to_frame()")
     made = pandas.DataFrame.from_records([dict(row) for row in rows])
     return made.set_index(list(index)) if index else made
-
-
-def axes_of(ax: Any, width: float = 5.0, height: float = 3.4) -> Any:
-    """The axes to draw on: ``ax``, or those of a new figure of pyplot.
-
-    Args:
-        ax: matplotlib's axes, or ``None``.
-        width: of a new figure, in inches.
-        height: likewise.
-
-    Raises:
-        BlockfitError: where matplotlib is not installed.
-    """
-    if ax is not None:
-        return ax
-    pyplot = need("matplotlib.pyplot", "plots", "plot()")
-    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ from families import EXPORTED, FAMILIES
 from families import one_thread as one_thread
 from safetensors.torch import load_file, save_file
 
+import blockfit
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Plan, Replacement, Span
 from blockfit.formats.hub_folder import export_hub
@@ -180,6 +182,24 @@ def test_push_uploads_the_exported_files_alone(hub: Path, monkeypatch: pytest.Mo
     assert "already created" in blockfit_command("push", hub, "me/taken").error
     assert blockfit_command("push", hub, "me/taken", "--overwrite").code == 0
     assert "has no config.json" in blockfit_command("push", hub.parent, "me/x").error
+
+
+@pytest.mark.parametrize("folded", [True, False], ids=["stock", "with code"])
+def test_a_result_goes_up_in_the_form_that_can_hold_it(
+    folded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reader(Api):
+        def upload_folder(self, **told: Any) -> None:
+            config = json.loads((told["folder_path"] / "config.json").read_text())
+            Api.said.append(config["model_type"])
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Reader)
+    maps = Plan((Replacement(Span(2, 3), "folded"),)) if folded else MAPS
+    small = saved(tmp_path / "small", "vit-classifier", maps)
+    result = blockfit.Result(small.model, small.plan, {}, small.blocks, small.source)
+    url = result.push_to_hub("me/small", private=True)
+    assert url == "https://huggingface.co/me/small"
+    assert Api.said == [("me/small", True), "vit" if folded else "blockfit_vit"]
 
 
 def test_push_to_no_repository_and_without_a_network_is_one_sentence(hub: Path) -> None:

@@ -15,7 +15,6 @@ import blockfit
 from blockfit.fit.plan import PARTS, Plan
 from blockfit.search.budget import Budget
 from blockfit.search.cuts import CutSearch
-from blockfit.search.summaries import loss_of
 from blockfit.search.sweep import MARK, Frontier, from_sweep, read_sweep, sweep
 
 POINTS = (0.9, 0.7, 0.5)
@@ -134,7 +133,7 @@ def test_a_sweep_gets_smaller_and_loses_more_point_by_point(folder: Path) -> Non
     assert [point["share"] for point in frontier.points] == list(POINTS)
     parameters = [point["parameters"] for point in frontier.points]
     assert parameters == sorted(parameters, reverse=True)
-    losses = [loss_of(frontier.best(Budget("params", share))) for share in POINTS]
+    losses = [frontier.best(Budget("params", share)).held_out.loss for share in POINTS]
     assert losses == sorted(losses)
 
 

@@ -12,7 +12,6 @@ import blockfit
 from blockfit.fit.intervals import drop_above
 from blockfit.search.budget import Budget
 from blockfit.search.span_search import Search
-from blockfit.search.summaries import loss_of
 from blockfit.search.sweep import MARK, from_sweep, parts_of_sweep, read_sweep, sweep
 
 
@@ -59,7 +58,7 @@ def test_every_size_from_one_block_to_all_but_two_is_there(folder):
 
 def test_no_budget_gets_a_worse_plan_than_a_larger_one(folder):
     frontier = read_sweep(folder)
-    losses = [loss_of(frontier.best(Budget("remove", n))) for n in range(1, 11)]
+    losses = [frontier.best(Budget("remove", n)).held_out.loss for n in range(1, 11)]
     assert losses == sorted(losses)
 
 
@@ -102,7 +101,7 @@ def test_a_drop_budget_takes_the_last_plan_up_to_which_all_bounds_keep_it(folder
     for budget in (5.0, 12.0, 60.0):
         size = next((n for n, bound in enumerate(bounds) if bound > budget), len(bounds))
         best = read_sweep(folder).best(Budget("max_drop", budget))
-        assert best["removed"] == size
+        assert best.removed == size
     report = from_sweep(folder, Budget("max_drop", 12.0)).report
     assert report["judged"]["bound"] <= 12.0
     assert report["final"]["top1_after"]["low"] < report["final"]["top1_after"]["value"]
@@ -147,7 +146,7 @@ def test_a_latency_budget_takes_the_best_plan_that_is_fast_enough(timed):
     frontier = read_sweep(timed)
     ratio = frontier.points[-1]["latency"]["ratio"]
     best = frontier.best(Budget("latency", min(1.0, ratio + 1e-9)))
-    assert best["latency"]["ratio"] <= ratio
+    assert best.latency.ratio <= ratio
     assert from_sweep(timed, Budget("latency", 1.0)).report["latency"]["batch_size"] == 2
     with pytest.raises(blockfit.BlockfitError, match=r"no plan of the sweep .* meets latency"):
         frontier.best(Budget("latency", 0.001))
@@ -169,7 +168,7 @@ def test_what_a_sweep_does_not_know_is_said_with_what_to_do(folder, timed, tmp_p
     ):
         with pytest.raises(blockfit.BlockfitError, match=message):
             frontier.best(Budget(kind, 1.0))
-    assert frontier.best(Budget("remove", 3))["removed"] >= 3
+    assert frontier.best(Budget("remove", 3)).removed >= 3
 
 
 @pytest.mark.parametrize(
@@ -216,7 +215,7 @@ def test_a_sweep_of_single_spans_reaches_every_size(model, images, tmp_path):
 def test_a_parameter_budget_is_met_by_the_best_plan_that_fits(folder):
     frontier = read_sweep(folder)
     point = frontier.best(Budget("params", 0.7))
-    assert point["parameters"] <= 0.7 * frontier.data["original"]["parameters"]
+    assert point.parameters <= 0.7 * frontier.data["original"]["parameters"]
     with pytest.raises(blockfit.BlockfitError, match="no plan"):
         frontier.best(Budget("params", 0.001))
 

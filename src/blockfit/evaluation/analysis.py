@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import checked
 from blockfit.checkpoint import Checkpoint, settled
@@ -19,15 +20,17 @@ from blockfit.command_line import command_line
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
+from blockfit.evaluation import summaries
 from blockfit.files import FolderForm, check_target, new_folder
 from blockfit.fit.plan import Span, spans_up_to
-from blockfit.fit.similarity import Tables, merged, part
+from blockfit.fit.similarity import COLUMNS, Tables, merged, part
 from blockfit.models.blocks import Blocks, call, find_blocks, record
 from blockfit.models.forward import evaluating, first_images
 from blockfit.models.load import source_of
 from blockfit.models.tensors import fingerprint
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, Progress, calibrate
 from blockfit.search.session import CALIBRATION_IMAGES, changing
+from blockfit.summary import Summary, frame
 from blockfit.units import bytes_of
 
 MARK = "analysis.json"
@@ -42,7 +45,7 @@ MOST_BYTES = 2 << 30
 """Memory for moments. The pairs of a large model take more, and then several passes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis:
     """What ``analyze`` found.
 
@@ -69,6 +72,63 @@ class Analysis:
             "similarity": self.tables.to_json(),
             "warnings": list(self.warnings),
         }
+
+    def __repr__(self) -> str:
+        images, states = self.report["calibration"]["used"], len(self.tables.boundaries)
+        return f"Analysis({self.report['model']}, {states} hidden states of {images} images)"
+
+    def summary(self) -> Summary:
+        """The input of every block beside its output, by every metric."""
+        return Summary.of(summaries.analysis(self.tables), warnings=self.warnings)
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def to_frame(self) -> Any:
+        """A ``pandas.DataFrame`` with a row per metric, token type and pair of hidden states.
+
+        Columns: ``metric``, ``token_type``, ``start``, ``stop``, ``value`` (none where the metric
+        is not defined).
+
+        Raises:
+            BlockfitError: where pandas is not installed.
+        """
+        return frame(dict(zip(COLUMNS, row, strict=True)) for row in self.tables.rows())
+
+    def plot(self, metric: str = "r2", token_type: str = "all", ax: Any = None) -> Any:
+        """Draw one metric between all pairs of hidden states.
+
+        Args:
+            metric: one of ``METRICS``; ``r2`` is what an affine map of the earlier state explains
+                of the later one.
+            token_type: ``all``, ``prefix`` or ``patch``.
+            ax: matplotlib's axes; a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            BlockfitError: where there is no such table, or without matplotlib.
+        """
+        boundaries = self.tables.boundaries
+        self.tables.at(metric, boundaries[0], boundaries[-1], token_type)  # refuses unknown ones
+        axis = drawing.axes_of(ax, 4.4, 3.8)
+        drawing.heat_map(axis, boundaries, self.tables.values[metric][token_type], metric == "mse")
+        title = f"{drawing.METRIC_WORDS[metric]}, {token_type} tokens"
+        axis.set(xlabel="to hidden state", ylabel="from hidden state", title=title)
+        return axis
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write ``analysis.json``, ``similarity.csv`` and, with matplotlib, ``similarity.png``.
+
+        Args:
+            folder: new or empty.
+            overwrite: replace what an earlier analysis wrote.
+
+        Raises:
+            BlockfitError: where the folder is taken or cannot be written.
+        """
+        write(self, folder, overwrite)
 
 
 def check_folder(folder: str | Path, overwrite: bool = False) -> None:

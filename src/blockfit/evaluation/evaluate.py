@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import checked
 from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, LabelledBatch
 from blockfit.errors import BlockfitError
+from blockfit.evaluation import summaries
+from blockfit.files import FileForm, new_file
 from blockfit.fit.intervals import CONFIDENCE, Interval, wilson
 from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Batch, Blocks, block_modules, find_blocks
@@ -32,6 +37,11 @@ from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.search.final import Final, Outcomes, final_of, finite, rows_of
 from blockfit.search.held_out import observe_solution
 from blockfit.search.solve import Solution
+from blockfit.summary import Summary, frame
+from blockfit.units import amount, percent, share
+
+FORM = FileForm(".json", '"peak_memory_bytes":')
+"""Of the file of an evaluation."""
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
@@ -79,7 +89,7 @@ class Figures:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """A compressed model on a set of images, beside the original where there is one.
 
@@ -123,6 +133,64 @@ class Evaluation:
                 "confidence": CONFIDENCE,
             },
         }
+
+    def __repr__(self) -> str:
+        before, after = self.original, self.compressed
+        words = [f"{self.images} images", f"{amount(after.parameters)} parameters"]
+        if before is not None:
+            words[1] += f" ({share(after.parameters, before.parameters)})"
+        if after.top1 is not None:
+            of = "" if before is None else f" (original {percent(before.top1)})"
+            words.append(f"top-1 {percent(after.top1)}{of}")
+        return f"Evaluation({', '.join(words)})"
+
+    def summary(self) -> Summary:
+        """One row per figure, original and small model side by side, as the command prints it."""
+        return Summary.of(summaries.evaluation(self.to_json()))
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def to_frame(self) -> Any:
+        """A ``pandas.DataFrame`` with a row per figure, ``original`` and ``compressed`` columns.
+
+        Fractions are fractions, not percent; ``low`` and ``high`` are the ends of an interval.
+
+        Raises:
+            BlockfitError: where pandas is not installed.
+        """
+        return frame(summaries.evaluation_rows(self.to_json()), ["figure"])
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw what remains of the original: parameters, FLOPs, file, time, memory, accuracy.
+
+        Args:
+            ax: matplotlib's axes; a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            BlockfitError: where no original was evaluated beside it, or without matplotlib.
+        """
+        left = summaries.remaining(self.to_json())
+        axis = drawing.axes_of(ax, 5.4, 0.8 + 0.32 * len(left))
+        drawing.shares(axis, left)
+        return axis
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write what ``blockfit evaluate --json`` prints, which ``blockfit.report`` reads.
+
+        Args:
+            path: ends in ``.json``.
+            overwrite: replace an evaluation that lies there.
+
+        Raises:
+            BlockfitError: where the file is taken or cannot be written.
+        """
+        with new_file(path, FORM, overwrite) as partial:
+            text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+            partial.write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from blockfit.errors import BlockfitError
 from blockfit.fit.similarity import Tables
-from blockfit.search.summaries import BEFORE_AFTER, figures
+from blockfit.search.summaries import BEFORE_AFTER, FINAL, figures
 from blockfit.summary import Part, Table
 from blockfit.units import amount, number, percent, share
 
@@ -55,6 +56,61 @@ def evaluation(worth: Mapping[str, Any]) -> list[Part]:
         ends = ", ".join(f"{name} {ends}" for name, _, ends, _ in found)
         parts.append(f"{worth['intervals']['confidence']:.0%} intervals: {ends}")
     return parts
+
+
+COSTS = {
+    "parameters": ("parameters",),
+    "FLOPs": ("flops",),
+    "file": ("size_bytes",),
+    "latency": ("latency_ms", "median"),
+    "peak memory": ("peak_memory_bytes",),
+    "top-1": ("top1",),
+}
+"""What can be a part of the original's, by its keys in ``Evaluation.to_json``."""
+
+
+def remaining(worth: Mapping[str, Any]) -> dict[str, float]:
+    """What remains of the original, by name; what was not measured is left out.
+
+    Raises:
+        BlockfitError: where there was no original.
+    """
+    if worth["original"] is None:
+        raise BlockfitError(
+            "there is nothing to compare with; give evaluate the original as against="
+        )
+    found = {}
+    for name, keys in COSTS.items():
+        before, after = worth["original"], worth["compressed"]
+        for key in keys:
+            before, after = (before or {}).get(key), (after or {}).get(key)
+        if before and after is not None:
+            found[name] = after / before
+    return found
+
+
+def evaluation_rows(worth: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The figures of ``Evaluation.to_json`` as numbers, a row each; the unknown are left out."""
+    before, after = worth["original"] or {}, worth["compressed"]
+    intervals = worth["intervals"]
+    ends = {"top1": intervals.get("top1_after")}
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(value, Mapping):
+            old, value = (old or {}).get("median"), value["median"]
+        if value is not None:
+            yield _with_ends({"figure": key, "original": old, "compressed": value}, ends.get(key))
+    for key, value in (worth["fidelity"] or {}).items():
+        row = {"figure": key, "original": None, "compressed": value}
+        yield _with_ends(row, intervals.get(FINAL.get(key, key)))
+    if (drop := intervals.get("drop")) is not None:
+        row = {"figure": "drop", "original": None, "compressed": drop["value"]}
+        yield _with_ends(row, drop)
+
+
+def _with_ends(row: dict[str, Any], interval: Mapping[str, float] | None) -> dict[str, Any]:
+    found = interval or {}
+    return {**row, "low": found.get("low"), "high": found.get("high")}
 
 
 def _protocol_rows(protocol: str, models: Mapping[str, Any]) -> list[tuple[str, ...]]:

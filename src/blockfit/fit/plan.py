@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
+from blockfit import drawing
 from blockfit.arguments import check_fields, fitted
 from blockfit.errors import BlockfitError
 from blockfit.fields import LEFT_OUT, fields_written, object_of, read, written
+from blockfit.files import FileForm, expanded, new_file
+from blockfit.summary import Summary, frame
+from blockfit.untrusted import read_json
 
 MAP_KINDS = ("identity", "scale", "orthogonal", "linear", "affine", "low-rank", "folded")
 """The kinds of map that can stand where a span stood, from nothing to most (``maps.py``)."""
@@ -255,7 +261,11 @@ class Narrowing:
         return cut
 
 
-@dataclass(frozen=True)
+PLAN_KEY = "blockfit_plan"
+PLAN_FORM = FileForm(".json", f'"{PLAN_KEY}":')
+
+
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a compressed model left out: spans with the kinds of their maps, and narrowed parts.
 
@@ -465,3 +475,80 @@ class Plan:
     def at(self, block: int) -> dict[str, Narrowing]:
         """The narrowings of one block, by their part."""
         return {cut.part: cut for cut in self.narrowings if cut.block == block}
+
+    def __repr__(self) -> str:
+        return f"Plan({self.brief})"
+
+    def summary(self) -> Summary:
+        """A line per block or span that is cut."""
+        return Summary.of([f"  {line}" for line in self.lines()] or ["nothing removed"])
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def to_frame(self) -> Any:
+        """A ``pandas.DataFrame`` with a row per span and per narrowed part.
+
+        Columns: ``first`` and ``last`` block, ``cut`` (``blocks`` or one of ``PARTS``), the ``map``
+        of a span, the dimensions ``kept`` of ``size`` (of each head) of a part.
+
+        Raises:
+            BlockfitError: where pandas is not installed.
+        """
+        rows: list[tuple[Any, ...]] = [
+            (r.span.start, r.span.stop - 1, "blocks", str(r).partition(" ")[2], None, None)
+            for r in self.replacements
+        ]
+        rows += [(n.block, n.block, n.part, None, n.kept, n.size) for n in self.narrowings]
+        names = ("first", "last", "cut", "map", "kept", "size")
+        return frame(dict(zip(names, row, strict=True)) for row in sorted(rows, key=lambda r: r[0]))
+
+    def plot(self, depth: int | None = None, ax: Any = None) -> Any:
+        """Draw what is left of every block.
+
+        Args:
+            depth: blocks of the model; up to the last one that is cut by default.
+            ax: matplotlib's axes; a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            BlockfitError: where matplotlib is not installed.
+        """
+        cut = (*self.removed_blocks, *self.narrowed_blocks)
+        axis = drawing.axes_of(ax, 6.4, 2.6)
+        left = {
+            part: {n.block: n.kept / n.size for n in self.narrowings if n.part == part}
+            for part in PARTS
+            if self.narrowings
+        }
+        gone = {(r.span.start, r.span.stop - 1): r.map for r in self.replacements}
+        drawing.blocks(axis, depth or max(cut, default=0) + 1, left, gone)
+        return axis
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the plan to a JSON file, which ``Plan.load`` reads.
+
+        Args:
+            path: ends in ``.json``.
+            overwrite: replace a plan that lies there.
+
+        Raises:
+            BlockfitError: where the file is taken or cannot be written.
+        """
+        with new_file(path, PLAN_FORM, overwrite) as partial:
+            text = json.dumps({PLAN_KEY: self.to_json()}, indent=1)
+            partial.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            BlockfitError: where it is none.
+        """
+        data = read_json(expanded(path))
+        if not isinstance(data, Mapping) or set(data) != {PLAN_KEY}:
+            raise BlockfitError(f"{path} holds no plan; give a file that Plan.save wrote")
+        return cls.from_json(data[PLAN_KEY], str(path))

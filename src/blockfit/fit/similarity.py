@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockfit.drawing import heat_map
 from blockfit.errors import BlockfitError, need
 from blockfit.fit.closed_form import fit_affine, mean_square
 from blockfit.fit.moments import TOKEN_TYPES, Moments, Regression
@@ -30,6 +30,9 @@ CONSTANT = 1e-10
 leaves 1e-14. The class token at h[0] is such a case."""
 
 _ITSELF = {"mse": 0.0, "cosine": 1.0, "angular": 0.0}
+
+COLUMNS = ("metric", "token_type", "start", "stop", "value")
+"""Of the tables in their long form, a row per cell."""
 
 Table = list[list[float | None]]
 
@@ -95,7 +98,7 @@ class Tables:
         """
         with Path(path).open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("metric", "token_type", "start", "stop", "value"))
+            writer.writerow(COLUMNS)
             for *cell, value in self.rows():
                 writer.writerow((*cell, "" if value is None else repr(value)))
 
@@ -107,7 +110,6 @@ class Tables:
         """
         need("matplotlib.figure", "plots", "the picture")
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
 
         types, metrics = self.token_types, tuple(self.values)
@@ -125,18 +127,7 @@ class Tables:
         for row, token_type in enumerate(types):
             for column, metric in enumerate(metrics):
                 axis = axes[row][column]
-                table = self.values[metric][token_type]
-                log = metric == "mse"  # grows by powers of ten from block to block
-                cells = [
-                    [math.nan if v is None or (log and v == 0) else v for v in line]
-                    for line in table
-                ]
-                norm = LogNorm() if log and any(v > 0 for line in cells for v in line) else None
-                image = axis.imshow(cells, cmap="viridis", interpolation="nearest", norm=norm)
-                figure.colorbar(image, ax=axis, shrink=0.85)
-                ticks = range(0, len(self.boundaries), -(-len(self.boundaries) // 7))
-                axis.set_xticks(ticks, [self.boundaries[t] for t in ticks])
-                axis.set_yticks(ticks, [self.boundaries[t] for t in ticks])
+                heat_map(axis, self.boundaries, self.values[metric][token_type], metric == "mse")
                 axis.set_title(f"{metric}, {token_type} tokens", fontsize=10)
                 axis.set_ylabel("start" if column == 0 else "")
                 axis.set_xlabel("stop" if row == len(types) - 1 else "")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blockfit.drawing import LOSSES, METRIC_WORDS, SIZES
 from blockfit.errors import need
 from blockfit.evaluation.side_by_side import SideBySide
 from blockfit.files import FileForm, check_file, new_file
@@ -25,24 +26,6 @@ from blockfit.search.held_out import MapError
 WIDTH = 4.2
 """Inches; 302 points, of which a telephone's page has 358."""
 
-SIZES = {
-    "parameters": "parameters that remain",
-    "flops": "FLOPs that remain",
-    "latency": "latency that remains",
-}
-LOSSES = {
-    "kl": "KL from the original (nats)",
-    "top1": "top-1 accuracy",
-    "agreement": "top-1 agreement",
-    "feature_relative_error": "relative feature error",
-}
-METRIC_WORDS = {
-    "mse": "MSE",
-    "cosine": "cosine",
-    "angular": "angular distance",
-    "cka": "linear CKA",
-    "r2": "R² of an affine map",
-}
 RATE = 160
 """Dots per inch of PNG files."""
 

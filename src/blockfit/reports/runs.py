@@ -190,7 +190,7 @@ def _point(
     target = point.number("share")
     budget = Budget("remove", removed) if target is None else Budget("params", target)
     line: str | None = _from_sweep(found.folder, budget)
-    best = found.best_entry(budget)
+    best = found.best(budget)
     if best.file != point.text("file"):
         warnings += (
             f"the plan {best.named(gerund=True)} is smaller and lost less on the held-out "

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from blockfit.drawing import LOSSES, METRIC_WORDS, SIZES
 from blockfit.evaluation.side_by_side import TOKENS, SideBySide
 from blockfit.fit.plan import PARTS as NARROWED
 from blockfit.fit.plan import Narrowing
@@ -20,7 +21,7 @@ from blockfit.reports.image_views import (
     sample_view,
     samples_words,
 )
-from blockfit.reports.plots import LOSSES, METRIC_WORDS, Plot
+from blockfit.reports.plots import Plot
 from blockfit.units import number, percent, share
 
 View = dict[str, Any]
@@ -77,7 +78,7 @@ def all_plots(content: Content) -> list[Plot]:
     if chosen is not None:
         out += [plots.chain(chosen), plots.map_errors(chosen, "map-errors")]
     for loss in LOSSES if content.frontier else ():
-        out += [plots.frontier(content.frontier, size, loss) for size in plots.SIZES]
+        out += [plots.frontier(content.frontier, size, loss) for size in SIZES]
     if content.similarity is not None:
         out += [plot for _, _, plot in _heat_maps(content.similarity)]
     if content.side is not None:
@@ -228,7 +229,7 @@ def _frontier(candidates: Sequence[Candidate], chosen: Candidate | None) -> View
     losses = []
     for key, name in LOSSES.items():
         found = []
-        for size, words in plots.SIZES.items():
+        for size, words in SIZES.items():
             plot = plots.frontier(candidates, size, key)
             if plot is not None:
                 marks = {f"plan-{c.key}": _mark(c) for c in candidates}

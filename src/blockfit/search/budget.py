@@ -75,6 +75,23 @@ class Budget:
             return cls(kind, read_number(value, kind))
         return None
 
+    @classmethod
+    def one(cls, budget: Budget | None = None, **given: float | str | None) -> Budget:
+        """``budget``, or the one among keyword arguments.
+
+        Raises:
+            BlockfitError: where there is none or more than one.
+        """
+        unknown = [kind for kind in given if kind not in KINDS]
+        if unknown:
+            raise BlockfitError(f"unknown budget {unknown[0]!r}; choose one of {', '.join(KINDS)}")
+        named = cls.of(**given)
+        if budget is not None and named is None:
+            return budget
+        if budget is not None or named is None:
+            raise BlockfitError("say how small by one budget, such as remove=3 or params='62%'")
+        return named
+
     def met_by_size(self, size: Mapping[str, float]) -> bool:
         """Whether a plan of this size (fractions of the original's, and ``removed``) fits."""
         if self.kind == "remove":

@@ -39,7 +39,7 @@ class Original:
         _check_part(self.top1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entry:
     """One plan with its figures.
 
@@ -89,6 +89,9 @@ class Entry:
             raise BlockfitError("the plan removes another number of blocks than is written")
         if self.share is not None and not 0 < self.share < 1:
             raise BlockfitError(f"share must be between 0 and 1, got {self.share}")
+
+    def __repr__(self) -> str:
+        return f"Entry({self.named()}, loss {self.held_out.loss:.3g}, {self.plan.brief})"
 
     @property
     def size(self) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -26,11 +26,17 @@ from blockfit.search.recipes import Recipe, recipe_json
 from blockfit.search.report import Entry, Original, Report
 from blockfit.search.session import Session
 from blockfit.search.span_search import Point
+from blockfit.search.summaries import compression, figure_rows, plan_lines
+from blockfit.summary import Summary, frame
+from blockfit.units import amount, share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """A compressed model and how it came about.
+
+    ``save``, ``push_to_hub`` and ``evaluate`` are the functions of the same names in ``blockfit``,
+    which ``blockfit.api`` puts into ``verbs``: a search knows no format and no evaluation.
 
     Args:
         model: ready to use; same class, signature and output as the original.
@@ -46,9 +52,98 @@ class Result:
     blocks: Blocks
     source: Source
 
+    verbs: ClassVar[dict[str, Callable[..., Any]]] = {}
+    """Name of a method → the function that does it."""
+
     def __post_init__(self) -> None:
         attach(self.model, self.source)
         self.model.__dict__["blockfit_report"] = self.report
+
+    def __repr__(self) -> str:
+        report = self.report
+        before, after = report["parameters_before"], report["parameters_after"]
+        kl = report["held_out"]["kl"]
+        told = "" if kl is None else f", KL {kl:.3g}"
+        left = share(after, before)
+        return f"Result({left} of {amount(before)} parameters{told}, {self.plan.brief})"
+
+    def summary(self) -> Summary:
+        """Sizes before and after, fidelity, final figures and a verdict, as the command prints."""
+        found = compression(self.report, self.blocks.depth)
+        return Summary.of(plan_lines(self.plan), found, warnings=self.report["warnings"])
+
+    def _repr_html_(self) -> str:
+        found = compression(self.report, self.blocks.depth)
+        return Summary.of(self.plan.brief, found)._repr_html_()
+
+    def to_frame(self) -> Any:
+        """A ``pandas.DataFrame`` with a row per figure.
+
+        The index is its name; columns are ``original``, ``compressed``, the ``low`` and ``high``
+        end of the interval, ``images`` that it is of, and ``on`` which: ``held out`` (they chose
+        the plan) or ``final`` (they decided nothing). Fractions are fractions, not percent.
+
+        Raises:
+            BlockfitError: where pandas is not installed.
+        """
+        return frame(figure_rows(self.report, self.blocks.depth), ["figure"])
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw what is left of every block.
+
+        Args:
+            ax: matplotlib's axes; a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            BlockfitError: where matplotlib is not installed.
+        """
+        return self.plan.plot(self.blocks.depth, ax)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model to a folder that ``blockfit.load`` reads.
+
+        Args:
+            folder: new or empty.
+            overwrite: replace what an earlier run wrote.
+
+        Raises:
+            BlockfitError: where the folder is taken or cannot be written.
+        """
+        self.verbs["save"](self, folder, overwrite=overwrite)
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = False, overwrite: bool = False
+    ) -> str:
+        """Upload the model to the Hugging Face Hub.
+
+        Args:
+            repository: ``owner/name``.
+            private: visible to its owner only, where the repository is new.
+            overwrite: put the files into a repository that is there already.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            BlockfitError: where no form for the Hub can hold the model, or the Hub refuses.
+        """
+        push = self.verbs["push_to_hub"]
+        return str(push(self, repository, private=private, overwrite=overwrite))
+
+    def evaluate(self, data: Any, **options: Any) -> Any:
+        """What the model is worth on images, as an ``Evaluation``.
+
+        Args:
+            data: ``Images``, or whatever ``blockfit.images`` takes.
+            options: of ``blockfit.evaluate``, such as ``against``, the original.
+
+        Raises:
+            BlockfitError: as ``blockfit.evaluate``.
+        """
+        return self.verbs["evaluate"](self, data, **options)
 
 
 def original_of(session: Session) -> Original:

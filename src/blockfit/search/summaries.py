@@ -52,6 +52,44 @@ def compression(report: Mapping[str, Any], depth: int, maps: bool = False) -> li
     return [*parts, told, *_final(report), f"verdict: {verdict(report)}"]
 
 
+def figure_rows(report: Mapping[str, Any], depth: int) -> Iterator[dict[str, Any]]:
+    """The same figures as numbers, a row each; what is not known is left out."""
+    kept = depth - report["removed_blocks"]
+    yield _row("blocks", depth, kept)
+    for key in ("parameters", "flops"):
+        yield _row(key, report[f"{key}_before"], report[f"{key}_after"])
+    held_out = report["held_out"]
+    on = {"images": held_out["images"], "on": "held out"}
+    if report["top1_after"] is not None:
+        yield _row("top1", report["top1_before"], report["top1_after"], **on)
+    for key in ("kl", "agreement", "feature_cosine", "feature_relative_error"):
+        if held_out[key] is not None:
+            yield _row(key, None, held_out[key], **on)
+    final = report.get("final") or {}
+    for name, key in FINAL.items():
+        if (found := final.get(key)) is None:
+            continue
+        images = final["labelled" if key in ("top1_after", "drop") else "images"]
+        before = final["top1_before"]["value"] if key == "top1_after" else None
+        ends = {"low": found["low"], "high": found["high"]}
+        yield _row(name, before, found["value"], images=images, on="final", **ends)
+
+
+FINAL = {
+    "top1": "top1_after",
+    "drop": "drop",
+    "agreement": "agreement",
+    "kl": "kl",
+    "feature_relative_error": "feature_error",
+}
+"""Figures by their names in ``Fidelity`` → by those of ``Final``."""
+
+
+def _row(figure: str, original: Any, compressed: Any, **more: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("low", "high", "images", "on"))
+    return {"figure": figure, "original": original, "compressed": compressed, **empty, **more}
+
+
 def verdict(report: Mapping[str, Any]) -> str:
     """Whether the small model can be used as it is, and what its maps are worth, in one line."""
     loss = loss_of(report)
@@ -143,6 +181,53 @@ def frontier(points: Iterable[Mapping[str, Any]], original: Mapping[str, Any]) -
         title += f"; the original's top-1 is {percent(original['top1'])}"
     rows = [tuple(shown(point) for shown in columns.values()) for point in known]
     return Table.of(columns, rows, title)
+
+
+def point_row(point: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of one point of a sweep as numbers: what remains, held-out and final figures."""
+    found: dict[str, Any] = {"share": point.get("share"), "removed": point["removed"]}
+    for key in ("parameters", "flops"):
+        found |= {key: point[key], f"{key}_left": _part(point[key], original[key])}
+    if "latency" in point:
+        found["latency_left"] = point["latency"]["ratio"]
+    found |= {key: value for key, value in point["held_out"].items() if key != "images"}
+    found["top1"] = point.get("top1")
+    final = point.get("final") or {}
+    for name, key in FINAL.items():
+        value = final.get(key) or {}
+        found |= {f"final_{name}{end}": value.get(k) for end, k in _ENDS.items()}
+    return {**found, "plan": Plan.from_json(point["plan"]).brief}
+
+
+_ENDS = {"": "value", "_low": "low", "_high": "high"}
+
+
+def _part(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+def curve_of(
+    points: Iterable[Mapping[str, Any]], original: Mapping[str, Any], size: str, loss: str
+) -> list[tuple[float, float, tuple[float, float] | None]]:
+    """What ``drawing.curve`` draws: final figures with intervals where all points have them.
+
+    Args:
+        points: of a sweep.
+        original: its sizes.
+        size: ``parameters``, ``flops`` or ``latency``.
+        loss: ``kl``, ``agreement``, ``top1`` or ``feature_relative_error``.
+    """
+    rows = [point_row(point, original) for point in points]
+    rows = [row for row in rows if row.get(f"{size}_left") is not None]
+    final = all(row[f"final_{loss}"] is not None for row in rows)
+    found: list[tuple[float, float, tuple[float, float] | None]] = []
+    for row in rows:
+        if final:
+            ends = row[f"final_{loss}_low"], row[f"final_{loss}_high"]
+            found.append((row[f"{size}_left"], row[f"final_{loss}"], ends))
+        elif row[loss] is not None:
+            found.append((row[f"{size}_left"], row[loss], None))
+    return found
 
 
 def loss_of(point: Mapping[str, Any]) -> float:

@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import forget
 from blockfit.command_line import command_line
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, tell
 from blockfit.fields import fields_written, read, written
 from blockfit.files import expanded
 from blockfit.fit.maps import empty_map
@@ -28,6 +29,7 @@ from blockfit.models.forward import first_images
 from blockfit.models.head import Observation
 from blockfit.models.load import load_model, source_of
 from blockfit.models.tensors import fingerprint
+from blockfit.search import summaries
 from blockfit.search.budget import Budget
 from blockfit.search.cuts import Share
 from blockfit.search.final import (
@@ -65,6 +67,7 @@ from blockfit.search.sweep_file import (
     write_point_file,
     write_sweep_file,
 )
+from blockfit.summary import Summary, frame
 from blockfit.units import bytes_of
 
 POINTS = (0.95, 0.90, 0.84, 0.78, 0.70, 0.62, 0.55, 0.50, 0.45, 0.40)
@@ -82,7 +85,7 @@ UNKNOWN = {
 """Why no point of a sweep can be chosen by a kind of budget, and what to do."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Frontier:
     """What a sweep folder holds.
 
@@ -114,24 +117,124 @@ class Frontier:
         """Whether its plans are of parts of the parameters, not of numbers of removed blocks."""
         return any(entry.share is not None for entry in self.content.points)
 
-    def best(self, budget: Budget, force: bool = False) -> dict[str, Any]:
-        """``best_entry`` as JSON values."""
-        return fields_written(self.best_entry(budget, force))
+    def __repr__(self) -> str:
+        entries = self.entries
+        ends = f", {entries[0].named()} to {entries[-1].named()}" if entries else ""
+        plans = f"{len(entries)} plan{'' if len(entries) == 1 else 's'}"
+        return f"Frontier({plans}{ends}, {str(self.folder)!r})"
 
-    def best_entry(self, budget: Budget, force: bool = False) -> Entry:
-        """The plan of smallest held-out loss that meets ``budget``.
+    def summary(self) -> Summary:
+        """The table that the command prints: size, fidelity and plan of every point."""
+        return Summary.of(summaries.frontier(self.points, self.data["original"]))
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def to_frame(self) -> Any:
+        """A ``pandas.DataFrame`` with a row per plan, the gentlest first.
+
+        What remains of parameters, FLOPs and latency (``…_left``, fractions), the figures of the
+        held-out images, those of the final ones with their intervals (``final_…``), the plan in few
+        words. Points of top-1 lost are points, all else of accuracy are fractions.
+
+        Raises:
+            BlockfitError: where pandas is not installed.
+        """
+        return frame(summaries.point_row(point, self.data["original"]) for point in self.points)
+
+    def plot(self, size: str = "parameters", loss: str | None = None, ax: Any = None) -> Any:
+        """Draw what the plans cost against what they leave.
+
+        The final figures with their intervals where the sweep has them, else the held-out ones.
+
+        Args:
+            size: ``parameters``, ``flops`` or ``latency``.
+            loss: ``kl``, ``agreement``, ``top1`` or ``feature_relative_error``; the first that is
+                known by default.
+            ax: matplotlib's axes; a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            BlockfitError: where the sweep does not know the figures, or without matplotlib.
+        """
+        for name, value, known in (("size", size, drawing.SIZES), ("loss", loss, drawing.LOSSES)):
+            if value is not None and value not in known:
+                raise BlockfitError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+        original = self.data["original"]
+        losses = ["kl", "feature_relative_error"] if loss is None else [loss]
+        curves = [(one, summaries.curve_of(self.points, original, size, one)) for one in losses]
+        shown, found = next(((one, found) for one, found in curves if found), (losses[0], []))
+        if not found:
+            raise BlockfitError(f"the sweep {self.folder} does not know {size} and {shown}")
+        axis = drawing.axes_of(ax)
+        whole = original.get("top1") if shown == "top1" else None
+        drawing.curve(axis, found, size, shown, whole)
+        return axis
+
+    def compress(
+        self,
+        budget: Budget | None = None,
+        model: nn.Module | str | Path | None = None,
+        force_budget: bool = False,
+        **budgets: float | str | None,
+    ) -> Result:
+        """Make the model of the best plan for one budget, without images.
+
+        Args:
+            budget: what has to be reached; or one of ``budgets``.
+            model: the original; loaded by the name that the sweep wrote down where ``None``.
+            force_budget: as in ``blockfit.compress``.
+            budgets: ``params``, ``flops``, ``latency``, ``max_kl``, ``max_drop`` or ``remove``.
+
+        Raises:
+            BlockfitError: where no plan meets the budget or the model is not the sweep's.
+        """
+        result = made_of(self, Budget.one(budget, **budgets), model, force_budget)
+        tell(result.report["warnings"], stacklevel=3)
+        return result
+
+    def best(
+        self,
+        budget: Budget | None = None,
+        force: bool = False,
+        *,
+        remove: int | None = None,
+        params: float | str | None = None,
+        flops: float | str | None = None,
+        latency: float | str | None = None,
+        max_kl: float | None = None,
+        max_drop: float | None = None,
+    ) -> Entry:
+        """The plan of smallest held-out loss that meets one budget.
 
         For ``max_kl`` and ``max_drop``, the last one up to which all keep it by the upper end of
         their interval. Of sizes, a plan that removes more at a smaller loss is preferred, so the
         loss never falls from one budget to a larger one.
 
         Args:
-            budget: what has to be reached.
+            budget: what has to be reached; or one of the others.
             force: go by the loss that was measured instead of the bound.
+            remove: blocks that go, of sweeps over whole blocks.
+            params: the part of the parameters that may remain, such as ``"62%"``.
+            flops: the same of FLOPs.
+            latency: the same of the latency, of plans that were timed.
+            max_kl: largest KL divergence.
+            max_drop: largest loss of top-1, in points.
 
         Raises:
             BlockfitError: where no plan meets it, or the sweep does not hold what it needs.
         """
+        budget = Budget.one(
+            budget,
+            remove=remove,
+            params=params,
+            flops=flops,
+            latency=latency,
+            max_kl=max_kl,
+            max_drop=max_drop,
+        )
         if budget.kind in ("max_kl", "max_drop"):
             return self._furthest(budget, force)
         if budget.kind == "remove" and self.narrows:
@@ -502,10 +605,19 @@ def from_sweep(
     Raises:
         BlockfitError: where no plan meets the budget or the model is not the sweep's.
     """
+    return made_of(read_sweep(folder), budget, model, force_budget)
+
+
+def made_of(
+    frontier: Frontier,
+    budget: Budget,
+    model: nn.Module | str | Path | None,
+    force_budget: bool = False,
+) -> Result:
+    """``from_sweep``, of a sweep that was read."""
     started = time.perf_counter()
-    frontier = read_sweep(folder)
-    content = frontier.content
-    entry = frontier.best_entry(budget, force_budget)
+    content, folder = frontier.content, frontier.folder
+    entry = frontier.best(budget, force_budget)
     verdict = None
     if budget.kind in ("max_kl", "max_drop") and entry.judged is not None:
         verdict = entry.judged.verdict(budget)

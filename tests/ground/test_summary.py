@@ -1,0 +1,44 @@
+"""Tables and lines as text and as HTML."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from blockfit.errors import BlockfitError
+from blockfit.summary import Summary, Table, frame
+
+TABLE = Table.of(("", "before", "after"), [("top-1", "98.8%", "7%"), ("KL", "", "0.0123")], "Title")
+
+
+def test_numbers_stand_under_one_another_and_words_at_the_left() -> None:
+    assert TABLE.text().splitlines() == [
+        "Title",
+        "       before   after",
+        "─────  ──────  ──────",
+        "top-1   98.8%      7%",
+        "KL             0.0123",
+    ]
+
+
+def test_html_shows_every_cell_and_runs_nothing() -> None:
+    table = Table.of(("<script>", "n"), [("a & b", "1")], "<b>")
+    page = Summary.of("x < y", ["  in", "  columns"], table)._repr_html_()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "<td>a &amp; b</td><td>1</td>" in page
+    assert "<caption>&lt;b&gt;</caption>" in page
+    assert "<div>x &lt; y</div>" in page
+    assert "  in\n  columns</pre>" in page
+
+
+def test_a_summary_reads_as_text_where_it_is_printed_or_shown() -> None:
+    told = Summary.of("first", TABLE, warnings=["mind the gap"])
+    assert str(told) == repr(told) == f"first\n{TABLE.text()}\nwarning: mind the gap"
+
+
+def test_without_pandas_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(BlockfitError, match=r"^to_frame\(\) needs pandas, .*blockfit\[notebook\]"):
+        frame([{"a": 1}])
