@@ -6,6 +6,7 @@ import time
 
 import blockfit
 from blockfit.commands import options as opt
+from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
 from blockfit.commands.tables import show
@@ -34,6 +35,7 @@ def analyze(
     state = running.state(output)
     if output is not None:
         check_folder(output, overwrite)
+    out.expect(outlook.ANALYSIS)
     with out.working():
         original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
         result = blockfit.analyze(

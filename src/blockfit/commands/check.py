@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import blockfit
 from blockfit.commands import options as opt
+from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
 from blockfit.commands.tables import show_images
@@ -36,6 +37,7 @@ def check(
     from blockfit.evaluation.precision import HALVES, check_precision
 
     started = time.perf_counter()
+    out.expect(outlook.of_pass("checking", len(dict.fromkeys(dtype or HALVES))))
     with out.working():
         out.say(f"loading {small}")
         model, where = loading.load_small(small)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blockfit.commands import options as opt
+from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
 from blockfit.commands.tables import show, show_images
@@ -48,6 +49,7 @@ def compare(
         raise BlockfitError("there is one model; give two or more to compare")
     check_there(images)
     shown = short_names(names)
+    out.expect(outlook.of_pass("comparing"))
     with out.working():
         entrants = _entrants(out, shown, images, reading, loading)
         reference = None if against is None else shown[against]

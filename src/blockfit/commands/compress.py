@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import blockfit
 from blockfit import processes
 from blockfit.commands import options as opt
+from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
 from blockfit.commands.tables import show
@@ -73,6 +74,7 @@ def compress(
         "max_memory": running.max_memory,
         "resume": running.state(output),
     }
+    out.expect(outlook.of_compress(amount, method, bool(span)))
     with out.working(), keeping(lambda: _unfinished(how["resume"])):
         original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
         result = blockfit.compress(

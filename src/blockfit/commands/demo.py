@@ -6,6 +6,7 @@ from typing import Annotated
 
 import blockfit
 from blockfit.commands import options as opt
+from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
 from blockfit.commands.tables import show
@@ -34,6 +35,7 @@ def demo(
     page = Reporter(report)
     if output is not None:
         check_folder(output, overwrite)
+    out.expect(outlook.of_compress(opt.Amount(remove=remove), opt.Method(), by_hand=False))
     with out.working():
         reading = opt.Reading(limit=IMAGES, seed=seed, batch_size=64)
         original, pictures = opt.opened(out, "demo", "digits", reading, opt.Loading())

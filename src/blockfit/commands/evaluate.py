@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import blockfit
 from blockfit.commands import options as opt
+from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
 from blockfit.commands.tables import show, show_images
@@ -87,6 +88,7 @@ def evaluate(
     wanted = Wanted(tuple(dict.fromkeys(protocol or ())), train, classes, prompt, masks)
     wanted.check()
     check_there(images)
+    out.expect(outlook.of_pass("evaluating"))
     with out.working():
         out.say(f"loading {small}")
         compressed, where = loading.load_small(small)

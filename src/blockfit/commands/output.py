@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blockfit import processes as ranks
+from blockfit.commands.outlook import Outlook, Step
 from blockfit.commands.wording import as_options
 from blockfit.errors import BlockfitError, BlockfitWarning
 
@@ -33,6 +34,9 @@ WIDTH = 110
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes."""
+
+WORTH_TELLING_S = 20.0
+"""A run that takes less needs no word about it."""
 
 STEP_S = 1.0
 """Least time between two lines on what is being done, where there is no terminal."""
@@ -59,8 +63,9 @@ class Output:
     """Where a command's words go.
 
     Standard output gets the result: tables, or one JSON object and nothing else with ``--json``.
-    Progress, notes and warnings go to standard error: one bar on a terminal, a line per step where
-    there is none (at most one every ``STEP_S``, and none beside ``--json``).
+    Progress, notes and warnings go to standard error: one bar on a terminal, for the whole run
+    where a command says its steps (``expect``); a line per step where there is none (at most one
+    every ``STEP_S``, and none beside ``--json``). After the first pass both say what is left.
 
     Of several processes only the first one says anything but errors.
 
@@ -96,11 +101,21 @@ class Output:
         self._shown = self._console.is_terminal and not self.quiet and not logged
         self._in_lines = not (self._console.is_terminal or self.quiet or as_json or logged)
         self._bars = Bars(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Count(),
-            _Clock(self._started),
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
+            _Count(lambda: self._bars.tasks[1]), _Clock(self._started, self._left),
             console=self._console, transient=True, disable=not self._shown,
         )  # fmt: skip
+        self._outlook: Outlook | None = None
+        self._foretold = False
         self._task = self._bars.add_task("starting", total=None)
+        self._step = self._bars.add_task("", total=None, visible=False)
+
+    def expect(self, steps: Sequence[Step]) -> None:
+        """Say what the run will do, so that progress is of the whole."""
+        self._outlook = Outlook(steps, time.monotonic)
+
+    def _left(self) -> float | None:
+        return None if self._outlook is None else self._outlook.left_s
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Output]:
@@ -118,17 +133,41 @@ class Output:
         """What is being done now; Ctrl-C is heeded here at the latest."""
         heed()
         LOG.info(line)
-        self._bars.reset(self._task, total=None, description=line)
+        self._bars.reset(self._step, total=None)
+        outlook, shown = self._outlook, line
+        if outlook is None:
+            self._bars.reset(self._task, total=None, description=line)
+        else:
+            outlook.say(line)
+            if outlook.number and outlook.steps > 1:
+                shown = f"{outlook.number}/{outlook.steps} {line}"
+            total = 1.0 if outlook.number else None
+            self._bars.update(self._task, total=total, completed=outlook.part, description=shown)
         if self._in_lines and time.monotonic() >= self._next_line:
             self._console.print(f"[{clock(self._started)}] {line}", soft_wrap=True)
             self._next_line = time.monotonic() + STEP_S
+        self._foretell()
+
+    def _foretell(self) -> None:
+        """How long the run takes, once, when its first pass is done."""
+        left = self._left()
+        if left is None or self._foretold:
+            return
+        self._foretold = True
+        if left >= WORTH_TELLING_S and (self._in_lines or self._shown):
+            self._console.print(f"about {told_time(left)} left, going by the first pass")
 
     def count(self, done: int, total: int) -> None:
         """How many images of all are done; a smaller number than before starts anew."""
-        task = self._bars.tasks[0]
+        task = self._bars.tasks[1]
         if done < task.completed or task.total != total:
-            self._bars.reset(self._task, total=total)
-        self._bars.update(self._task, completed=done)
+            self._bars.reset(self._step, total=total, visible=False)
+        self._bars.update(self._step, completed=done)
+        if self._outlook is None:
+            self._bars.update(self._task, total=total, completed=done)
+        else:
+            self._outlook.count(done, total)
+            self._bars.update(self._task, completed=self._outlook.part)
 
     def note(self, text: str) -> None:
         """What a run works with, told before there is a result."""
@@ -194,32 +233,43 @@ def skipped_line(told: Mapping[str, Any]) -> str | None:
 
 def clock(started: float) -> str:
     """Minutes and seconds since ``started``, of ``time.monotonic``."""
-    minutes, seconds = divmod(int(time.monotonic() - started), 60)
-    return f"{minutes}:{seconds:02d}"
+    return told_time(time.monotonic() - started)
+
+
+def told_time(seconds: float) -> str:
+    """Minutes and seconds; hours where there are some."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, least = divmod(minutes, 60)
+    return f"{hours}:{least:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class _Clock(ProgressColumn):
-    """The time since the command began, whatever the step."""
+    """The time since the command began, and what is left of the run."""
 
-    def __init__(self, started: float) -> None:
+    def __init__(self, started: float, left: Callable[[], float | None]) -> None:
         super().__init__()
-        self.started = started
+        self.started, self.left = started, left
 
     def render(self, task: Task) -> Text:
-        return Text(f"[{clock(self.started)}]")
+        left = self.left()
+        more = "" if left is None else f", about {told_time(left)} left"
+        return Text(f"[{clock(self.started)}{more}]")
 
 
 class _Count(ProgressColumn):
-    """Done, all, rate and time left of a step, where there is a count."""
+    """Done, all and rate of the present step, where there is a count."""
+
+    def __init__(self, step: Callable[[], Task]) -> None:
+        super().__init__()
+        self.step = step
 
     def render(self, task: Task) -> Text:
+        task = self.step()
         if task.total is None:
             return Text("")
         text = f"{task.completed:.0f}/{task.total:.0f}"
         if task.speed:
             text += f", {task.speed:.0f}/s"
-        if task.time_remaining is not None:
-            text += f", {task.time_remaining:.0f} s left"
         return Text(text)
 
 

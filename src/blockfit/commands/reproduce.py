@@ -8,6 +8,7 @@ from typing import Annotated
 
 import blockfit
 from blockfit.commands import options as opt
+from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
 from blockfit.errors import BlockfitError
@@ -90,7 +91,7 @@ def reproduce(
     from blockfit.evaluation.paper.study import INDEX, chosen, earlier
 
     page = Reporter(report)
-    chosen(experiments)
+    out.expect(outlook.of_titles([one.title for one in chosen(experiments)]))
     numbers = _numbers(samples)
     if (images is None) == (train is None or test is None):
         raise BlockfitError("give --images, or both --train and --test")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import blockfit
 from blockfit.commands import options as opt
+from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
 from blockfit.commands.tables import show
@@ -68,6 +69,7 @@ def sweep(
     """
     from blockfit.commands.reporter import Reporter
     from blockfit.search import summaries
+    from blockfit.search.sweep import POINTS
     from blockfit.search.sweep_file import check_sweep_folder
 
     started = time.perf_counter()
@@ -77,6 +79,7 @@ def sweep(
     chosen.check_use("a sweep")
     protected, hold_out = judging.protected(), judging.part()
     given: dict[str, Any] = {} if points is None else {"points": shares(points)}
+    out.expect(outlook.of_sweep(method, len(given.get("points", POINTS))))
     with out.working(), keeping(lambda: _finished(output)):
         original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
         frontier = blockfit.sweep(

@@ -484,6 +484,7 @@ def _go_through(frontier: Frontier, session: Session, looks: _Looks) -> None:
         if size in done:
             continue
         started = time.perf_counter()
+        session.say(f"size {size} of {search.largest}")
         point = search.solved(size)
         assert point is not None
         _keep(frontier, session, point, looks, started, search.state())
