@@ -6,15 +6,17 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commandline import FEW, blockfit_command
 from families import one_thread as one_thread
 
-from blockfit.commands import options as opt
 from blockfit.commands import output
 from blockfit.commands.outlook import Outlook, Step, of_compress, of_sweep
 from blockfit.commands.output import Output, told_time
+from blockfit.search.budget import Budget
+from blockfit.search.recipes import named_recipe, recipe_for
 
 THREE = (Step("first", 1), Step("round", 6, 3), Step(r"size (?P<number>\d+) of (?P<of>\d+)", 3))
 
@@ -64,9 +66,8 @@ def test_every_step_of_a_compression_comes(
     monkeypatch.setattr(Outlook, "say", lambda self, line: lines.append(line))
     assert blockfit_command("compress", "demo", *FEW, *options, "-o", tmp_path / "x").code == 0
     name, value = options[:2]
-    amount = opt.Amount(**{} if name == "--span" else {name[2:].replace("-", "_"): _of(value)})
-    method = opt.Method(recipe="paper") if "paper" in options else opt.Method()
-    steps = of_compress(amount, method, name == "--span")
+    budget = None if name == "--span" else Budget.of(**{name[2:]: _of(value)})
+    steps = of_compress(recipe_for("paper" if "paper" in options else "default"), budget)
     places = [
         next((n for n, line in enumerate(lines) if re.match(step.begins, line)), None)
         for step in steps
@@ -75,23 +76,23 @@ def test_every_step_of_a_compression_comes(
     assert places == sorted(places)  # type: ignore[type-var]
 
 
-def _of(value: str) -> object:
+def _of(value: str) -> Any:
     return int(value) if value.isdecimal() else value
 
 
 def test_every_step_of_a_sweep_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(Outlook, "say", lambda self, line: lines.append(line))
-    for more, method, points in (
-        (("--points", "90,80", "--cuts", "mlp"), opt.Method(cuts="mlp"), 2),
-        (("--select", "last", "--repair", "none"), opt.Method(select="last"), 10),
+    for more, recipe, points in (
+        (("--points", "90,80", "--cuts", "mlp"), recipe_for("default", cuts="mlp"), 2),
+        (("--select", "last", "--repair", "none"), named_recipe("default", select="last"), 10),
     ):
         lines.clear()
         folder = tmp_path / str(points)
         assert blockfit_command("sweep", "demo", *FEW, *more, "-o", folder).code == 0
-        for step in of_sweep(method, points):
+        for step in of_sweep(recipe, points):
             assert any(re.match(step.begins, line) for line in lines), step.begins
-        rounds = [line for line in lines if re.match(of_sweep(method, points)[-1].begins, line)]
+        rounds = [line for line in lines if re.match(of_sweep(recipe, points)[-1].begins, line)]
         assert len(rounds) == points
 
 

@@ -74,7 +74,7 @@ def compress(
         "max_memory": running.max_memory,
         "resume": running.state(output),
     }
-    out.expect(outlook.of_compress(amount, method, bool(span)))
+    out.expect(outlook.of_compress(method.chosen(), amount.budget()))
     with out.working(), keeping(lambda: _unfinished(how["resume"])):
         original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
         result = blockfit.compress(

@@ -35,7 +35,7 @@ def demo(
     page = Reporter(report)
     if output is not None:
         check_folder(output, overwrite)
-    out.expect(outlook.of_compress(opt.Amount(remove=remove), opt.Method(), by_hand=False))
+    out.expect(outlook.of_compress(opt.Method().chosen(), opt.Amount(remove=remove).budget()))
     with out.working():
         reading = opt.Reading(limit=IMAGES, seed=seed, batch_size=64)
         original, pictures = opt.opened(out, "demo", "digits", reading, opt.Loading())

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockfit.commands.options import Amount, Method
+    from blockfit.search.budget import Budget
+    from blockfit.search.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -105,28 +106,27 @@ _MOMENTS, _SCORED = Step(r"moments of \d+ spans", 6), Step(r"scoring single span
 _ENDED = (Step(r"final figures", 10), Step(r"saving to", 1))
 
 
-def of_compress(amount: Amount, method: Method, by_hand: bool) -> tuple[Step, ...]:
-    """The steps of a compression."""
-    chosen = method.chosen()
-    cut = (*_CALIBRATED, _CURVES, *((_SPANS,) if "blocks" in chosen.cuts else ()))
+def of_compress(recipe: Recipe, budget: Budget | None) -> tuple[Step, ...]:
+    """The steps of a compression; without a budget the plan was written by hand."""
+    cut = (*_CALIBRATED, _CURVES, *((_SPANS,) if "blocks" in recipe.cuts else ()))
     solved = Step(r"solving the plan on the fit|judging plan", 13)
-    if by_hand:
+    if budget is None:
         return (*_CALIBRATED, Step(r"solving", 6), *_ENDED)
-    if amount.remove is not None or not chosen.narrows:
+    if budget.kind == "remove" or not recipe.narrows:
         tried = r"(?P<round>\d+) blocks?: trying plan (?P<number>\d+) of (?P<of>\d+)"
-        sizes = (Step(tried, 14, amount.remove),) if amount.remove else ()
-        scored = (_SCORED,) if chosen.select == "effect" else ()
+        sizes = (Step(tried, 14, int(budget.value)),) if budget.kind == "remove" else ()
+        scored = (_SCORED,) if recipe.select == "effect" else ()
         return (*_CALIBRATED, _MOMENTS, *scored, *sizes, Step(r"\d+ blocks?: solving", 5), *_ENDED)
-    if amount.latency is not None:
+    if budget.kind == "latency":
         return (*cut, Step(r"latency", 10, 8), solved, *_ENDED)
-    if amount.max_kl is not None or amount.max_drop is not None:
+    if budget.kind in ("max_kl", "max_drop"):
         return (*cut, Step(r"judging max_", 30, 6), solved, *_ENDED)
     return (*cut, solved, Step(r"solving .*on all", 12), *_ENDED)
 
 
-def of_sweep(method: Method, points: int) -> tuple[Step, ...]:
+def of_sweep(recipe: Recipe, points: int) -> tuple[Step, ...]:
     """The steps of a sweep over parts of the parameters, or over numbers of blocks."""
-    if method.chosen().narrows:
+    if recipe.narrows:
         shares = Step(r"\d+% of the parameters", 35.0 * points, points)
         return (*_CALIBRATED, _CURVES, shares)
     return (*_CALIBRATED, _MOMENTS, Step(r"size (?P<number>\d+) of (?P<of>\d+)", 60))

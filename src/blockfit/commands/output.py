@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
@@ -34,6 +34,9 @@ WIDTH = 110
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes."""
+
+LONGEST = 36
+"""Characters of a line that stand beside a bar."""
 
 WORTH_TELLING_S = 20.0
 """A run that takes less needs no word about it."""
@@ -101,7 +104,7 @@ class Output:
         self._shown = self._console.is_terminal and not self.quiet and not logged
         self._in_lines = not (self._console.is_terminal or self.quiet or as_json or logged)
         self._bars = Bars(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
+            SpinnerColumn(), _What(), BarColumn(bar_width=16),
             _Count(lambda: self._bars.tasks[1]), _Clock(self._started, self._left),
             console=self._console, transient=True, disable=not self._shown,
         )  # fmt: skip
@@ -252,8 +255,16 @@ class _Clock(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         left = self.left()
-        more = "" if left is None else f", about {told_time(left)} left"
+        more = "" if left is None else f", ~{told_time(left)} left"
         return Text(f"[{clock(self.started)}{more}]")
+
+
+class _What(ProgressColumn):
+    """What is done now, as far as there is room."""
+
+    def render(self, task: Task) -> Text:
+        whole = task.description
+        return Text(whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 1]}…")
 
 
 class _Count(ProgressColumn):

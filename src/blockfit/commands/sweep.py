@@ -79,7 +79,7 @@ def sweep(
     chosen.check_use("a sweep")
     protected, hold_out = judging.protected(), judging.part()
     given: dict[str, Any] = {} if points is None else {"points": shares(points)}
-    out.expect(outlook.of_sweep(method, len(given.get("points", POINTS))))
+    out.expect(outlook.of_sweep(chosen, len(given.get("points", POINTS))))
     with out.working(), keeping(lambda: _finished(output)):
         original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
         frontier = blockfit.sweep(
