@@ -22,6 +22,7 @@ from blockfit.commands import options as opt
 from blockfit.commands import output
 from blockfit.commands.help import GROUPS, Rare
 from blockfit.commands.output import Output, clock
+from blockfit.reports.runs import read_run
 from blockfit.search.summaries import verdict
 
 WIDTH, HEIGHT, DOZEN = 80, 40, 15
@@ -135,6 +136,38 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
         assert opt.best_device() == name
     assert opt.Loading(device="auto").place() == "cpu"
     assert "device: cpu" in blockfit_command("analyze", "demo", *FEW).err
+
+
+def test_every_command_that_runs_a_model_says_where(
+    small: tuple[Path, Done], tmp_path: Path
+) -> None:
+    images = ("--images", "digits:test", "--limit", "8")
+    runs: dict[str, tuple[str | Path, ...]] = {
+        "evaluate": (small[0], *images, "--no-speed"),
+        "compare": (small[0], "demo", *images),
+        "check": (small[0], *images, "--dtype", "bfloat16"),
+        "bench": (small[0], "--against", "demo", "--batch-size", "1", "--rounds", "2"),
+        "export": (small[0], "--pt2", "-o", tmp_path / "small.pt2"),
+        "quantize": (small[0], "-o", tmp_path / "tiny"),
+    }
+    for name, words in runs.items():
+        done = blockfit_command(name, *words)
+        assert done.code == 0, done.err
+        assert done.err.count("device: cpu\n") == 1, name
+
+
+def test_a_sweep_recommends_what_its_report_opens_with(tmp_path: Path) -> None:
+    target = tmp_path / "a sweep"
+    done = blockfit_command(
+        "sweep", "demo", *FEW, "--select", "last", "--repair", "none", "-o", target
+    )
+    (line,) = (line for line in done.out.splitlines() if line.startswith("next: "))
+    chosen = read_run(target).chosen
+    assert chosen is not None
+    assert line == f"next: {chosen.command}"
+    words = shlex.split(line)[2:]
+    made = blockfit_command(*words[:-1], tmp_path / "small", "--json").json
+    assert made["plan"] == chosen.plan.to_json()
 
 
 def test_speed_is_left_out_on_request(small: tuple[Path, Done]) -> None:

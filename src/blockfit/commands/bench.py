@@ -83,6 +83,7 @@ def bench(
     code = opt.Code(loading.trust_remote_code)  # bench moves the models itself
     with out.working():
         models, blocks = _opened(out, smalls, code)
+        out.note(f"device: {settings.device}")
         out.say(f"loading {against}")
         original = code.load(against)
         result = blockfit.bench(original, models, settings, blocks=blocks, say=out.say)

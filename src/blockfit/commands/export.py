@@ -11,7 +11,7 @@ import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show_images
+from blockfit.commands.tables import CPU, show_images
 from blockfit.errors import BlockfitError
 from blockfit.units import amount
 
@@ -99,6 +99,7 @@ def export(
     with out.working():
         out.say(f"loading {model}")
         saved = _saved(model, code, form)
+        out.note(CPU)
         pictures = None
         if images is not None:
             pictures = reading.open(images, saved.model)

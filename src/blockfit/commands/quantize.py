@@ -14,7 +14,7 @@ import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show_images
+from blockfit.commands.tables import CPU, show_images
 from blockfit.errors import BlockfitError
 from blockfit.units import amount, number, percent, share
 
@@ -76,6 +76,7 @@ def quantize(
     with out.working():
         out.say(f"loading {small}")
         saved = load_saved(small)
+        out.note(CPU)
         out.say(f"writing {output}")
         if int8 in ONNX_KINDS:
             used = _calibration(saved, images, images_limit, reading) if "static" in int8 else None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import blockfit
+from blockfit import processes
 from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
@@ -68,6 +68,7 @@ def sweep(
     A sweep that was stopped goes on where it was.
     """
     from blockfit.commands.reporter import Reporter
+    from blockfit.reports.runs import suggestion
     from blockfit.search import summaries
     from blockfit.search.sweep import POINTS
     from blockfit.search.sweep_file import check_sweep_folder
@@ -105,7 +106,8 @@ def sweep(
         page.swept(out, output, original, pictures, shown)
     before = frontier.data["original"]
     show(out, [summaries.frontier(frontier.points, before)])
-    out.line(f"next: blockfit compress --from {shlex.quote(str(output))} --params 62% -o small/")
+    if processes.is_first() and (line := suggestion(output)) is not None:
+        out.line(f"next: {line}")
     page.tell(out)
     out.result(
         {

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from blockfit.data.images import Images
 
 
+CPU = "device: cpu"
+"""What commands say that run models on the CPU alone."""
+
+
 def show(out: Output, parts: Iterable[Part]) -> None:
     """Print lines and tables, in their order."""
     for part in parts:

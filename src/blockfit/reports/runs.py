@@ -172,6 +172,21 @@ def _commands(what: str, line: str | None) -> tuple[Command, ...]:
     return () if line is None else (Command(what, line),)
 
 
+def suggestion(folder: str | Path) -> str | None:
+    """The command that makes the plan with which the report of a sweep opens.
+
+    Raises:
+        BlockfitError: where the folder holds no sweep, or is damaged.
+    """
+    if (chosen := read_run(folder).chosen) is None:
+        return None
+    return chosen.command or _from_sweep(Path(folder), _budget(chosen.removed, chosen.target))
+
+
+def _budget(removed: int, target: float | None) -> Budget:
+    return Budget("remove", removed) if target is None else Budget("params", target)
+
+
 def _from_sweep(folder: Path, budget: Budget) -> str:
     """The command that makes the model of a sweep's plan."""
     value = f"{budget.value:.0f}" if budget.kind == "remove" else f"{100 * budget.value:g}%"
@@ -188,7 +203,7 @@ def _point(
     original = data.inner("original")
     removed, warnings = len(plan.removed_blocks), point.texts("warnings")
     target = point.number("share")
-    budget = Budget("remove", removed) if target is None else Budget("params", target)
+    budget = _budget(removed, target)
     line: str | None = _from_sweep(found.folder, budget)
     best = found.best(budget)
     if best.file != point.text("file"):
