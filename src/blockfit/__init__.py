@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; each name is imported when it is first used
     from blockfit.api import (
+        Calibration,
         Result,
         analyze,
         bench,
+        calibrate,
         compare,
         compress,
         evaluate,
@@ -48,6 +50,7 @@ __all__ = [
     "BlockfitError",
     "BlockfitWarning",
     "Blocks",
+    "Calibration",
     "Evaluation",
     "Frontier",
     "Narrowing",
@@ -59,6 +62,7 @@ __all__ = [
     "Span",
     "analyze",
     "bench",
+    "calibrate",
     "compare",
     "compress",
     "evaluate",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from blockfit.arguments import at_least, checked, fitted
+from blockfit.arguments import checked, fitted
+from blockfit.calibration import LOSSES, Calibration, Held, by_hand
 from blockfit.checkpoint import Checkpoint
-from blockfit.data.images import Images, images
+from blockfit.data.images import Images, Prepare, images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError, tell
 from blockfit.evaluation import analysis
@@ -25,7 +25,6 @@ from blockfit.evaluation.compare import Comparison, Entrant, preparing
 from blockfit.evaluation.compare import compare as compare_entrants
 from blockfit.evaluation.evaluate import Evaluation
 from blockfit.evaluation.paper import setup, study
-from blockfit.evaluation.precision import overflow_warnings
 from blockfit.evaluation.speed import Bench, Settings
 from blockfit.files import check_file, check_kept, check_target, expanded, resolved
 from blockfit.fit.plan import Plan, Span
@@ -33,25 +32,23 @@ from blockfit.formats import exported_folder, hub_folder, onnx_file, plain, prog
 from blockfit.formats import folder as store
 from blockfit.formats.exported_folder import ExportedFolder
 from blockfit.formats.folder import Saved
-from blockfit.formats.int8 import check_no_int8
 from blockfit.formats.manifest import installed_versions
 from blockfit.formats.onnx_file import ExportedOnnx
 from blockfit.formats.pretrained import WRITERS
 from blockfit.formats.program import Exported
 from blockfit.models.blocks import Blocks, find_blocks
 from blockfit.models.load import load_model, source_of
+from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.surgery import OwnWriter
+from blockfit.progress import Progress, Say, Teller, told
 from blockfit.reports.page import check_report, write_pictures, write_report
 from blockfit.reports.runs import read_runs
 from blockfit.search import sweep as sweeps
 from blockfit.search.budget import Budget
-from blockfit.search.final import final_figures, set_apart
-from blockfit.search.loss_budget import Judge, check_images
 from blockfit.search.recipes import Recipe, recipe_for
-from blockfit.search.run import Result, checkpoint_of, describe, run_json
-from blockfit.search.session import CALIBRATION_IMAGES, HOLD_OUT, Progress, Say, Session, Setting
+from blockfit.search.run import Result
+from blockfit.search.session import HOLD_OUT
 from blockfit.search.sweep import sweep
-from blockfit.units import bytes_of
 
 OwnWriter.writers.update(WRITERS)
 
@@ -111,9 +108,10 @@ def compress(
     final: int | None = None,
     force_budget: bool = False,
     seed: int = 0,
+    preprocessing: Preprocessing | Prepare | None = None,
     inplace: bool = False,
     say: Say | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     resume: str | Path | None = None,
     max_memory: int | str | None = None,
 ) -> Result:
@@ -159,9 +157,14 @@ def compress(
             calibration images by default, a fifth of all where too few are; 0 for none.
         force_budget: judge ``max_kl`` and ``max_drop`` by what is measured, not by what is sure.
         seed: of every draw.
+        preprocessing: a function from a Pillow image to a tensor (channels, height, width), for
+            models that do not say how their images are prepared.
         inplace: change ``model`` itself instead of a copy.
-        say: called with one line on what is being done.
-        progress: called with how many of how many (images, blocks) are done of what was said last.
+        say: called with one line on what is being done, which goes to the log ``blockfit`` (INFO)
+            otherwise.
+        progress: called with how many of how many (images, blocks) are done of what was said last;
+            or whether there is a bar: by default in terminals and notebooks, unless the environment
+            has ``BLOCKFIT_PROGRESS=0``.
         resume: a folder in which the run saves its progress from time to time; one that was
             stopped goes on from there when it is called again with the same arguments, to the
             same result. Delete it once the result is saved.
@@ -175,101 +178,114 @@ def compress(
         BlockfitError: for anything that cannot be done; ``model`` is then unchanged.
     """
     started = time.perf_counter()
-    at_least(0, seed=seed)
-    at_least(1, multiple_of=multiple_of)
-    protect, whole = tuple(protect), tuple(whole)
-    room = None if max_memory is None else bytes_of(str(max_memory), "max_memory")
     budget = Budget.of(
         remove=remove, params=params, flops=flops, latency=latency, max_kl=max_kl, max_drop=max_drop
     )
-    chosen = recipe_for(
-        recipe,
-        spans is not None,
-        map=map,
-        rank=rank,
-        per_token_type=per_token_type,
-        cuts=cuts,
-        uniform=uniform,
-        ridge=ridge,
-        prefix_weight=prefix_weight,
-        repair=repair,
-        repair_ridge=repair_ridge,
+    asked: dict[str, Any] = {
+        "recipe": recipe,
+        "map": map,
+        "rank": rank,
+        "per_token_type": per_token_type,
+        "cuts": cuts,
+        "uniform": uniform,
+        "ridge": ridge,
+        "prefix_weight": prefix_weight,
+        "repair": repair,
+        "repair_ridge": repair_ridge,
+    }
+    held = Held.of(
+        protect=protect,
+        whole=whole,
+        multiple_of=multiple_of,
+        hold_out=hold_out,
+        seed=seed,
+        max_memory=max_memory,
+        resume=resume,
     )
-    plan = _by_hand(spans, plan, budget, chosen, (protect, whole, multiple_of))
+    chosen = recipe_for(spans_given=spans is not None, **asked)
+    plan = by_hand(spans, plan, budget, chosen, held)
     if not isinstance(model, nn.Module):
         model, inplace = load(model), True
-    images = images if isinstance(images, Images) else open_images(images, model, seed=seed)
-    check_no_int8(model, "compressed")
-    source = source_of(model)
-    judging = budget is not None and budget.kind in ("max_kl", "max_drop")
-    parts = set_apart(images.draw(CALIBRATION_IMAGES, seed), final, judging, seed)
-    if budget is not None:
-        check_images(budget, parts, force_budget)
-    setting = Setting.of(model, parts.calibration, blocks, hold_out, seed)
-    judge = None
-    if budget is not None and parts.judge is not None:
-        at = (setting.model, setting.blocks, parts.judge)
-        judge = Judge(budget, *at, seed, force_budget, progress)
-    if plan is not None:
-        plan.check(setting.blocks.depth, {*protect, *whole})
-    narrowing = {"whole": sorted({*whole}), "multiple_of": multiple_of}
-    run = {**run_json(model, parts, chosen, protect, hold_out, seed), **narrowing}
-    checkpoint = checkpoint_of(resume, run, parts.calibration, setting.blocks)
-    how = (say, progress, checkpoint, room, whole, multiple_of)
-    session = Session(setting, chosen, protect, seed, *how)
-    if plan is not None:
-        point = session.by_hand(plan)
-    else:
-        assert budget is not None
-        point = session.reach(budget, judge)
-    found = None
-    if parts.final is not None:
-        (say or _silent)(f"final figures on {len(parts.final)} images")
-        what = (setting.model, point.solution, setting.blocks, parts.final, seed, parts.apart)
-        found = final_figures(*what, progress)
-    report = describe(session, point, parts, budget, judge, found)
-    small = model if inplace else copy.deepcopy(model)
-    point.solution.apply(small, setting.blocks)
-    report["warnings"] += overflow_warnings(small, setting.blocks, setting.example)
-    report["seconds"] = round(time.perf_counter() - started, 3)
-    tell(report["warnings"], stacklevel=3)
-    return Result(small, point.solution.plan, report, setting.blocks, source)
+    with Teller(say, progress) as teller:
+        calibration = Calibration(
+            model,
+            _prepared(images, model, preprocessing, seed),
+            chosen,
+            asked,
+            held,
+            blocks=blocks,
+            final=final,
+            judging=budget is not None and budget.kind in LOSSES,
+            teller=teller,
+            budget=budget,
+            force_budget=force_budget,
+        )
+        result = calibration.solved(chosen, plan, budget, force_budget, started, inplace)
+    tell(result.report["warnings"], stacklevel=3)
+    return result
 
 
-def _by_hand(
-    spans: Iterable[Span | str | tuple[int, int]] | None,
-    plan: Plan | None,
-    budget: Budget | None,
-    recipe: Recipe,
-    kept: tuple[object, object, object],
-) -> Plan | None:
-    """The plan that a call names; ``None`` where it names a budget.
+@checked
+def calibrate(
+    model: nn.Module | str | Path,
+    images: Any,
+    *,
+    recipe: str | Recipe = "default",
+    cuts: Iterable[str] | str | None = None,
+    multiple_of: int | None = None,
+    protect: Iterable[int] = (),
+    whole: Iterable[int] = (),
+    blocks: str | None = None,
+    hold_out: float = HOLD_OUT,
+    final: int | None = None,
+    judge: bool = False,
+    seed: int = 0,
+    preprocessing: Preprocessing | Prepare | None = None,
+    say: Say | None = None,
+    progress: Progress | bool | None = None,
+    max_memory: int | str | None = None,
+) -> Calibration:
+    """Run a model on calibration images once, to make it smaller for any number of budgets.
+
+    ``calibration.compress(params="62%")`` gives what ``compress`` gives from the same images; the
+    next budget takes only its search and its solution.
+
+    Args:
+        model: as in ``compress``; it is left as it is.
+        images: as in ``compress``.
+        recipe: as in ``compress``; what ``calibration.compress`` does that names no other.
+        cuts: as in ``compress``; likewise.
+        multiple_of: as in ``compress``.
+        protect: as in ``compress``.
+        whole: as in ``compress``.
+        blocks: as in ``compress``.
+        hold_out: as in ``compress``.
+        final: as in ``compress``.
+        judge: set images apart that budgets of loss (``max_kl``, ``max_drop``) are judged by.
+        seed: as in ``compress``.
+        preprocessing: as in ``compress``.
+        say: as in ``compress``; for all calls of the calibration.
+        progress: as in ``compress``; likewise.
+        max_memory: as in ``compress``.
 
     Raises:
-        BlockfitError: where it names nothing or more than one of the three.
+        BlockfitError: no blocks, too few images, a model that is compressed already.
     """
-    spans = None if spans is None else list(spans)
-    if spans == []:
-        raise BlockfitError("spans is empty; name what goes, such as ['2:4']")
-    if [spans, plan, budget].count(None) != 2:
-        raise BlockfitError(
-            "say what to remove: spans= by hand, a plan=, or one budget (remove=, params=, "
-            "flops=, latency=, max_kl= or max_drop=)"
-        )
-    beside = dict(zip(("protect", "whole", "multiple_of"), kept, strict=True))
-    recipe.check_use("spans= or plan=" if budget is None else f"{budget.kind}=", **beside)
-    if spans is None:
-        if plan is not None and not plan:
-            raise BlockfitError("the plan cuts nothing; give one with spans or narrowings")
-        return plan
-    options: dict[str, Any] = {"per_token_type": recipe.per_token_type}
-    if recipe.maps[-1] == "low-rank":
-        options["rank"] = recipe.rank
-    return Plan.of(spans, recipe.maps[-1], **options)
-
-
-def _silent(line: str) -> None:
-    """Where nobody wants to know."""
+    held = Held.of(
+        protect=protect,
+        whole=whole,
+        multiple_of=multiple_of,
+        hold_out=hold_out,
+        seed=seed,
+        max_memory=max_memory,
+    )
+    asked: dict[str, Any] = {"recipe": recipe, "cuts": cuts}
+    chosen = recipe_for(**asked)
+    chosen.check_use("params=", protect=held.protect, whole=held.whole, multiple_of=multiple_of)
+    module = _module(model)
+    teller, pictures = Teller(say, progress), _prepared(images, module, preprocessing, seed)
+    how: dict[str, Any] = {"blocks": blocks, "final": final, "judging": judge, "teller": teller}
+    return Calibration(module, pictures, chosen, asked, held, **how).run()
 
 
 @checked
@@ -353,6 +369,7 @@ def from_sweep(
 
 
 @checked
+@told
 def evaluate(
     compressed: Result | Saved | nn.Module | str | Path,
     data: Any,
@@ -360,7 +377,8 @@ def evaluate(
     against: nn.Module | str | Path | None = None,
     blocks: Blocks | None = None,
     measure: bool = True,
-    progress: Progress | None = None,
+    preprocessing: Preprocessing | Prepare | None = None,
+    progress: Progress | bool | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Evaluation:
     """Accuracy, size and speed of a model, and its fidelity to the original.
@@ -373,14 +391,16 @@ def evaluate(
             any.
         against: the original or its name, for comparison.
         blocks: where both models' blocks are; known of a result and of a saved folder, else found.
+        preprocessing: as in ``compress``.
         measure: time the models in turn and measure their memory, on the first batch.
-        progress: called after every batch.
+        progress: called after every batch; or whether there is a bar, as in ``compress``.
         checkpoint: where the sums of the batches are saved from time to time, and gone on from.
 
     Raises:
         BlockfitError: no image, outputs that are not finite or differ in shape, labels that the
             head does not have, an original with other blocks.
     """
+    assert not isinstance(progress, bool)
     small = as_saved(compressed) if _has_blocks(compressed) else None
     model = _module(compressed) if small is None else small.model
     where = small.blocks if blocks is None and small is not None else blocks
@@ -389,7 +409,7 @@ def evaluate(
     own = source_of(model).preprocessing is not None or original is None
     return evaluation.evaluate(
         model,
-        _images(data, model if own else original),
+        _prepared(data, model if own else original, preprocessing, 0),
         against=original,
         blocks=where,
         measure=measure,
@@ -399,12 +419,13 @@ def evaluate(
 
 
 @checked
+@told
 def compare(
     models: Mapping[str, Any] | Sequence[str | Path],
     data: Any,
     *,
     against: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Comparison:
     """Any number of models side by side on the same images, with paired differences.
 
@@ -413,7 +434,8 @@ def compare(
         data: ``Images``, or whatever ``blockfit.images`` takes, which is then prepared for each
             model as it needs; labels are used where there are any.
         against: which of the models the differences are from; by default the largest.
-        progress: called after every batch, with images done and in all, over all passes.
+        progress: called after every batch, with images done and in all, over all passes; or
+            whether there is a bar, as in ``compress``.
 
     Returns:
         Size, accuracy and differences of each model, per class as well, each with its 95%
@@ -423,6 +445,7 @@ def compare(
         BlockfitError: fewer than two models, an unknown reference, no images, outputs that are not
             finite.
     """
+    assert not isinstance(progress, bool)
     named = models if isinstance(models, Mapping) else {str(model): model for model in models}
     if len(named) < 2:
         raise BlockfitError("there is one model; give two or more to compare")
@@ -773,7 +796,23 @@ def as_saved(model: Any) -> Saved:
 
 
 def _images(images: Any, model: nn.Module | None) -> Images:
-    return images if isinstance(images, Images) else open_images(images, model)
+    return _prepared(images, model, None, 0)
+
+
+def _prepared(images: Any, model: nn.Module | None, preprocessing: Any, seed: int) -> Images:
+    """Images from whatever was given.
+
+    Raises:
+        BlockfitError: for a preprocessing of images that have theirs already.
+    """
+    if not isinstance(images, Images):
+        return open_images(images, model, seed=seed, preprocessing=preprocessing)
+    if preprocessing is not None:
+        raise BlockfitError(
+            "the images have their preprocessing already; give preprocessing= to blockfit.images, "
+            "or what the images were made from"
+        )
+    return images
 
 
 def _pictures(images: Any, saved: Saved) -> Images | None:
@@ -783,9 +822,11 @@ def _pictures(images: Any, saved: Saved) -> Images | None:
 Result.verbs.update(save=save, push_to_hub=push_to_hub, evaluate=evaluate)
 
 __all__ = [
+    "Calibration",
     "Result",
     "analyze",
     "bench",
+    "calibrate",
     "compare",
     "compress",
     "evaluate",

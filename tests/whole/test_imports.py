@@ -17,10 +17,9 @@ from blockfit import api
 
 SLOW = ("torch", "numpy", "sklearn", "transformers", "timm", "torchvision", "matplotlib", "PIL")
 VERBS = {
-    "analyze", "bench", "compare", "compress", "evaluate", "export_hub", "export_onnx",
+    "analyze", "bench", "calibrate", "compare", "compress", "evaluate", "export_hub", "export_onnx",
     "export_plain", "export_program", "find_blocks", "from_sweep", "images", "load", "push_to_hub",
-    "report",
-    "reproduce", "save", "sweep",
+    "report", "reproduce", "save", "sweep",
 }  # fmt: skip
 LONGEST_S = 0.3
 AT_EXIT = (

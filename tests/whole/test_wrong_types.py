@@ -54,7 +54,11 @@ BUDGETS: dict[str, list[Any]] = {
 NAME = [None, 3, object(), [1], b"x"]
 EXPORT = {"small": NAME, "folder": PATH, "images": [3, object(), {}], "overwrite": FLAG}
 WRONG: dict[str, dict[str, list[Any]]] = {
+    "calibrate": {k: v for k, v in COMMON.items() if k != "resume"} | CUTS | {
+        "judge": FLAG, "preprocessing": CODE,
+    },
     "compress": COMMON | BUDGETS | CUTS | {
+        "preprocessing": CODE,
         "spans": ["2:4", 3, [3], [(1,)], [("a", 2)], [(2, 1)], [(1, 2, 3)], [None], [], {"a": 1}],
         "map": [3, ["affine"], "unknown"],
         "rank": [2.5, "a", [3], 0, -1],
@@ -76,7 +80,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "evaluate": {
         "compressed": NAME, "data": [None, 3, object(), {}], "against": [3, b"x", [1]],
         "blocks": [3, "blocks", [1]], "measure": FLAG, "progress": CODE,
-        "checkpoint": [3, "x", [1]],
+        "checkpoint": [3, "x", [1]], "preprocessing": CODE,
     },
     "compare": {
         "models": [None, 3, "x", [3], {"a": 3, "b": 3}], "data": [None, 3, object(), {}],
@@ -89,6 +93,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "export_plain": EXPORT | {"dtype": [3, b"x", ["a"], "int8"]}, "export_hub": EXPORT,
     "export_onnx": {"small": NAME, "path": PATH}, "export_program": {"small": NAME, "path": PATH},
+    "push_to_hub": {"small": NAME, "repository": [3, None], "private": FLAG, "overwrite": FLAG},
     "report": {"runs": [3, None, [3]], "path": PATH, "pictures": [3, b"x"]},
     "reproduce": {
         "model": NAME, "data": [3, b"x", ["a"]], "folder": PATH, "train": [3], "test": [3],
@@ -123,6 +128,8 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     blockfit.sweep(model, images, folder / "sweep", cuts="blocks")
     blockfit.save(small, folder / "small")
     right: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "calibrate": (blockfit.calibrate, {"model": model, "images": images, "cuts": "blocks"}),
+        "push_to_hub": (blockfit.push_to_hub, {"small": small, "repository": "me/small"}),
         "compress": (blockfit.compress, {"model": model, "images": images, "spans": [(1, 2)]}),
         "sweep": (
             blockfit.sweep,

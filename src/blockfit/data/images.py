@@ -25,7 +25,7 @@ from blockfit.data.decode import Unreadable, decode
 from blockfit.data.labels import Matching, match
 from blockfit.data.loaders import Stream, stream_of
 from blockfit.data.paths import from_files, from_path
-from blockfit.data.records import Records, from_arrays, from_digits, from_items
+from blockfit.data.records import Records, from_arrays, from_digits, from_items, paired
 from blockfit.data.streams import from_stream, from_transformed, is_streamed, is_transformed
 from blockfit.data.tables import from_dataset, one_split
 from blockfit.errors import BlockfitError
@@ -378,8 +378,9 @@ def images(
             - a folder of torchvision's: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100
             - ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100-fine``, ``cifar100-coarse``,
               ``imagenet-1k`` (from the Hub or its cache), ``digits`` (the demo's)
+            - Pillow images: one, a list of them, or a list of (image, label) pairs
             - a uint8 array (N, H, W[, C]), a tensor (N, C, H, W) that is already prepared, or a
-              pair of one of them and labels
+              pair of one of them (or of a list) and labels
             - a data set of ``datasets``, with the user's transform or streamed, too
             - a data set with positions, such as torchvision's; a ``DataLoader`` or any re-iterable
               of tensors, (tensor, label) pairs or dictionaries
@@ -460,8 +461,12 @@ def _records(
         return from_path(str(source), image_column, label_column, split)
     if isinstance(source, np.ndarray | Tensor):
         return from_arrays(source)
+    if isinstance(source, Image.Image):
+        source, kind = [source], "Pillow image"
     if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "shape"):
         return from_arrays(*source)
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], list):
+        return from_items(paired(*source), kind, image_column, label_column)
     if type(source).__module__.partition(".")[0] == "datasets":
         table, kind = one_split(source, kind, split)
         if is_streamed(table):

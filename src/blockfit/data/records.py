@@ -163,6 +163,18 @@ def from_items(
     return Records(source, len(items), _Items(items, image_key, label_key, names), None, names)
 
 
+def paired(items: Sequence[Any], labels: Any) -> list[tuple[Any, Any]]:
+    """Pictures with the label of each.
+
+    Raises:
+        BlockfitError: for more or fewer labels than pictures.
+    """
+    given = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if len(given) != len(items):
+        raise BlockfitError(f"{len(items)} images, but {len(given)} labels; give one per image")
+    return list(zip(items, given, strict=True))
+
+
 def class_names_of(dataset: Any) -> list[str] | None:
     """``classes`` of a data set, or of the one that it is a subset of, as torchvision's have."""
     while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):

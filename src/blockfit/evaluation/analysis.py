@@ -28,6 +28,7 @@ from blockfit.models.blocks import Blocks, call, find_blocks, record
 from blockfit.models.forward import evaluating, first_images
 from blockfit.models.load import source_of
 from blockfit.models.tensors import fingerprint
+from blockfit.progress import told
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, Progress, calibrate
 from blockfit.search.session import CALIBRATION_IMAGES, changing
 from blockfit.summary import Summary, frame
@@ -141,6 +142,7 @@ def check_folder(folder: str | Path, overwrite: bool = False) -> None:
 
 
 @checked
+@told
 def analyze(
     model: nn.Module,
     images: Any,
@@ -150,7 +152,7 @@ def analyze(
     seed: int = 0,
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     resume: str | Path | None = None,
     max_memory: int | str | None = None,
 ) -> Analysis:
@@ -167,13 +169,14 @@ def analyze(
         seed: of the draw of patch tokens.
         overwrite: replace a folder that an analysis wrote.
         say: called with one line on what is being done.
-        progress: called with images done and images in all.
+        progress: called with images done and images in all; or whether there is a bar.
         resume: a folder in which the sums are saved from time to time, and gone on from.
         max_memory: what the sums may take, as ``"2GB"`` or in bytes; more passes need less.
 
     Raises:
         BlockfitError: no blocks, no images, NaN or infinite hidden states, a folder that is taken.
     """
+    assert not isinstance(progress, bool)
     if folder is not None:
         check_folder(folder, overwrite)
     if not isinstance(images, Images):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,6 +23,7 @@ from blockfit.models.stock import Stock
 from blockfit.models.surgery import removed_plan
 from blockfit.models.tensors import narrowest
 from blockfit.models.trace import trace
+from blockfit.progress import Progress, Say
 from blockfit.search.baselines import Baseline, Neurons
 from blockfit.search.budget import Budget, Sizes
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
@@ -56,9 +57,6 @@ SAFE_LOSS = 0.1
 
 SHARES = (0.97, 0.94, *(share / 100 for share in range(90, 24, -4)))
 """Parts of the parameters that may remain, tried in turn under a budget of loss."""
-
-Say = Callable[[str], None]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -208,9 +206,9 @@ class Session:
         self._say(line)
 
     def with_recipe(self, recipe: Recipe) -> Session:
-        """The same calibration under another recipe."""
+        """The same calibration under another recipe; nothing of it is saved."""
         other = copy.copy(self)
-        other.recipe, other._search, other._cuts = recipe, None, None
+        other.recipe, other._search, other._cuts, other._checkpoint = recipe, None, None, None
         return other
 
     @property

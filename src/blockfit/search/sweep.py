@@ -29,6 +29,7 @@ from blockfit.models.forward import first_images
 from blockfit.models.head import Observation
 from blockfit.models.load import load_model, source_of
 from blockfit.models.tensors import fingerprint
+from blockfit.progress import Progress, Say, told
 from blockfit.search import summaries
 from blockfit.search.budget import Budget
 from blockfit.search.cuts import Share
@@ -49,8 +50,6 @@ from blockfit.search.run import Result, checkpoint_of, entry_of, original_of, ru
 from blockfit.search.session import (
     CALIBRATION_IMAGES,
     HOLD_OUT,
-    Progress,
-    Say,
     Session,
     Setting,
     check_whole,
@@ -192,7 +191,7 @@ class Frontier:
             BlockfitError: where no plan meets the budget or the model is not the sweep's.
         """
         result = made_of(self, Budget.one(budget, **budgets), model, force_budget)
-        tell(result.report["warnings"], stacklevel=3)
+        tell(result.report["warnings"])
         return result
 
     def best(
@@ -286,6 +285,7 @@ class Frontier:
 
 
 @checked
+@told
 def sweep(
     model: nn.Module | str | Path,
     images: Any,
@@ -302,7 +302,7 @@ def sweep(
     final: int | None = None,
     seed: int = 0,
     say: Say | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     resume: str | Path | None = None,
     max_memory: int | str | None = None,
     latency_images: int | None = None,
@@ -330,7 +330,8 @@ def sweep(
         final: as in ``compress``; every plan has its final figures.
         seed: of every draw.
         say: called with one line on what is being done.
-        progress: called with how many of how many (images, blocks) are done of what was said last.
+        progress: called with how many of how many (images, blocks) are done of what was said last;
+            or whether there is a bar, as in ``compress``.
         resume: as in ``compress``: goes on also within the calibration and within a size.
         max_memory: as in ``compress``.
         latency_images: measure the latency of every plan against the original's, in turn, with
@@ -340,6 +341,7 @@ def sweep(
     Raises:
         BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
     """
+    assert not isinstance(progress, bool)
     target = check_sweep_folder(folder)
     at_least(0, seed=seed)
     at_least(1, latency_images=latency_images)
