@@ -711,6 +711,7 @@ def reproduce(
     progress: Progress = lambda done, total: None,
     note: Callable[[str], None] = lambda line: None,
     warn: Callable[[str], None] = lambda line: None,
+    reads: Callable[[Images], None] = lambda images: None,
     **reading: Any,
 ) -> dict[str, Any]:
     """Run the experiments of the paper: tables, pictures and an index page in ``folder``.
@@ -736,6 +737,7 @@ def reproduce(
         progress: called with how many of how many are done of what was said last.
         note: called with what the run works with.
         warn: called with what the user should know.
+        reads: called with the images that are used; ``description()`` says what is skipped.
         reading: other options of ``blockfit.images``.
 
     Returns:
@@ -760,7 +762,14 @@ def reproduce(
         reading=reading,
     )
     lab, about = setup.prepare(
-        _module(model), sources, settings, judge=judge, blocks=blocks, say=say, progress=progress
+        _module(model),
+        sources,
+        settings,
+        judge=judge,
+        blocks=blocks,
+        say=say,
+        progress=progress,
+        reads=reads,
     )
     note(f"{lab.blocks.depth} blocks of width {lab.blocks.width}; judged by: {about['judge']}")
     return study.reproduce(lab, target, about, wanted, warn)

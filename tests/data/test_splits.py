@@ -42,5 +42,5 @@ def test_ready_names() -> None:
 
 def test_a_set_with_one_part_is_refused(tmp_path: Path) -> None:
     folder_of(tmp_path / "train", 2)
-    with pytest.raises(BlockfitError, match="--train and --test"):
+    with pytest.raises(BlockfitError, match="train= and test="):
         train_and_test(str(tmp_path))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from blockfit.data.images import Images, images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.evaluate import evaluate, evaluate_many
+from blockfit.evaluation.summaries import evaluation
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
 from blockfit.models.blocks import Blocks, find_blocks
@@ -135,6 +136,12 @@ def test_what_is_unknown_is_null() -> None:
     assert out["fidelity"]["kl"] is None
     assert out["fidelity"]["agreement"] is None
     assert 0 < out["fidelity"]["feature_cosine"] < 1
+    assert alone["compressed"]["no_head"] is None
+    for side in (out["original"], out["compressed"]):
+        assert "the output has shape" in side["no_head"]
+    (line,) = [part for part in evaluation(out) if isinstance(part, str) and "no head" in part]
+    assert line.startswith("no top-1, KL and agreement: no head was recognised; the output has")
+    assert not any("no head" in str(part) for part in evaluation(alone))
 
 
 def test_a_model_against_itself_is_the_same() -> None:

@@ -64,7 +64,7 @@ def test_the_parts_of_an_output_keep_their_names(tmp_path: Path) -> None:
 def test_a_model_that_counts_its_images_is_told_of_and_exported_for_a_fixed_number() -> None:
     bare = Bare(PlainViT().eval())
     images = torch.randn(3, 3, 32, 32)
-    with pytest.raises(BlockfitError, match=r"len\(images\).*--fixed-batch"):
+    with pytest.raises(BlockfitError, match=r"len\(images\).*batch=N"):
         trace(bare, images)
     program: Any = trace(bare, images, any_batch=False).module()
     with torch.no_grad():

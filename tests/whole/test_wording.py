@@ -1,14 +1,20 @@
 """The library names parameters, the command line options: one sentence in two vocabularies."""
 
+import ast
 import inspect
+import re
+from pathlib import Path
 from typing import Annotated
 
 import pytest
+import typer
 from commandline import blockfit_command as run
 
 import blockfit
+from blockfit.commands import app as cli
 from blockfit.commands import options as opt
 from blockfit.commands.compress import compress
+from blockfit.commands.export import export
 from blockfit.commands.sweep import sweep
 from blockfit.commands.wording import as_options, option_names
 from blockfit.search.budget import Budget
@@ -45,6 +51,46 @@ def test_a_command_knows_its_options_by_their_parameters():
     assert other["latency_images"] == "--measure-latency"
     text = inspect.Parameter("x", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[int, 3])
     assert option_names([text]) == {}
+
+
+def test_the_library_s_sentences_name_no_option():
+    package = Path(blockfit.__file__).parent
+    commands = typer.main.get_command(cli.app).commands
+    options = {o for c in commands.values() for p in c.params for o in p.opts if o[:2] == "--"}
+    assert {"--hub", "--limit", "--overwrite"} <= options
+    wrong = []
+    for path in package.rglob("*.py"):
+        if {"commands", "reports"} & set(path.relative_to(package).parts):
+            continue  # a report tells of commands
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):  # a whole command line, to be copied
+            if isinstance(node, ast.FunctionDef) and "The command" in (
+                ast.get_docstring(node) or ""
+            ):
+                docs |= {id(part) for part in ast.walk(node)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Constant | ast.JoinedStr) or id(node) in docs:
+                continue
+            text = ast.unparse(node)
+            if "blockfit " not in text:
+                found = set(re.findall(r"--[a-z][\w-]*", text)) & options
+                wrong += [(path.name, node.lineno, text)] if found else []
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("library", "line"),
+    [
+        ("try another opset=, or export_program", "try another --opset, or --pt2"),
+        ("cannot take any; give batch=N", "cannot take any; give --fixed-batch N"),
+        ("use export_onnx or export_program", "use --onnx or --pt2"),
+        ("dtype='float16' is known", "--weights 'float16' is known"),
+    ],
+)
+def test_functions_and_parameters_of_other_names_become_options_of_export(library, line):
+    names = option_names(inspect.signature(export).parameters.values())
+    assert as_options(library, names) == line
 
 
 @pytest.mark.parametrize("kind", ["params", "flops", "latency"])

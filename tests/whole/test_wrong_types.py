@@ -101,7 +101,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "limit": [2.5, "a"], "samples": [3, "a", ["a"]], "seeds": [2.5, "a"],
         "train_limit": [2.5, "a"], "test_limit": [2.5, "a"], "seed": [2.5, "a", None],
         "blocks": [3, ["a"]], "say": ["print", 3, None], "progress": ["print", 3, None],
-        "note": ["print", 3, None], "warn": ["print", 3, None],
+        "note": ["print", 3, None], "warn": ["print", 3, None], "reads": ["print", 3, None],
     },
     "save": {"model": THING, "folder": PATH, "overwrite": FLAG},
     "load": {"name": PATH, "model": [3, "x", [1]]},

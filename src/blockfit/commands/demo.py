@@ -9,7 +9,7 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show
+from blockfit.commands.tables import show, show_images
 
 IMAGES = 512
 """Calibration images."""
@@ -46,6 +46,7 @@ def demo(
             blockfit.save(result, output, overwrite=overwrite)
         out.say("evaluating on the test digits")
         test = blockfit.images("digits:test", original, batch_size=64)
+        show_images(out, test)
         worth = blockfit.evaluate(
             result.model, test, against=original, blocks=result.blocks, progress=out.count
         ).to_json()

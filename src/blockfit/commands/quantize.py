@@ -80,6 +80,8 @@ def quantize(
         out.say(f"writing {output}")
         if int8 in ONNX_KINDS:
             used = _calibration(saved, images, images_limit, reading) if "static" in int8 else None
+            if used is not None:
+                show_images(out, used)
             quantize_onnx(saved, output, int8, used, overwrite=overwrite)
             tiny: nn.Module = Session(resolved(output))
             after = resolved(output).stat().st_size

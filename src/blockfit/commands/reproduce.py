@@ -11,6 +11,7 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
+from blockfit.commands.tables import show_images
 from blockfit.errors import BlockfitError
 
 Data = Annotated[str | None, opt.option("--images", "Labelled, with both parts.", opt.DATA, "DATA")]
@@ -120,6 +121,7 @@ def reproduce(
             progress=out.count,
             note=out.note,
             warn=lambda line: out.warn([line]),
+            reads=lambda images: show_images(out, images),
             **asdict(reading),
         )
         page.reproduced(out, output)

@@ -6,8 +6,17 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 
-OTHER_NAMES = {"spans": "--span", "latency_images": "--measure-latency"}
-"""Parameters of the library whose options have another name."""
+OTHER_NAMES = {
+    "spans": "--span",
+    "latency_images": "--measure-latency",
+    "batch": "--fixed-batch",
+    "dtype": "--weights",
+    "export_plain": "--plain",
+    "export_hub": "--hub",
+    "export_onnx": "--onnx",
+    "export_program": "--pt2",
+}
+"""Parameters of the library whose options have another name, and functions that are options."""
 
 
 def option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
@@ -20,7 +29,7 @@ def option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
             if long:
                 names[parameter.name] = long[0]
     known = set(names.values())
-    return names | {name: text for name, text in OTHER_NAMES.items() if text in known}
+    return {name: text for name, text in OTHER_NAMES.items() if text in known} | names
 
 
 def as_options(text: str, names: Mapping[str, str]) -> str:

@@ -48,7 +48,7 @@ def train_and_test(
             fault = fault or error
     raise BlockfitError(
         f"{data} has no training and test part that could be found ({fault}); "
-        "name them with --train and --test"
+        "name them with train= and test="
     )
 
 

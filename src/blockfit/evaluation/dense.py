@@ -54,7 +54,7 @@ def open_masks(where: str, data: str | None = None, split: str | None = None) ->
         records = from_path(data, where, None, split)
     except BlockfitError as error:
         raise BlockfitError(
-            f"--masks {where} is neither a folder nor a column of {data}: {error}"
+            f"masks={str(where)!r} is neither a folder nor a column of {data}: {error}"
         ) from error
     return lambda name, position: _mask(records.read(position)[0], name)
 
@@ -125,7 +125,7 @@ def confusion(
             if maps.ndim != 4:
                 raise BlockfitError(
                     f"{type(model).__name__} gives an output of shape {tuple(maps.shape)}; "
-                    "--protocol dense needs a map of classes (images, classes, height, width)"
+                    "the protocol dense needs a map of classes (images, classes, height, width)"
                 )
             if not len(total):
                 total = torch.zeros(maps.shape[1], maps.shape[1], dtype=torch.int64)
@@ -168,7 +168,7 @@ def _check_whole(preprocessing: object) -> None:
     if isinstance(preprocessing, Preprocessing) and preprocessing.settings.get("do_center_crop"):
         raise BlockfitError(
             "the model's preprocessing cuts out the centre of each image, and the masks are of "
-            "whole images; --protocol dense needs one that only resizes"
+            "whole images; the protocol dense needs one that only resizes"
         )
 
 

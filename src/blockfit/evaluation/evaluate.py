@@ -62,6 +62,7 @@ class Figures:
         throughput: of a batch; likewise.
         peak_memory_bytes: of tensors during the forward of a batch; ``None`` where it cannot be
             had or was not measured.
+        no_head: why no head was recognised, so that there is no accuracy; empty where one was.
     """
 
     top1: float | None
@@ -72,6 +73,7 @@ class Figures:
     throughput: Timing | None = None
     peak_memory_bytes: int | None = None
     labelled: int = 0
+    no_head: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -79,6 +81,7 @@ class Figures:
         return {
             "top1": self.top1,
             "labelled": self.labelled,
+            "no_head": self.no_head or None,
             "parameters": self.parameters,
             "flops": self.flops,
             "size_bytes": self.size_bytes,
@@ -308,7 +311,7 @@ def evaluate(
             accuracy.add_counts(counts[name])
         if sums is not None:
             meter.add_sums(sums)
-    figures = _figures(models, accuracies, first, measure and ranks.is_first())
+    figures = _figures(models, places, accuracies, first, measure and ranks.is_first())
     outcomes = Outcomes.of_rows(row for _, part in sorted(found.items()) for row in part[3])
     small = accuracies["compressed"]
     return Evaluation(
@@ -399,6 +402,7 @@ def evaluate_many(
 
 def _figures(
     models: Mapping[str, nn.Module],
+    places: Mapping[str, Blocks],
     accuracies: Mapping[str, Accuracy],
     batch: Batch,
     measure: bool,
@@ -415,6 +419,7 @@ def _figures(
             throughput=throughput.get(name),
             peak_memory_bytes=peak_memory(model, batch) if measure else None,
             labelled=accuracies[name].labelled,
+            no_head=observe(model, places[name], placed(model, first_images(batch, 1))).no_head,
         )
         for name, model in models.items()
     }

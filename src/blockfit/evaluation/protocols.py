@@ -264,5 +264,5 @@ def _check_classes(train: Features) -> None:
     if len(np.unique(train.labels)) < 2:
         raise BlockfitError(
             "the images to learn from are all of one class; draw them over the whole set "
-            "(--limit does)"
+            "(limit= does)"
         )

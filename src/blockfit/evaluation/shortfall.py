@@ -148,7 +148,7 @@ def _why(row: Row, promised: float, rows: Sequence[Row]) -> str:
         return f"the {told}, which allows {shares.promised:.2f}×"
     if high >= ENOUGH * promised:
         return (
-            f"the rounds scatter up to {high:.2f}×; give more --rounds or measure on a quieter "
+            f"the rounds scatter up to {high:.2f}×; time more rounds, or measure on a quieter "
             "machine"
         )
     return "the parts that are left take longer than their FLOPs say"

@@ -52,6 +52,9 @@ def evaluation(worth: Mapping[str, Any]) -> list[Part]:
     labelled = after.get("labelled", 0)
     some = f", {labelled} of them labelled" if 0 < labelled < worth["images"] else ""
     parts: list[Part] = [Table.of(header, rows, f"On {worth['images']} images{some}")]
+    if why := after.get("no_head"):
+        missing = "no top-1" if worth["original"] is None else "no top-1, KL and agreement"
+        parts.append(f"{missing}: no head was recognised; {why}")
     if found := figures(worth.get("intervals") or {}):
         ends = ", ".join(f"{name} {ends}" for name, _, ends, _ in found)
         parts.append(f"{worth['intervals']['confidence']:.0%} intervals: {ends}")

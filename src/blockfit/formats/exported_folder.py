@@ -150,8 +150,8 @@ def push_folder(
         wanted = (CONFIG_FILE, OPEN_CLIP_WEIGHTS, CARD)
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise BlockfitError(
-            f"{folder} has no {missing[0]}; push a folder that blockfit export --plain or --hub "
-            "wrote"
+            f"{folder} has no {missing[0]}; push a folder that was exported as a plain "
+            "checkpoint or for the Hub"
         )
     need("huggingface_hub", "transformers")
     from huggingface_hub import HfApi
@@ -169,6 +169,6 @@ def push_folder(
     except (OSError, HFValidationError) as error:
         raise BlockfitError(
             f"cannot push to {repository}: {first_line(error)}; log in with hf auth login, and "
-            "give --overwrite where the repository is yours and there already"
+            "give overwrite=True where the repository is yours and there already"
         ) from error
     return str(url)

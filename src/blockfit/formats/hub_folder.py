@@ -107,7 +107,8 @@ def export_hub(
     if saved.source.library != "transformers":
         raise BlockfitError(
             f"{saved.source.name} is no transformers model, and only transformers loads a folder's "
-            "own code; use --onnx or --pt2, or compress with --plain and export with --plain"
+            "own code; use export_onnx or export_program, or compress it by the recipe "
+            "plain and write it with export_plain"
         )
     auto = _auto_class(saved)
     load = f'transformers.{auto}.from_pretrained("{{}}", trust_remote_code=True)'
@@ -250,6 +251,7 @@ def _read_back(saved: Saved, folder: Path) -> nn.Module:
     if wrong := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
         raise BlockfitError(
             f"transformers does not find {wrong[0]} in the Hub folder that was written; keep the "
-            "folder that blockfit saved, or use --onnx or --pt2"
+            "folder that blockfit saved, or use export_onnx or "
+            "export_program"
         )
     return model

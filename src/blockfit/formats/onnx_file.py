@@ -158,13 +158,13 @@ def _converted(setting: Setting, name: str, opset: int) -> Any:
     except Exception as error:  # the exporter's errors have no common class
         raise BlockfitError(
             f"torch's ONNX exporter cannot convert {setting.saved.source.name} to opset {opset}: "
-            f"{first_line(error)}; try another --opset, or --pt2"
+            f"{first_line(error)}; try another opset=, or export_program"
         ) from error
     model = program.model
     found = model.opset_imports.get("")
     if found != opset:
         raise BlockfitError(
-            f"this model cannot be written in opset {opset}, only in {found}; give --opset {found}"
+            f"this model cannot be written in opset {opset}, only in {found}; give opset={found}"
         )
     shape = model.graph.inputs[0].shape
     program.rename_axes({str(shape[axis]): called for axis, called in axes.items()})

@@ -111,7 +111,8 @@ def plain_model(saved: Saved) -> tuple[nn.Module, Source]:
     depth = saved.blocks.depth
     if (why := saved.plan.not_plain(depth)) is not None:
         raise BlockfitError(
-            f"{why}; {_again(saved)}, or export this one with --hub, --onnx or --pt2"
+            f"{why}; {_again(saved)}, or export this one with export_hub, export_onnx or "
+            "export_program"
         )
     if saved.source.library not in CONFIGURED:
         raise BlockfitError(

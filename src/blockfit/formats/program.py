@@ -200,7 +200,8 @@ def export_program(
     target = check_file(path, FORM, overwrite)
     if resolution is not None and resolution.size is None:
         raise BlockfitError(
-            "a .pt2 program takes one resolution: give it and export once for each, or use --onnx"
+            "a .pt2 program takes one resolution: give it and export once for each, or use "
+            "export_onnx"
         )
     setting = Setting.of(saved, images, resolution, batch)
     program = setting.traced()

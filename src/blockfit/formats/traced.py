@@ -133,7 +133,7 @@ def _timm_at(model: nn.Module, size: tuple[int, int]) -> nn.Module:
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise BlockfitError(
             f"timm cannot bring the model to {size[0]} × {size[1]}: {first_line(error)}; "
-            "give another --resolution"
+            "give another resolution="
         ) from error
     return resized
 
@@ -202,7 +202,7 @@ def _why_not(model: nn.Module, error: Exception, any_size: bool) -> str:
     if "Constraints violated" in str(error):
         return (
             f"{name} turns the number of images into a plain number, as len(images) does, and so "
-            "cannot take any; give --fixed-batch N"
+            "cannot take any; give batch=N"
         )
     return f"torch.export cannot follow {name}: {first_line(error)}"
 

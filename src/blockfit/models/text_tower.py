@@ -40,7 +40,7 @@ def tokenizer(model: nn.Module, source: Source) -> Tokenize:
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise BlockfitError(
             f"the tokenizer of {source.name} cannot be loaded ({first_line(error)}); give the "
-            "original's folder, with its tokenizer's files in it, as --against"
+            "original's folder, with its tokenizer's files in it, as against="
         ) from error
     raise BlockfitError(
         f"{source.name} comes without a tokenizer; zero-shot needs a model of images and texts "

@@ -78,6 +78,9 @@ def test_every_experiment_writes_its_table_its_numbers_and_its_picture(
     folder, done = whole
     told = done.json
     assert told.pop("output") == str(folder)
+    test, calibration = told.pop("data")
+    assert (test["source"], test["used"]) == ("digits:test", 50)
+    assert calibration["labels"]["by"] == "number"
     assert json.loads((folder / MARK).read_text()) == told
     assert tuple(told["experiments"]) == NAMES
     wanted = {f"{name}{end}" for name in NAMES for end in ENDINGS} | {MARK, INDEX}
@@ -214,6 +217,7 @@ def test_without_another_source_transfer_is_skipped_and_said_so(tmp_path: Path) 
     done = run(tmp_path / "out", "--data", "digits", *TINY, "--experiments", "transfer")
     assert done.code == 0
     assert "transfer was skipped" in done.err
+    assert done.err.count("labels by number") == 1  # of the test images: nothing is fitted here
     assert "--transfer" in done.err
 
 

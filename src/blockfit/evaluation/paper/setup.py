@@ -99,6 +99,7 @@ def prepare(
     blocks: str | None = None,
     say: Callable[[str], None],
     progress: Callable[[int, int], None],
+    reads: Callable[[Images], None] = lambda images: None,
 ) -> tuple[Lab, dict[str, Any]]:
     """A laboratory for ``model``, and what all its experiments share, as JSON values.
 
@@ -110,6 +111,7 @@ def prepare(
         blocks: dotted path of the list of blocks, where looking is not enough.
         say: called with one line on what is being done.
         progress: called with how many of how many are done of what was said last.
+        reads: called with the images of the test, of the calibration, and of probes.
 
     Raises:
         BlockfitError: for a compressed model, images without labels, or none.
@@ -117,6 +119,7 @@ def prepare(
     how = {**sources.reading, "seed": settings.seed}
     pictures = open_images(sources.judged, model, limit=sources.test_limit, **how)
     example = _example(pictures)
+    reads(pictures)
     where = find_blocks(model, example, blocks)
     if done := removed_plan(model, where):
         raise BlockfitError(f"the model is compressed already ({done}); give the original instead")
@@ -124,11 +127,12 @@ def prepare(
     labelled = None
     if kind != "head":
         labelled = open_images(sources.learn, model, limit=sources.train_limit, **how)
+        reads(labelled)
     lab = Lab(
         model,
         where,
         settings.fitting(where.depth),
-        _draw(sources.learn, model, sources.reading),
+        _told_once(_draw(sources.learn, model, sources.reading), reads),
         Judge(model, where, pictures, kind, labelled, progress=progress),
         _transfers(sources.transfer, model, sources.reading),
         say,
@@ -143,6 +147,20 @@ def _draw(source: Source, model: nn.Module, how: dict[str, Any]) -> Draw:
         return open_images(source, model, limit=count, seed=seed, **how)
 
     return draw
+
+
+def _told_once(draw: Draw, reads: Callable[[Images], None]) -> Draw:
+    """``draw``, which hands its first images of more than one on to ``reads``."""
+    told: list[Images] = []
+
+    def drawn(count: int, seed: int) -> Images:
+        images = draw(count, seed)
+        if count > 1 and not told:
+            told.append(images)
+            reads(images)
+        return images
+
+    return drawn
 
 
 def _train_part(name: str) -> Source:

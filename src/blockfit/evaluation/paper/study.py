@@ -171,7 +171,7 @@ def reproduce(
 def _lacking(lab: Lab, experiment: Experiment) -> str | None:
     """What an experiment cannot be run without, where that is not there."""
     if experiment.name == "transfer" and not lab.transfers:
-        return "it needs another source of images (--transfer)"
+        return "it needs another source of images (transfer=)"
     if experiment.name == "several" and lab.settings.longest < 2:
         return "it needs a model of three blocks or more"
     return None
