@@ -36,8 +36,10 @@ if TYPE_CHECKING:  # for type checkers and editors; each name is imported when i
     from blockfit.errors import BlockfitError, BlockfitWarning
     from blockfit.evaluation.analysis import Analysis
     from blockfit.evaluation.evaluate import Evaluation
+    from blockfit.feature_extractor import FeatureExtractor
     from blockfit.fit.plan import Narrowing, Plan, Replacement, Span
     from blockfit.models.blocks import Blocks, find_blocks
+    from blockfit.models.preprocessing import Preprocessing
     from blockfit.search.recipes import RECIPES, Recipe
     from blockfit.search.solve import Options
     from blockfit.search.sweep import Frontier
@@ -52,10 +54,12 @@ __all__ = [
     "Blocks",
     "Calibration",
     "Evaluation",
+    "FeatureExtractor",
     "Frontier",
     "Narrowing",
     "Options",
     "Plan",
+    "Preprocessing",
     "Recipe",
     "Replacement",
     "Result",
@@ -88,10 +92,12 @@ _ELSEWHERE = {
     "BlockfitWarning": "errors",
     "Blocks": "models.blocks",
     "Evaluation": "evaluation.evaluate",
+    "FeatureExtractor": "feature_extractor",
     "Frontier": "search.sweep",
     "Narrowing": "fit.plan",
     "Options": "search.solve",
     "Plan": "fit.plan",
+    "Preprocessing": "models.preprocessing",
     "Recipe": "search.recipes",
     "Replacement": "fit.plan",
     "Span": "fit.plan",

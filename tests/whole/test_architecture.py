@@ -265,7 +265,7 @@ def test_an_import_inside_a_function_is_not_at_import() -> None:
 
 WATCH_IMPORT = """
 import json, logging, pkgutil, importlib, random, sys, warnings
-import numpy, torch, safetensors.torch, PIL.Image, rich.console, typer
+import numpy, torch, safetensors.torch, sklearn.base, PIL.Image, rich.console, typer
 
 def state():
     root = logging.getLogger()
