@@ -21,6 +21,7 @@ from torch import nn
 
 import blockfit
 from blockfit.errors import BlockfitError
+from blockfit.evaluation.stages import quantize
 from blockfit.formats import folder as store
 from blockfit.formats.manifest import read_manifest
 from blockfit.models.attributes import first_difference
@@ -99,6 +100,35 @@ def test_a_hook_that_changes_outputs_stops_the_save(tmp_path: Path) -> None:
             lambda model: model.norm.register_forward_hook(lambda module, args, out: 2 * out),
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def test_models_on_several_devices_are_compared_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = {torch.device("cpu"), torch.device("meta")}
+    monkeypatch.setattr("blockfit.formats.rebuild._devices", lambda tensors: devices)
+    save(tmp_path / "whole", TIMM, lambda model: None)
+    blockfit.load(tmp_path / "whole")
+    with pytest.raises(BlockfitError, match="has other outputs; norm has a forward hook"):
+        save(
+            tmp_path / "small", TIMM,
+            lambda model: model.norm.register_forward_hook(lambda module, args, out: 2 * out),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["weight-only", "dynamic"])
+def test_models_in_int8_are_compared_as_well(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("torchao")
+    model, blocks, source, _ = small_model(VIT)
+    whole = store.Saved(model, blocks, PLAN, {}, source, {})
+    tiny = quantize(whole, kind)
+    store.save(tmp_path / "tiny", tiny.model, blocks, PLAN, source=tiny.source, report=tiny.report)
+    blockfit.load(tmp_path / "tiny")
+    last = [module for module in tiny.model.modules() if isinstance(module, torch.nn.LayerNorm)][-1]
+    last.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(BlockfitError, match="has other outputs"):
+        store.save(tmp_path / "wrong", tiny.model, blocks, PLAN, source=tiny.source, report={})
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 # -- saving again -------------------------------------------------------------------------------
