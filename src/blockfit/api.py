@@ -32,7 +32,6 @@ from blockfit.formats import exported_folder, hub_folder, onnx_file, plain, prog
 from blockfit.formats import folder as store
 from blockfit.formats.exported_folder import ExportedFolder
 from blockfit.formats.folder import Saved
-from blockfit.formats.manifest import installed_versions
 from blockfit.formats.onnx_file import ExportedOnnx
 from blockfit.formats.pretrained import WRITERS
 from blockfit.formats.program import Exported
@@ -41,6 +40,7 @@ from blockfit.models.load import load_model, source_of
 from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.surgery import OwnWriter
 from blockfit.progress import Progress, Say, Teller, told
+from blockfit.provenance import installed_versions
 from blockfit.reports.page import check_report, write_pictures, write_report
 from blockfit.reports.runs import read_runs
 from blockfit.search import sweep as sweeps

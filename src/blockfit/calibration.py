@@ -18,8 +18,10 @@ from blockfit.errors import BlockfitError, tell
 from blockfit.evaluation.precision import overflow_warnings
 from blockfit.fit.plan import Plan, Span
 from blockfit.formats.int8 import check_no_int8
+from blockfit.models.cost import runs_on
 from blockfit.models.load import source_of
 from blockfit.progress import Teller
+from blockfit.provenance import made
 from blockfit.search.budget import Budget
 from blockfit.search.final import Parts, final_figures, set_apart
 from blockfit.search.loss_budget import Judge, check_images
@@ -254,6 +256,7 @@ class Calibration:
         small = setting.model if inplace else copy.deepcopy(setting.model)
         point.solution.apply(small, setting.blocks)
         report["warnings"] += overflow_warnings(small, setting.blocks, setting.example)
+        report["made"] = made(runs_on(small))
         report["seconds"] = round(time.perf_counter() - started, 3)
         return Result(small, point.solution.plan, report, setting.blocks, self._source)
 

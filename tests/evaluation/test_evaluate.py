@@ -103,7 +103,8 @@ def test_the_json_has_the_promised_keys() -> None:
     original, compressed, _, _ = pair("plain")
     out = evaluate(compressed, some("plain"), against=original)
     values = json.loads(json.dumps(out.to_json(), allow_nan=False))
-    assert list(values) == ["images", "original", "compressed", "fidelity", "intervals"]
+    promised = ["images", "original", "compressed", "fidelity", "intervals"]
+    assert list(values) == [*promised, "classes", "flips", "flipped", "made"]
     for name, model in (("original", original), ("compressed", compressed)):
         side = values[name]
         assert {"top1", "parameters", "flops", "size_bytes", "images_per_second"} <= side.keys()
@@ -302,3 +303,37 @@ def test_no_images_are_one_sentence() -> None:
     none = some("plain").take(0)
     with pytest.raises(BlockfitError, match="no images to evaluate on"):
         evaluate(compressed, none)
+
+
+def test_classes_and_flips_are_those_of_the_models() -> None:
+    original, compressed, blocks, _ = pair("timm-vit")
+    for parameter in compressed.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    data = some("timm-vit", count=40)
+    found = evaluate(compressed, data, against=original, blocks=blocks, measure=False)
+    inputs, labels = everything(data)
+    with torch.no_grad():
+        before, after = original.eval()(inputs), compressed.eval()(inputs)
+    old, new = before.argmax(1), after.argmax(1)
+    assert found.answers is not None
+    for one in found.answers.classes:
+        own = labels == int(one.name.removeprefix("class "))
+        assert one.images == int(own.sum())
+        assert (one.before, one.after) == (
+            int((old == labels)[own].sum()),
+            int((new == labels)[own].sum()),
+        )
+    assert sum(one.images for one in found.answers.classes) == 40
+    kl = F.kl_div(after.double().log_softmax(1), before.double().log_softmax(1),
+                  reduction="none", log_target=True).sum(1)  # fmt: skip
+    wanted = sorted(((float(kl[i]), i) for i in range(40) if old[i] != new[i]), reverse=True)
+    assert wanted
+    assert found.answers.flipped == len(wanted)
+    for flip, (cost, row) in zip(found.answers.flips, wanted, strict=True):
+        assert abs(flip.cost - cost) < 1e-6
+        assert flip.image.endswith(f"[{row}]")
+        assert flip.label == f"class {int(labels[row])}"
+        assert (flip.before, flip.after) == (f"class {int(old[row])}", f"class {int(new[row])}")
+    told = json.loads(json.dumps(found.to_json()))
+    assert told["flipped"] == len(told["flips"])
+    assert set(told["made"]) == {"date", "machine", "versions"}

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Narrowing, Plan, Replacement, Span
 from blockfit.formats.folder import Saved
-from blockfit.formats.manifest import installed_versions
 from blockfit.formats.plain import export_plain, plain_model
 from blockfit.models.blocks import find_blocks
 from blockfit.models.head import primary_output
 from blockfit.models.load import source_of
 from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.stock import Stock
+from blockfit.provenance import installed_versions
 
 
 @pytest.fixture(scope="module")

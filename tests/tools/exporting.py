@@ -16,7 +16,6 @@ from blockfit.data.images import images as open_images
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Narrowing, Plan, Replacement, Span, runs_of
 from blockfit.formats.folder import Saved, load_saved, save
-from blockfit.formats.manifest import installed_versions
 from blockfit.models.blocks import block_modules, find_blocks
 from blockfit.models.forward import call, evaluating
 from blockfit.models.head import primary_output
@@ -26,6 +25,7 @@ from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.residual import find_writers
 from blockfit.models.surgery import apply_plan
 from blockfit.models.trace import trace
+from blockfit.provenance import installed_versions
 from blockfit.search.solve import Options, solve
 from blockfit.search.states import Originals
 

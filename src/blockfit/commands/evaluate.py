@@ -132,6 +132,7 @@ def _checkpoint(name: str, models: Mapping[str, nn.Module | None], images: Image
     path = resolved(name)
     target = path if path.exists() else resolved(name.replace("/", "_"))
     run = {
+        "rows": 2,  # what a batch leaves: answers by image since 2
         "models": {k: None if m is None else fingerprint(m) for k, m in models.items()},
         "images": settled(images.description()),
         "batch_size": images.batch_size,

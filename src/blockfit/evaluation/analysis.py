@@ -25,10 +25,12 @@ from blockfit.files import FolderForm, check_target, new_folder
 from blockfit.fit.plan import Span, spans_up_to
 from blockfit.fit.similarity import COLUMNS, Tables, merged, part
 from blockfit.models.blocks import Blocks, call, find_blocks, record
+from blockfit.models.cost import runs_on
 from blockfit.models.forward import evaluating, first_images
 from blockfit.models.load import source_of
 from blockfit.models.tensors import fingerprint
 from blockfit.progress import told
+from blockfit.provenance import made
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, Progress, calibrate
 from blockfit.search.session import CALIBRATION_IMAGES, changing
 from blockfit.summary import Summary, frame
@@ -219,6 +221,7 @@ def analyze(
         "seed": seed,
         "calibration": images.description(),
         "patch_tokens_per_image": {"all": patches, "taken": taken},
+        "made": made(runs_on(model)),
     }
     warned = (*changing(images), *_warnings(parts[0], where))
     result = Analysis(merged(parts), where, report, warned)

@@ -20,10 +20,10 @@ from blockfit.errors import BlockfitError
 from blockfit.evaluation.engines import Engine, compiling, noise_for, onnx_files, ready, unable
 from blockfit.evaluation.shortfall import block_shares, remarks
 from blockfit.evaluation.speed import ORIGINAL, Bench, Row, Setting, Settings
-from blockfit.formats.manifest import installed_versions
 from blockfit.models.blocks import Blocks
 from blockfit.models.cost import Timing, device_name, flops, in_turn, parameters, size_bytes
 from blockfit.models.forward import Batch, first_images
+from blockfit.provenance import installed_versions
 
 Say = Callable[[str], None]
 

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blockfit.formats.folder import Saved
-from blockfit.formats.manifest import installed_versions
 from blockfit.formats.onnx_file import Session, export_onnx
 from blockfit.models.blocks import find_blocks
 from blockfit.models.cost import measuring, peak_memory, wait
@@ -30,6 +29,7 @@ from blockfit.models.forward import (
 )
 from blockfit.models.load import source_of
 from blockfit.models.surgery import removed_plan
+from blockfit.provenance import installed_versions
 
 ENGINES = ("eager", "compiled", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")

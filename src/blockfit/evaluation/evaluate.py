@@ -17,6 +17,7 @@ from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, LabelledBatch
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import summaries
+from blockfit.evaluation.answers import Answer, Answers, answers_of, answers_of_batch
 from blockfit.files import FileForm, new_file
 from blockfit.fit.intervals import CONFIDENCE, Interval, wilson
 from blockfit.fit.plan import Plan
@@ -27,12 +28,15 @@ from blockfit.models.cost import (
     flops,
     parameters,
     peak_memory,
+    runs_on,
     size_bytes,
     speedup,
 )
 from blockfit.models.forward import evaluating, first_images, place, placed
 from blockfit.models.head import Observation, observe, right_answers
+from blockfit.models.load import label_names
 from blockfit.models.trace import trace
+from blockfit.provenance import made
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.search.final import Final, Outcomes, final_of, finite, rows_of
 from blockfit.search.held_out import observe_solution
@@ -103,6 +107,8 @@ class Evaluation:
         fidelity: of its outputs to the original's.
         intervals: of accuracy, agreement, KL and the paired drop, where there is an original.
         top1: the small model's accuracy with its interval, where there are labels.
+        answers: by class, and the images that flip, where there is an original with a head.
+        made: date, machine and versions (``provenance.made``).
     """
 
     images: int
@@ -111,6 +117,8 @@ class Evaluation:
     fidelity: Fidelity | None
     intervals: Final | None = None
     top1: Interval | None = None
+    answers: Answers | None = None
+    made: Mapping[str, Any] | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -135,6 +143,8 @@ class Evaluation:
                 "top1_after": None if self.top1 is None else asdict(self.top1),
                 "confidence": CONFIDENCE,
             },
+            **(self.answers or Answers()).to_json(),
+            "made": None if self.made is None else dict(self.made),
         }
 
     def __repr__(self) -> str:
@@ -306,13 +316,15 @@ def evaluate(
     data.exchange()
     found = {int(k): row for part in ranks.gathered(rows) for k, row in part.items()}
     meter = FidelityMeter()
-    for _, (_, counts, sums, _) in sorted(found.items()):  # in order: the same bits however shared
+    for _, (_, counts, sums, *_) in sorted(found.items()):  # in order: the same bits however shared
         for name, accuracy in accuracies.items():
             accuracy.add_counts(counts[name])
         if sums is not None:
             meter.add_sums(sums)
     figures = _figures(models, places, accuracies, first, measure and ranks.is_first())
     outcomes = Outcomes.of_rows(row for _, part in sorted(found.items()) for row in part[3])
+    answers = [row for _, part in sorted(found.items()) for row in part[4]]
+    names = data.class_names or label_names(compressed)
     small = accuracies["compressed"]
     return Evaluation(
         images=sum(row[0] for row in found.values()),
@@ -321,6 +333,8 @@ def evaluate(
         fidelity=None if against is None else meter.result(),
         intervals=final_of(outcomes, data.records.source, data.seed) if len(outcomes) else None,
         top1=wilson(small.right, small.labelled) if small.labelled else None,
+        answers=answers_of(answers, names) if answers else None,
+        made=made(runs_on(compressed)),
     )
 
 
@@ -339,20 +353,21 @@ def _row(
     places: Mapping[str, Blocks],
     batch: LabelledBatch,
     accuracies: Mapping[str, Accuracy],
-) -> tuple[int, dict[str, tuple[int, int, int]], Sums | None, list[list[float]]]:
+) -> tuple[int, dict[str, tuple[int, int, int]], Sums | None, list[list[float]], list[Answer]]:
     """Of a batch, as JSON: images, right answers and labels of each model, sums of fidelity, and
-    ``Outcomes`` where there are two models."""
+    ``Outcomes`` and answers where there are two models."""
     seen = {
         name: finite(observe(model, places[name], placed(model, batch.inputs)), name, batch.names)
         for name, model in models.items()
     }
     counts = {name: accuracies[name].counted(one, batch.labels) for name, one in seen.items()}
     if "original" not in seen:
-        return len(seen["compressed"].features), counts, None, []
+        return len(seen["compressed"].features), counts, None, [], []
     sums = _compared(seen["original"], seen["compressed"])
     known = batch.labels if sum(counts["original"]) else None
     each = rows_of(seen["original"], seen["compressed"], known)
-    return len(seen["compressed"].features), counts, sums, each
+    answers = answers_of_batch(seen["original"], seen["compressed"], known, batch.names)
+    return len(seen["compressed"].features), counts, sums, each, answers
 
 
 def evaluate_many(

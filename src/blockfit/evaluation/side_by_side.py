@@ -25,6 +25,7 @@ from blockfit.models.head import observe
 from blockfit.models.load import label_names
 from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.surgery import removed_plan
+from blockfit.search.fidelity import kl_divergence
 
 SHOWN = 12
 """Images that are shown; half of them are kept free for those where the models differ."""
@@ -65,6 +66,8 @@ class Sample:
         original: prediction; ``None`` where the model has no head.
         compressed: likewise.
         cosine: of the two models' final features.
+        cost: KL(original ‖ compressed) of this image, in nats; ``None`` without a head.
+        right: whether original and compressed model name the label first; ``None`` without one.
         components: PNGs of the principal components of the patch tokens behind the last block,
             original and compressed; ``None`` where the patches have no known grid.
     """
@@ -76,6 +79,8 @@ class Sample:
     compressed: Prediction | None
     cosine: float
     components: tuple[bytes, bytes] | None
+    cost: float | None = None
+    right: tuple[bool, bool] | None = None
 
     @property
     def differs(self) -> bool:
@@ -95,7 +100,7 @@ class SideBySide:
         source: where they are from.
         seed: of their draw.
         differing: on how many the first classes differ; ``None`` without a head.
-        samples: the images that are shown.
+        samples: the images that are shown; those that differ first, the costliest in front.
         errors: token type → error of h[l] for l = 0 … L: Σ‖h' − h‖² / Σ‖h − mean‖², as of maps.
         identity: the same where the plan's spans are dropped from the original, with no map; empty
             where it has none.
@@ -127,6 +132,19 @@ class _Shown:
     @property
     def differs(self) -> bool:
         return self.logits is not None and bool(self.logits[0].argmax() != self.logits[1].argmax())
+
+    @property
+    def cost(self) -> float | None:
+        if self.logits is None:
+            return None
+        return float(kl_divergence(*(one.unsqueeze(0) for one in self.logits)))
+
+    @property
+    def right(self) -> tuple[bool, bool] | None:
+        if self.logits is None or self.label is None or self.label < 0:
+            return None
+        first, second = (int(one.argmax()) == self.label for one in self.logits)
+        return first, second
 
 
 def side_by_side(
@@ -165,9 +183,11 @@ def side_by_side(
             for one in shown:
                 has_head = has_head and one.logits is not None
                 differing += one.differs
-                kept, room = (different, SHOWN // 2) if one.differs else (others, SHOWN)
-                if len(kept) < room:
-                    kept.append(one)
+                if one.differs:
+                    different.append(one)
+                elif len(others) < SHOWN:
+                    others.append(one)
+            different = sorted(different, key=lambda one: -(one.cost or 0.0))[: SHOWN // 2]
             if progress is not None:
                 progress(seen, len(images))
     if not seen:
@@ -284,6 +304,8 @@ def _drawn(
                 original=sides[0] if sides else None,
                 compressed=sides[1] if sides else None,
                 cosine=one.cosine,
+                cost=one.cost,
+                right=one.right,
                 components=components[number] if components else None,
             )
         )

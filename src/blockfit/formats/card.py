@@ -10,10 +10,10 @@ from typing import Any
 
 from blockfit.fit.plan import PARTS, Plan
 from blockfit.formats.folder import Saved
-from blockfit.formats.manifest import installed_versions
 from blockfit.formats.parity import Parity
 from blockfit.formats.passport import public
 from blockfit.models.source import Source
+from blockfit.provenance import installed_versions
 from blockfit.units import amount, number, percent, share
 
 TASKS = {

@@ -20,7 +20,7 @@ from blockfit.files import PARTIAL, FolderForm, check_target, expanded, new_fold
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
 from blockfit.formats.int8 import put_int8
-from blockfit.formats.manifest import FLOATING, Manifest, dumps, installed_versions, read_manifest
+from blockfit.formats.manifest import FLOATING, Manifest, dumps, read_manifest
 from blockfit.formats.rebuild import DIFFERS, check_outputs, settled
 from blockfit.models.blocks import Blocks
 from blockfit.models.load import attach, read_dtype, skeleton, source_of
@@ -42,6 +42,7 @@ from blockfit.models.tensors import (
     tied,
     valueless,
 )
+from blockfit.provenance import installed_versions
 from blockfit.untrusted import open_tensors
 
 MARK = "blockfit.json"

@@ -34,10 +34,11 @@ from blockfit.formats.exported_folder import (
 )
 from blockfit.formats.folder import WEIGHTS, Saved
 from blockfit.formats.int8 import check_no_int8
-from blockfit.formats.manifest import dumps, installed_versions
+from blockfit.formats.manifest import dumps
 from blockfit.models.blocks import block_modules
 from blockfit.models.narrowed import HeadColumns, HeadRows
 from blockfit.models.tensors import storable, stored_dtype, tied
+from blockfit.provenance import installed_versions
 
 MADE = "Compressed"
 """Begins the names of the classes in the folder's code, and their ``model_type``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ FORMAT = 3
 oldest that can say what it holds: 1, 2 where weights are in int8, 3 where parts of blocks are
 narrowed."""
 
-LIBRARIES = ("blockfit", "torch", "timm", "transformers", "torchvision")
 
 FLOATING = {
     str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype.is_floating_point
@@ -87,18 +85,6 @@ class Manifest:
         if self.plan.narrowings:
             values |= {"format": 3, "int8": values.get("int8")}
         return dumps(values, "the report")
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Library → version, ``None`` where it is not installed."""
-
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in LIBRARIES}
 
 
 def dumps(values: Any, what: str) -> str:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from blockfit.formats.folder import Saved
-from blockfit.formats.manifest import installed_versions
 from blockfit.models.load import label_names
+from blockfit.provenance import installed_versions
 
 
 def passport(saved: Saved) -> dict[str, str]:

@@ -317,6 +317,12 @@ def device_name(device: torch.device) -> str:
     return platform.machine() if device.type == "cpu" else device.type
 
 
+def runs_on(model: nn.Module) -> str | None:
+    """What the device of a model's first weights is called; ``None`` where it has no weights."""
+    device = next((p.device for p in model.parameters()), None)
+    return None if device is None else device_name(device)
+
+
 def wait(device: torch.device) -> None:
     """Until an accelerator has done what it was given."""
     if device.type == "cuda":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blockfit.errors import BlockfitError, need
 from blockfit.files import FileForm, check_file, check_kept, new_file
-from blockfit.formats.manifest import installed_versions
+from blockfit.provenance import installed_versions
 from blockfit.reports.content import Content
 from blockfit.reports.views import all_plots, views
 

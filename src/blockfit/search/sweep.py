@@ -25,11 +25,13 @@ from blockfit.files import expanded
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Replacement
 from blockfit.models.blocks import Batch, Blocks
+from blockfit.models.cost import runs_on
 from blockfit.models.forward import first_images
 from blockfit.models.head import Observation
 from blockfit.models.load import load_model, source_of
 from blockfit.models.tensors import fingerprint
 from blockfit.progress import Progress, Say, told
+from blockfit.provenance import made
 from blockfit.search import summaries
 from blockfit.search.budget import Budget
 from blockfit.search.cuts import Share
@@ -471,7 +473,8 @@ def _begun(session: Session, run: Run) -> SweepFile:
     """The content of ``sweep.json`` before there is a plan."""
     source, blocks = source_of(session.setting.model), session.setting.blocks
     original = original_of(session)
-    return SweepFile(run, source, blocks, original, (), {}, command=command_line())
+    written = made(runs_on(session.setting.model))
+    return SweepFile(run, source, blocks, original, (), {}, command=command_line(), made=written)
 
 
 def _go_through(frontier: Frontier, session: Session, looks: _Looks) -> None:
@@ -648,7 +651,7 @@ def made_of(
         command=command_line(),
     )
     seconds = round(time.perf_counter() - started, 3)
-    values = {**fields_written(report), "seconds": seconds}
+    values = {**fields_written(report), "made": made(runs_on(small)), "seconds": seconds}
     return Result(small, solution.plan, values, blocks, source)
 
 

@@ -72,6 +72,7 @@ class SweepFile:
         search: what the search found so far, to go on from.
         format: ``FORMAT``.
         command: the command line that was run last on it; ``None`` where Python did.
+        made: when, on what and with which versions it was begun.
 
     Raises:
         BlockfitError: where the plans cannot be of this model, or two are of one size.
@@ -85,6 +86,7 @@ class SweepFile:
     search: dict[str, Any]
     format: int = FORMAT
     command: str | None = field(default=None, metadata=LEFT_OUT)
+    made: dict[str, Any] | None = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         for number, entry in enumerate(self.points):

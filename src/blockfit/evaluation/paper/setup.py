@@ -15,12 +15,12 @@ from blockfit.data.splits import Source, train_and_test
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.paper.judge import Judge, fitting_judge
 from blockfit.evaluation.paper.lab import FULL, QUICK, Draw, Lab, Settings
-from blockfit.formats.manifest import installed_versions
 from blockfit.models.blocks import Batch, Blocks, find_blocks
 from blockfit.models.cost import parameters
 from blockfit.models.load import source_of
 from blockfit.models.surgery import removed_plan
 from blockfit.models.tensors import fingerprint
+from blockfit.provenance import installed_versions
 
 QUICK_TEST, QUICK_TRAIN = 300, 2000
 """Test images, and images that a probe learns from, where it shall be quick."""

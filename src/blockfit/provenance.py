@@ -1,0 +1,41 @@
+"""When, on what and with which versions a run was made: what a run writes down of itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+LIBRARIES = ("blockfit", "torch", "timm", "transformers", "torchvision")
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Library → version, ``None`` where it is not installed."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in LIBRARIES}
+
+
+def made(device: str | None = None) -> dict[str, Any]:
+    """Date (UTC, to the second), machine and versions, as JSON values.
+
+    Args:
+        device: that the model ran on, by ``device_name``; left out where it is the processor.
+    """
+    now = datetime.now(timezone.utc).replace(microsecond=0)
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count() or 1} CPU cores"
+    return {
+        "date": now.isoformat(),
+        "machine": machine if device in (None, platform.machine()) else f"{machine}, {device}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: found for name, found in installed_versions().items() if found is not None},
+        },
+    }
