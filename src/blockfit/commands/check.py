@@ -12,6 +12,7 @@ from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
 from blockfit.commands.tables import show_images
+from blockfit.errors import BlockfitError
 from blockfit.units import number, percent
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def check(
     from blockfit.evaluation.precision import HALVES, check_precision
 
     started = time.perf_counter()
+    for name in dtype or ():
+        if name not in HALVES:
+            raise BlockfitError(f"unknown dtype {name!r}; choose {' or '.join(HALVES)}")
     out.expect(outlook.of_pass("checking", len(dict.fromkeys(dtype or HALVES))))
     with out.working():
         out.say(f"loading {small}")

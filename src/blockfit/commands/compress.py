@@ -107,7 +107,10 @@ def _check_what(
             "has no use with --span: the spans are chosen already",
         )
     budget = amount.budget()
-    if (budget is None) == (not span):
+    if span and budget is not None:
+        option = f"--{budget.kind.replace('_', '-')}"
+        raise BlockfitError(f"give --span or a budget, not both --span and {option}")
+    if budget is None and not span:
         raise BlockfitError(
             "say what to remove: --span by hand or one budget, such as --remove 3 or --params 62%"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import signal
 import sys
 import threading
@@ -389,13 +390,34 @@ def _turn() -> str:
     return f"process {rank} of 0–{count - 1}: "
 
 
+def _plainly(error: Any) -> str:
+    """What typer says of an option, in the words of the other errors."""
+    text = str(error.format_message()).rstrip(".")
+    option = re.match(r"Invalid value for '([^']+)'(?: / '[^']+')?: (.*)", text, re.DOTALL)
+    if option is not None:
+        numbers = {"integer": "a whole number", "number": "a number"}
+        for kind, wanted in numbers.items():
+            if re.match(rf"(Input should be a valid|.* is not a valid) {kind}", option[2]):
+                return f"{option[1]} takes {wanted}"
+        return f"{option[1]}: {option[2]}"
+    missing = re.match(r"Missing (option|argument) '([^']+)'(?: / '([^']+)')?", text)
+    if missing is not None:
+        return f"{missing[2]}{f' ({missing[3]})' if missing[3] else ''} is missing"
+    found = re.match(r"No such (option|command):? '?([\w-]+)'?\.?\s*(.*)", text, re.DOTALL)
+    if found is None:
+        return text
+    alike = re.findall(r"[\w-]+", found[3].partition(":")[2] or found[3].partition("mean")[2])
+    near = [f"did you mean {' or '.join(alike)}?"] if alike else []
+    return "; ".join([f"there is no {found[1]} {found[2]}", *near])
+
+
 def _fault(error: Exception) -> tuple[int, str]:
     if isinstance(error, BlockfitError):
         return BAD_INPUT, f"error: {error}"
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
         context = getattr(error, "ctx", None)
         path = "blockfit" if context is None else context.command_path
-        return BAD_INPUT, f"error: {error.format_message()} ({path} --help shows what there is)"
+        return BAD_INPUT, f"error: {_plainly(error)} ({path} --help shows what there is)"
     first = (str(error).splitlines() or ["no message"])[0]
     text = f"error: unexpected {type(error).__name__}: {first}; add --debug to see where"
     return UNEXPECTED, text

@@ -72,6 +72,8 @@ def check_there(source: str) -> None:
     path = Path(source).expanduser()
     name = source.rpartition(":")[0] if re.search(r"[^:/\\\\]:[\w.-]+$", source) else source
     known = path.exists() or Path(name).expanduser().exists() or name in READY
+    if path.is_dir() and next(path.iterdir(), None) is None:
+        raise BlockfitError(f"the folder {source} is empty; give one that holds images")
     if known or source.startswith("digits") or any(sign in source for sign in "*?[{"):
         return
     if not re.fullmatch(HUB_NAME, name):
