@@ -194,7 +194,7 @@ def test_a_refused_compression_says_one_sentence_and_writes_nothing(
         (("compress", "--remove", "3", "-o", "x"), "give a model and --images"),
         (("compress", "demo", "--images", "digits"), "--output (-o) is missing"),
         (("compress", "demo", "--imags", "digits"), "--imags"),
-        (("compress", "demo", "--remove", "two", "-o", "x"), "'--remove'"),
+        (("compress", "demo", "--remove", "two", "-o", "x"), "--remove takes a whole number"),
         (("shrink",), "there is no command shrink"),
         (("evaluate", "no/such/model", "--data", "digits:test"), "no/such/model"),
         (("evaluate", "demo", "--data", "digits", "--against", "no/model"), "no/model"),
