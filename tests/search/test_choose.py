@@ -35,7 +35,7 @@ def best_by_brute_force(
     for count in range(len(spans) + 1):
         for gone in itertools.combinations(spans, count):
             blocks = [b for s in gone for b in s.entry.span.blocks]
-            if len(set(blocks)) < len(blocks):
+            if len(set(blocks)) < len(blocks) or len(blocks) == depth:
                 continue
             left = [c for c in curves if c.whole.block not in blocks]
             effect, saved = sum(s.effect for s in gone), sum(s.saved for s in gone)
@@ -81,6 +81,25 @@ def test_a_block_in_a_span_is_not_narrowed_as_well() -> None:
     assert found is not None
     assert found.plan.spans == (Span(1, 2),)
     assert all(cut.block != 1 for cut in found.plan.narrowings)
+
+
+def test_a_plan_keeps_a_block_where_none_is_missed() -> None:
+    curves = [curve(block, "mlp", (0, 1, 2, 3), 1) for block in range(3)]
+    spans = [
+        Priced(Replacement(Span(start, start + 1), "affine"), effect, 9.0)
+        for start, effect in enumerate((1e-9, 2e-9, 3e-9))
+    ]
+    spans.append(Priced(Replacement(Span(0, 3), "affine"), 0.0, 27.0))
+    found = choose(curves, spans, 3, 18)
+    assert found is not None
+    assert found.plan.removed_blocks == (0, 1)
+    found = choose(curves, spans, 3, 20)
+    assert found is not None
+    assert (found.plan.removed_blocks, found.saved) == ((0, 1), 20)
+    assert choose(curves, spans, 3, 22) is None
+    gone = [choice.plan.removed_blocks for choice in choose_uniform(curves, spans, 3, 5)]
+    assert gone
+    assert all(len(blocks) < 3 for blocks in gone)
 
 
 def test_what_cannot_be_saved_is_said_by_none() -> None:

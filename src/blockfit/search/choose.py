@@ -117,27 +117,34 @@ def _walk(
     depth: int,
     price: float,
 ) -> tuple[dict[int, int], list[Priced]]:
-    """The best widths and spans at a price: a shortest path along the blocks."""
+    """The best widths and spans at a price: a shortest path along the blocks.
+
+    The path is walked twice side by side, with and without a block that was kept so far: a plan
+    must leave one.
+    """
     best = [int(np.argmin(part.effects - price * part.saved)) for part in parts]
     values = [float(p.effects[i] - price * p.saved[i]) for p, i in zip(parts, best, strict=True)]
-    total = [0.0] + [np.inf] * depth
-    taken: list[Priced | None] = [None] * (depth + 1)
+    bare, total = [[0.0] + [np.inf] * depth, [np.inf] * (depth + 1)]
+    taken: list[list[Priced | None]] = [[None] * (depth + 1) for _ in range(2)]
     ending: dict[int, list[Priced]] = {}
     for span in spans:
         ending.setdefault(span.entry.span.stop, []).append(span)
     for stop in range(1, depth + 1):
-        total[stop] = total[stop - 1] + sum(values[n] for n in by_block[stop - 1])
+        own = sum(values[n] for n in by_block[stop - 1])
+        total[stop] = min(bare[stop - 1], total[stop - 1]) + own
         for span in ending.get(stop, []):
-            value = total[span.entry.span.start] + span.effect - price * span.saved
-            if value < total[stop]:
-                total[stop], taken[stop] = value, span
+            for path, through in zip((bare, total), taken, strict=True):
+                value = path[span.entry.span.start] + span.effect - price * span.saved
+                if value < path[stop]:
+                    path[stop], through[stop] = value, span
     picked: dict[int, int] = {}
     gone: list[Priced] = []
-    at = depth
+    at, kept = depth, 1
     while at > 0:
-        if (span_taken := taken[at]) is None:
+        if (span_taken := taken[kept][at]) is None:
             picked |= {n: best[n] for n in by_block[at - 1]}
             at -= 1
+            kept = int(total[at] <= bare[at])
         else:
             gone.append(span_taken)
             at = span_taken.entry.span.start
@@ -197,7 +204,7 @@ def choose_uniform(
     for width in (None, *narrower):
         blocks = [_at_width(mlps.get(i), width, units) for i in range(depth)]
         for count, path in _walk_uniform(blocks, spans, depth).items():
-            if path.saved < to_save - 1e-12 or count in found:
+            if path.saved < to_save - 1e-12 or count in found or count == depth:
                 continue
             choice = path.choice()
             if choice.plan and says(choice.plan):
