@@ -92,7 +92,7 @@ def test_what_a_run_does_not_know_is_left_out_with_a_word(runs: dict[str, Path])
     alone = Page(render(read_run(runs["thin"])))
     assert "only the original" in alone.words
     sections = {attributes.get("id") for attributes in alone.of("section")}
-    assert sections == {"similarity", "provenance", "missing", "warnings"}
+    assert sections == {"similarity", "provenance", "glossary", "missing", "warnings"}
     assert "The licence of the weights: the checkpoint does not say." in alone.words
     whole = Page(render(read_runs([runs["small"], runs["evaluation.json"], runs["thin"]])))
     told = json.loads(runs["evaluation.json"].read_text())

@@ -17,6 +17,7 @@ from reports import runs as runs
 import blockfit
 from blockfit.command_line import command_line, started_with
 from blockfit.errors import BlockfitError
+from blockfit.reports.content import short_name
 from blockfit.reports.runs import read_run, read_runs
 
 
@@ -93,8 +94,13 @@ def test_plans_of_a_sweep_have_commands_that_make_exactly_them(
         assert candidate.top1[1] == candidate.value("top1") == point["top1"]
         assert candidate.share("latency") == point["latency"]["ratio"]
     assert "--select last --repair none --measure-latency 1 -o" in found.commands[0].line
-    assert found.facts[-1].name == "latency measured with"
-    assert found.facts[-1].value.startswith("1 image per forward pass, ")
+    facts = {fact.name: fact.value for fact in found.facts}
+    assert facts["latency measured with"].startswith("1 image per forward pass, ")
+    assert facts["duration"].endswith(" s")
+    assert facts["images skipped"] == "none"
+    assert facts["date"].endswith(" UTC")
+    assert facts["machine"]
+    assert "torch" in facts["versions"]
     straight = [c for c in found.frontier if c.command]
     assert all("--from" in str(c.command) for c in straight)
     for candidate in straight[:2]:
@@ -133,7 +139,7 @@ def test_runs_of_one_model_are_put_together(runs: dict[str, Path]) -> None:
     assert len(whole.frontier) == 10
     assert whole.similarity is not None
     assert whole.evaluation is not None
-    assert whole.evaluation.images == 50
+    assert whole.evaluation.images == 300
     told = written(runs["evaluation.json"])
     assert whole.evaluation.compressed.top1 == told["compressed"]["top1"]
     assert whole.evaluation.compressed.latency_ms == told["compressed"]["latency_ms"]["median"]
@@ -149,15 +155,48 @@ def test_runs_that_do_not_belong_together_are_refused(
     (other / "analysis.json").write_text(json.dumps({**data, "model": "another"}))
     with pytest.raises(BlockfitError, match="is of the model another, the other runs are of demo"):
         read_runs([runs["small"], other])
-    twin = tmp_path / "twin"
-    shutil.copytree(runs["small"], twin)
-    with pytest.raises(BlockfitError, match="both hold a compressed model"):
-        read_runs([runs["small"], twin])
+    with pytest.raises(BlockfitError, match="both hold similarity tables"):
+        read_runs([runs["analysis"], runs["thin"]])
     told = written(runs["evaluation.json"])
     told["compressed"]["parameters"] += 1
     (tmp_path / "evaluation.json").write_text(json.dumps(told))
     with pytest.raises(BlockfitError, match="evaluation is of a model that none"):
         _ = read_runs([runs["small"], tmp_path / "evaluation.json"]).chosen
+
+
+def test_runs_of_one_model_stand_on_one_frontier(runs: dict[str, Path], tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(runs["sweep"], twin)
+    whole = read_runs([runs["sweep"], runs["small"], twin, runs["evaluation.json"]])
+    assert [one.name for one in whole.series] == [
+        "sweep (default)", "small (default)", "twin (default)"
+    ]  # fmt: skip
+    keys = [candidate.key for one in whole.series for candidate in one.candidates]
+    assert len(keys) == len(set(keys)) == 21
+    told = written(runs["evaluation.json"])["intervals"]
+    (small,) = whole.series[1].candidates
+    found = small.tested("top1")
+    assert found is not None
+    assert vars(found[0]) == told["top1_after"]
+    assert found[1] == told["labelled"]
+    assert whole.series[0].candidates[0].test is None
+    facts = {(fact.name, fact.run) for fact in whole.facts}
+    assert ("duration", "sweep") in facts
+    assert ("date", "evaluation.json") in facts
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/data/models/dinov2-small/", "dinov2-small"),
+        ("../models/vit", "vit"),
+        ("C:\\models\\vit", "vit"),
+        ("facebook/dinov2-small", "facebook/dinov2-small"),
+        ("timm/vit_tiny_patch16_224", "timm/vit_tiny_patch16_224"),
+    ],
+)
+def test_a_report_opens_on_a_name(name: str, shown: str) -> None:
+    assert short_name(name) == shown
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -60,7 +60,10 @@ def _make(root: Path) -> None:
         ("sweep", "demo", *FEW, *cheap, "--measure-latency", "1", "-o", root / "sweep"),
         ("analyze", "demo", *FEW, "-o", root / "analysis"),
         ("compress", "demo", *FEW, *spans, "-o", root / "small"),
-        ("evaluate", root / "small", "--against", "demo", "--data", "digits:test", "--limit", "50"),
+        (
+            "evaluate", root / "small", "--against", "demo", "--images", "digits:test",
+            "--limit", "300",
+        ),
         (
             "report", root / "sweep", root / "analysis", "--against", "demo",
             "--images", "digits:test", "--remove", "5", "-o", root / "page.html",
@@ -75,6 +78,9 @@ def _make(root: Path) -> None:
     found["similarity"]["metrics"] = {"mse": {"all": found["similarity"]["metrics"]["mse"]["all"]}}
     (root / "thin" / "analysis.json").write_text(json.dumps(found))
     (root / "hostile.html").write_text(_hostile(root), encoding="utf-8")
+    shutil.copytree(root / "sweep", root / "twin")
+    several = [root / name for name in ("sweep", "small", "twin", "evaluation.json")]
+    (root / "several.html").write_text(render(read_runs(several)), encoding="utf-8")
 
 
 def _hostile(root: Path) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from reports import chromium as chromium
@@ -152,9 +155,13 @@ def test_every_quality_stands_against_parameters_flops_and_latency(
     qualities = [radio.get_attribute("value") for radio in all_of(chromium, 'input[name="loss"]')]
     assert qualities == ["kl", "top1", "agreement", "feature_relative_error"]
     press(chromium, one(chromium, 'input[name="loss"][value="top1"]'))
-    plots = shown(chromium, '[data-loss="top1"] figure')
-    for plot, size in zip(plots, ("parameters", "FLOPs", "latency"), strict=True):
-        assert f"top-1 accuracy against {size}" in plot.text
+    sizes_known = [radio.get_attribute("value") for radio in all_of(chromium, 'input[name="size"]')]
+    assert sizes_known == ["parameters", "flops", "latency", "megabytes"]
+    for size in sizes_known:
+        press(chromium, one(chromium, f'input[name="size"][value="{size}"]'))
+        (plot,) = shown(chromium, "[data-loss]")
+        assert plot.get_attribute("data-loss") == "top1"
+        assert plot.get_attribute("data-size") == size
         assert plot.find_elements("xpath", './/*[name()="text"][.="original"]')
         marks = plot.find_elements("css selector", "[role=radio]")
         assert len(marks) == len(points)
@@ -175,7 +182,7 @@ def test_plans_and_cells_are_reached_by_keys(chromium: Any, made: Path) -> None:
     show(chromium, made / "page.html")
     body = one(chromium, "body")
     seen: list[str] = []
-    for _ in range(150):
+    for _ in range(250):
         chromium.switch_to.active_element.send_keys(Keys.TAB)
         active = chromium.switch_to.active_element
         if active == body:
@@ -183,7 +190,8 @@ def test_plans_and_cells_are_reached_by_keys(chromium: Any, made: Path) -> None:
         seen.append(active.get_attribute("outerHTML")[:400])
     assert "Skip to the content" in seen[0]
     for control in ('id="theme"', 'name="loss"', 'role="radio"', 'class="copy', 'class="choose',
-                    'name="metric"', 'name="tokens"', "plot cells", "<summary"):  # fmt: skip
+                    'name="size"', 'class="csv', 'name="metric"', 'name="tokens"', "plot cells",
+                    "<summary"):  # fmt: skip
         assert any(control in text for text in seen), control
     mark = one(chromium, '.marks [role=radio][aria-checked="true"]')
     chromium.execute_script("arguments[0].focus()", mark)
@@ -200,7 +208,7 @@ def test_plans_and_cells_are_reached_by_keys(chromium: Any, made: Path) -> None:
         chromium.switch_to.active_element.send_keys(key)
     tables = json.loads((made / "analysis" / "analysis.json").read_text())["similarity"]
     assert (
-        one(chromium, "#cell").text == f"h[1] and h[2]: {tables['metrics']['mse']['all'][1][2]:.3g}"
+        one(chromium, "#cell").text == f"h[1] and h[2]: {tables['metrics']['r2']['all'][1][2]:.3g}"
     )
 
 
@@ -213,7 +221,12 @@ def test_every_control_does_what_it_says(chromium: Any, made: Path) -> None:
         themes.append((one(chromium, "#theme").text, ink))
     assert [text for text, _ in themes] == ["Colours: light", "Colours: dark", "Colours: auto"]
     assert themes[0][1] == themes[2][1] != themes[1][1]
-    for name, group in (("loss", "[data-loss]"), ("metric", ".heat"), ("tokens", ".heat")):
+    for name, group in (
+        ("loss", "[data-loss]"),
+        ("size", "[data-size]"),
+        ("metric", ".heat"),
+        ("tokens", ".heat"),
+    ):
         looks = set()
         for radio in all_of(chromium, f'input[name="{name}"]'):
             press(chromium, radio)
@@ -258,3 +271,43 @@ def test_a_hostile_folder_runs_nothing(chromium: Any, made: Path) -> None:
     assert requests(chromium) == [page.as_uri()]
     assert "window.hacked=1" in one(chromium, "h1").text
     assert chromium.execute_script("return document.documentElement.scrollWidth") <= 1280
+
+
+def test_runs_are_told_apart_and_hidden(chromium: Any, made: Path) -> None:
+    show(chromium, made / "several.html")
+    boxes = all_of(chromium, 'input[name="run"]')
+    points = json.loads((made / "sweep" / "sweep.json").read_text())["points"]
+    assert len(boxes) == 3
+    assert len(shown(chromium, ".marks [role=radio]")) == 2 * len(points) + 1
+    press(chromium, boxes[0])
+    assert len(shown(chromium, ".marks [role=radio]")) == len(points) + 1
+    assert len(shown(chromium, "#all-plans tbody tr")) == len(points) + 1
+    assert not shown(chromium, ".marks g.run-0")
+    press(chromium, boxes[0])
+    assert len(shown(chromium, ".marks [role=radio]")) == 2 * len(points) + 1
+    assert "right" in one(chromium, "#flips").text
+    assert chromium.get_log("browser") == []
+
+
+def test_a_table_is_taken_away_as_csv(chromium: Any, made: Path) -> None:
+    show(chromium, made / "several.html")
+    link = one(chromium, "#flips .csv")
+    chromium.execute_script("arguments[0].addEventListener('click', e => e.preventDefault())", link)
+    press(chromium, link)
+    text = unquote(link.get_attribute("href").partition(",")[2]).removeprefix("\ufeff")
+    rows = list(csv.reader(io.StringIO(text)))
+    told = json.loads((made / "evaluation.json").read_text())
+    assert rows[0][0] == "Image"
+    assert len(rows) == 1 + told["flipped"] > 1
+    assert [row[4] for row in rows[1:]] == [f"{flip['cost']:.4f}" for flip in told["flips"]]
+
+
+def test_the_navigation_stays_and_tables_say_that_they_scroll(chromium: Any, made: Path) -> None:
+    show(chromium, made / "several.html", "phone")
+    chromium.execute_script("scrollTo(0, 3000)")
+    assert chromium.execute_script(
+        "return document.querySelector('nav').getBoundingClientRect().top"
+    ) == pytest.approx(0, abs=1)
+    table = one(chromium, "#all-plans").find_element("xpath", "..")
+    assert "right" in table.get_attribute("class").split()
+    assert table.find_element("xpath", "preceding-sibling::p").text.startswith("scroll sideways")

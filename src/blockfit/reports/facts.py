@@ -33,15 +33,36 @@ def run_facts(run: Values, calibration: Values, what: str = "calibration images"
         count = calibration.whole(key)
         parts += f", {count} {use}" if count else ""
     seed, budget, seconds = run.whole("seed"), run.text("budget"), run.number("seconds")
+    skipped = calibration.texts("skipped")
+    lost = f"{len(skipped)}: {', '.join(skipped[:5])}" if skipped else "none"
     return [
         Fact(what, images),
-        Fact("unreadable images", ", ".join(calibration.texts("skipped")[:5])),
+        Fact("images skipped", lost if images else ""),
         Fact("parts of the images", parts),
         Fact("seed", "" if seed is None else str(seed)),
         Fact("recipe", run.inner("recipe").text("name") or ""),
         Fact("budget", budget or ""),
-        Fact("time", "" if seconds is None else f"{seconds:.1f} s"),
+        Fact("duration", "" if seconds is None else duration(seconds)),
     ]
+
+
+def made_facts(made: Values) -> list[Fact]:
+    """When, on what and with which versions a run was made."""
+    versions = made.inner("versions")
+    told = [f"{name} {versions.text(name)}" for name in versions.keys()]  # noqa: SIM118
+    date = (made.text("date") or "").replace("T", " ").replace("+00:00", " UTC")
+    return [
+        Fact("date", date),
+        Fact("machine", made.text("machine") or ""),
+        Fact("versions", ", ".join(told)),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
 def timing_facts(parts: Iterable[Values]) -> list[Fact]:

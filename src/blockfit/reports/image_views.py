@@ -44,10 +44,18 @@ def sample_view(sample: Sample) -> View:
         "label": sample.label,
         "differs": sample.differs,
         "cosine": number(sample.cosine, 3),
+        "cost": None if sample.cost is None else number(sample.cost, 3),
         "predictions": [
-            {"who": who, "guesses": _guesses(side)} for who, side in sides if side is not None
+            {"who": who, "guesses": _guesses(side), "mark": _mark(sample.right, place)}
+            for place, (who, side) in enumerate(sides)
+            if side is not None
         ],
     }
+
+
+def _mark(right: tuple[bool, bool] | None, place: int) -> str:
+    """``right`` or ``wrong``; nothing without a label."""
+    return "" if right is None else ("wrong", "right")[right[place]]
 
 
 def _short(name: str) -> str:
@@ -72,7 +80,7 @@ def samples_words(side: SideBySide) -> str:
     shown = sum(sample.differs for sample in side.samples)
     return words + (
         f"The two models name another class first on {side.differing} of the {side.images}; "
-        f"{shown} of these are shown first, ahead of others."
+        f"the {shown} costliest of these come first, then others."
     )
 
 
@@ -95,7 +103,7 @@ def pca_words(side: SideBySide) -> str:
     """How the colours come about."""
     part = "" if side.explained is None else f" ({side.explained:.0%} of their variance)"
     return (
-        "The patch tokens behind the last block: the original's first three principal components"
+        "The patch tokens after the last block: the original's first three principal components"
         f"{part} as red, green and blue. Both models are coloured on the same scale, so that the "
         "same colour means the same feature."
     )

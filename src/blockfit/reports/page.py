@@ -21,7 +21,7 @@ MARK = f'<meta name="generator" content="{GENERATOR}'
 FORM = FileForm(None, MARK)
 
 LEGEND = """<ul class="legend" aria-label="Signs">
-<li><i></i>kept</li><li><i class="repaired"></i>kept, output weights solved anew</li>
+<li><i></i>kept</li><li><i class="repaired"></i>kept, output weights solved again</li>
 <li><i class="span"></i>replaced by a map</li>
 <li><i class="narrowed"></i>narrowed; bars: what stays of MLP, values, keys</li></ul>"""
 

@@ -20,11 +20,14 @@ from blockfit.evaluation.side_by_side import SideBySide
 from blockfit.files import FileForm, check_file, new_file
 from blockfit.fit.plan import PARTS
 from blockfit.fit.similarity import Table
-from blockfit.reports.content import Candidate
+from blockfit.reports.content import BYTES, Candidate, Series
 from blockfit.search.held_out import MapError
 
 WIDTH = 4.2
 """Inches; 302 points, of which a telephone's page has 358."""
+
+AXES = {**SIZES, "megabytes": "MB of weights in float32"}
+"""What the frontier can be drawn against."""
 
 RATE = 160
 """Dots per inch of PNG files."""
@@ -40,12 +43,19 @@ class Palette:
     main: str
     other: str
     paper: str
+    runs: tuple[str, ...]
 
 
-PAPER = Palette("#1c2026", "#59616d", "#d8dce2", "#0b6e75", "#b4530a", "#ffffff")
+PAPER = Palette(
+    "#1c2026", "#59616d", "#d8dce2", "#0b6e75", "#b4530a", "#ffffff",
+    ("#0b6e75", "#b4530a", "#6a3fb5", "#2f6b1f", "#a8215b", "#1c5fb0"),
+)  # fmt: skip
 """For files."""
 
-PAGE = Palette("#010101", "#020202", "#030303", "#040404", "#050505", "#060606")
+PAGE = Palette(
+    "#010101", "#020202", "#030303", "#040404", "#050505", "#060606",
+    ("#070701", "#070702", "#070703", "#070704", "#070705", "#070706"),
+)  # fmt: skip
 """Stand for the page's own colours, which change with its theme."""
 
 _VARIABLES = {
@@ -55,6 +65,7 @@ _VARIABLES = {
     PAGE.main: "var(--main)",
     PAGE.other: "var(--other)",
     PAGE.paper: "var(--paper)",
+    **{colour: f"var(--run-{number})" for number, colour in enumerate(PAGE.runs)},
 }
 
 
@@ -98,6 +109,7 @@ class Plot:
         text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', _opening, text, count=1)
         for mark, attributes in (marks or {}).items():
             text = text.replace(f'<g id="{mark}">', f'<g id="{mark}" {attributes}>')
+        text = re.sub(r'<g id="(run-\d+)">', r'<g class="\1">', text)
         text = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', text)
         text = re.sub(r'href="#([^"]+)"', rf'href="#{self.name}-\1"', text)
         return re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", text).strip()
@@ -155,64 +167,120 @@ def _figure(palette: Palette, height: float, columns: int = 1) -> tuple[Any, Any
     return figure, axes[0]
 
 
-def frontier(candidates: Sequence[Candidate], size: str, loss: str) -> Plot | None:
-    """One loss of all plans of a sweep against what remains; ``None`` where nothing is known.
+MARKERS = "oDs^vPX*"
+"""Of runs on the frontier, which are told apart without colours too."""
 
-    The mark of a plan has the id ``plan-`` and its key.
+
+def frontier(series: Sequence[Series], size: str, loss: str) -> Plot | None:
+    """One quality of all plans against what remains; ``None`` where nothing is known.
+
+    The mark of a plan has the id ``plan-`` and its key, all that belongs to a run ``run-`` and its
+    number. Filled marks are of the images that chose the plans, hollow ones with bars of images
+    that decided nothing.
     """
     found = [
-        (candidate, x, y)
-        for candidate in candidates
+        (number, candidate, x, y)
+        for number, run in enumerate(series)
+        for candidate in run.candidates
         if (x := candidate.share(size)) is not None and (y := candidate.value(loss)) is not None
     ]
     if not found:
         return None
     part = loss in ("agreement", "top1")
-    log = not part and all(y > 0 for _, _, y in found)
-    whole = candidates[0].top1[0] if loss == "top1" else None
-    spreads = {c.key: c.latency[1:] for c in candidates if c.latency and size == "latency"}
+    log = not part and all(y > 0 for *_, y in found)
+    whole = {"agreement": 1.0, "top1": found[0][1].top1[0]}.get(loss, 0.0)
+    end = _original(found[0][1], size)
 
     def draw(palette: Palette) -> Any:
-        figure, axis = _figure(palette, 3.1)
+        figure, axis = _figure(palette, 3.3)
         if log:
             axis.set_yscale("log")
         axis.grid(color=palette.line, linewidth=0.6, which="major")
-        axis.plot([x for _, x, _ in found], [y for _, _, y in found], color=palette.soft, lw=1)
-        if whole is not None:
-            axis.axhline(whole, color=palette.other, lw=1.2, ls="--")
-            axis.annotate(
-                "original", (0, whole), (4, 3), xycoords=("axes fraction", "data"),
-                textcoords="offset points", fontsize=7.5, color=palette.other,
-            )  # fmt: skip
-        for plan, x, y in found:
-            if plan.key in spreads:
-                axis.plot(spreads[plan.key], [y, y], color=palette.soft, lw=2.2, alpha=0.6)
-            axis.plot(
-                [x], [y], "o", color=palette.main, ms=8, mec=palette.paper, mew=1,
-                gid=f"plan-{plan.key}", clip_on=False,
-            )  # fmt: skip
-        for plan, x, y in found[:: max(1, len(found) // 10)]:
-            axis.annotate(
-                plan.label, (x, y), (0, 7), textcoords="offset points", ha="center",
-                fontsize=7.5, color=palette.soft,
-            )  # fmt: skip
-        axis.set(xlabel=SIZES[size], ylabel=LOSSES[loss])
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        _draw_original(axis, palette, end, whole, log)
+        for number, run in enumerate(series):
+            own = [(c, x, y) for n, c, x, y in found if n == number]
+            _draw_run(axis, palette, number, own, (size, loss), len(run.candidates) > 1)
+        axis.set(xlabel=AXES[size], ylabel=LOSSES[loss])
+        if size != "megabytes":
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         if part:
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
         elif log:
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.yaxis.set_minor_formatter("")
         axis.margins(0.06, 0.1)
         return figure
 
-    first, last = found[0], found[-1]
+    (_, first, *at), (_, last, *to) = found[0], found[-1]
+    form, unit = (".1f", " MB") if size == "megabytes" else (".0%", "")
     text = (
-        f"{LOSSES[loss]} of {len(found)} plans against {SIZES[size]}: from {first[2]:.3g} at "
-        f"{first[1]:.0%} ({first[0].name}) to {last[2]:.3g} at {last[1]:.0%} ({last[0].name})."
+        f"{LOSSES[loss]} of {len(found)} plans against {AXES[size]}: from {at[1]:.3g} at "
+        f"{at[0]:{form}}{unit} ({first.name}) to {to[1]:.3g} at {to[0]:{form}}{unit} ({last.name})."
     )
     text += "" if whole is None else f" The original's is {whole:.3g}."
     return Plot(f"frontier-{loss}-{size}".replace("_", "-"), f"{LOSSES[loss]}", text, draw)
+
+
+def _original(candidate: Candidate, size: str) -> float | None:
+    """Where the original stands on an axis."""
+    if size == "megabytes":
+        count = candidate.before.get("parameters")
+        return None if count is None else BYTES * count / 1e6
+    return 1.0
+
+
+def _draw_original(
+    axis: Any, palette: Palette, x: float | None, y: float | None, log: bool
+) -> None:
+    """A star, or on an axis that has no zero a line; nothing where it is not known."""
+    if x is None or y is None:
+        return
+    where: tuple[float, float] = (x, y)
+    across: Any = "data"
+    if log:
+        axis.axvline(x, color=palette.ink, lw=1, ls=":")
+        where, across = (x, 0.92), ("data", "axes fraction")
+    else:
+        axis.axhline(y, color=palette.ink, lw=0.8, ls=":")
+        axis.plot([x], [y], "*", color=palette.ink, ms=11, mec=palette.paper, clip_on=False)
+    axis.annotate(
+        "original", where, (-6, 5), xycoords=across, textcoords="offset points", ha="right",
+        fontsize=7.5, color=palette.ink,
+    )  # fmt: skip
+
+
+def _draw_run(
+    axis: Any,
+    palette: Palette,
+    number: int,
+    own: Sequence[tuple[Candidate, float, float]],
+    what: tuple[str, str],
+    labelled: bool,
+) -> None:
+    """One run: its plans in a line, and what images that decided nothing say of them."""
+    size, loss = what
+    colour, marker = palette.runs[number % len(palette.runs)], MARKERS[number % len(MARKERS)]
+    in_order = sorted(own, key=lambda one: one[1])
+    group = f"run-{number}"
+    axis.plot(
+        [x for _, x, _ in in_order], [y for *_, y in in_order], color=colour, lw=1.1, gid=group
+    )
+    for plan, x, y in own:
+        if plan.latency and size == "latency":
+            axis.plot(plan.latency[1:], [y, y], color=colour, lw=2.2, alpha=0.6, gid=group)
+        if (test := plan.tested(loss)) is not None:
+            at, low, high = test[0].value, test[0].low, test[0].high
+            axis.plot([x, x], [low, high], color=colour, lw=1.1, gid=group)
+            axis.plot([x], [at], marker, color=palette.paper, mec=colour, mew=1.3, ms=5, gid=group)
+        axis.plot(
+            [x], [y], marker, color=colour, ms=7.5, mec=palette.paper, mew=1,
+            gid=f"plan-{plan.key}", clip_on=False,
+        )  # fmt: skip
+    for plan, x, y in own[:: max(1, len(own) // 10)] if labelled else ():
+        axis.annotate(
+            plan.label, (x, y), (0, 8 if number % 2 == 0 else -13), textcoords="offset points",
+            ha="center", fontsize=7.5, color=palette.soft, gid=group,
+        )  # fmt: skip
 
 
 def similarity(boundaries: Sequence[int], metric: str, token_type: str, table: Table) -> Plot:
@@ -315,9 +383,9 @@ def state_errors(side: SideBySide, kind: str) -> Plot:
         )  # fmt: skip
         return figure
 
-    text = f"Error of the {kind} tokens behind the last block: {error[-1]:.3g}"
+    text = f"Error of the {kind} tokens after the last block: {error[-1]:.3g}"
     text += "." if identity is None else f"; where the spans are dropped: {identity[-1]:.3g}."
-    return Plot(f"error-{kind}", f"{kind.capitalize()} tokens, behind every block", text, draw)
+    return Plot(f"error-{kind}", f"{kind.capitalize()} tokens, after every block", text, draw)
 
 
 def chain(candidate: Candidate) -> Plot:

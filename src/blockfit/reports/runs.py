@@ -16,6 +16,7 @@ from typing import Any
 from blockfit.data.decode import Unreadable, decode
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import analysis
+from blockfit.evaluation.answers import Answers, ClassFigures, Flip
 from blockfit.evaluation.paper import study as reproduce
 from blockfit.evaluation.paper.pages import FRACTIONS, WORDS
 from blockfit.fields import Values, read_values
@@ -37,7 +38,15 @@ from blockfit.reports.content import (
     Measured,
     joined,
 )
-from blockfit.reports.facts import model_facts, only_known, run_facts, timing_facts, written_with
+from blockfit.reports.facts import (
+    duration,
+    made_facts,
+    model_facts,
+    only_known,
+    run_facts,
+    timing_facts,
+    written_with,
+)
 from blockfit.search import sweep as sweeps
 from blockfit.search.budget import Budget
 from blockfit.search.final import Final
@@ -60,7 +69,8 @@ def read_runs(paths: Iterable[str | Path]) -> Content:
     """The findings of folders that blockfit wrote, and of files that ``evaluate --json`` printed.
 
     Args:
-        paths: folders of ``compress``, ``sweep`` and ``analyze`` on one model, and JSON files.
+        paths: folders of ``compress``, ``sweep`` and ``analyze`` on one model, and JSON files; of
+            sweeps, models and evaluations there may be several.
 
     Raises:
         BlockfitError: where one is none of these or is damaged, or they do not belong together.
@@ -138,8 +148,9 @@ def result_content(
         final=_final(report.inner("final")),
     )
     facts = [*model_facts(source), *run_facts(report, report.inner("calibration"))]
-    facts += timing_facts([report])
-    return Content(source.name, candidate, facts=only_known(facts))
+    facts += [*timing_facts([report]), *made_facts(report.inner("made"))]
+    recipe = report.inner("recipe").text("name") or ""
+    return Content(source.name, candidate, facts=only_known(facts), run=recipe)
 
 
 def _sweep(folder: Path) -> Content:
@@ -161,9 +172,12 @@ def _sweep(folder: Path) -> Content:
                 *model_facts(source),
                 *run_facts(run, run.inner("calibration")),
                 *timing_facts(points),
+                Fact("duration", duration(sum(p.number("seconds") or 0.0 for p in points))),
+                *made_facts(data.inner("made")),
             ]
         ),
         commands=commands,
+        run=run.inner("recipe").text("name") or "",
     )
 
 
@@ -239,7 +253,12 @@ def analysis_content(data: Values) -> Content:
     return Content(
         name,
         similarity=_tables(data.inner("similarity")),
-        facts=only_known(run_facts(data, calibration, "images of the similarity")),
+        facts=only_known(
+            [
+                *run_facts(data, calibration, "images of the similarity"),
+                *made_facts(data.inner("made")),
+            ]
+        ),
         commands=_commands("The analysis", data.text("command")),
         warnings=data.texts("warnings"),
     )
@@ -324,7 +343,13 @@ def _evaluation(path: Path) -> Content:
             f"{path} is not what evaluate --json printed: it has no figures of a compressed model; "
             "save that output to a file and give the file"
         )
-    return Content("", evaluation=read_evaluation(data))
+    skipped = [f for part in data.several("data") for f in part.texts("skipped")]
+    facts = [
+        Fact("test images", data.inner("intervals").text("source") or ""),
+        Fact("test images skipped", f"{len(skipped)}" if skipped else "none"),
+        *made_facts(data.inner("made")),
+    ]
+    return Content("", evaluation=read_evaluation(data), facts=only_known(facts))
 
 
 def read_evaluation(data: Values) -> Evaluated:
@@ -336,7 +361,35 @@ def read_evaluation(data: Values) -> Evaluated:
         original=None if original is None else _measured(original),
         fidelity={k: data.inner("fidelity").number(k) for k in FIDELITY},
         speedup=data.inner("compressed").number("speedup"),
+        intervals=_final(data.inner("intervals")),
+        answers=_answers(data),
     )
+
+
+def _answers(data: Values) -> Answers | None:
+    """Top-1 by class and the flips; ``None`` where an older version wrote the file."""
+    if "flipped" not in data:
+        return None
+    classes = [
+        ClassFigures(
+            one.text("name") or "",
+            one.whole("images") or 0,
+            one.whole("before") or 0,
+            one.whole("after") or 0,
+        )
+        for one in data.several("classes")
+    ]
+    flips = [
+        Flip(
+            one.text("image") or "",
+            one.text("label"),
+            one.text("before") or "",
+            one.text("after") or "",
+            one.number("cost") or 0.0,
+        )
+        for one in data.several("flips")
+    ]
+    return Answers(tuple(classes), tuple(flips), data.whole("flipped") or 0)
 
 
 def _measured(data: Values) -> Measured:

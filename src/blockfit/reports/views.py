@@ -6,13 +6,15 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from blockfit.drawing import LOSSES, METRIC_WORDS, SIZES
+from blockfit.drawing import LOSSES, METRIC_WORDS
 from blockfit.evaluation.side_by_side import TOKENS, SideBySide
 from blockfit.fit.plan import PARTS as NARROWED
 from blockfit.fit.plan import Narrowing
 from blockfit.fit.similarity import Tables
 from blockfit.reports import plots
-from blockfit.reports.content import Candidate, Content
+from blockfit.reports.answer_views import classes_view, flips_view
+from blockfit.reports.content import Candidate, Content, short_name
+from blockfit.reports.glossary import GLOSSARY, READING
 from blockfit.reports.headline import headline, headline_note
 from blockfit.reports.image_views import (
     experiment_view,
@@ -26,18 +28,23 @@ from blockfit.units import number, percent, share
 
 View = dict[str, Any]
 
+NOTHING = number(None)
+
 PARTS = (
     ("summary", "Before and after", "headline"),
     ("warnings", "Warnings", "warnings"),
-    ("chain", "Chain", "compressed"),
-    ("errors", "Errors", "compressed"),
     ("frontier", "Frontier", "frontier"),
-    ("states", "Error behind blocks", "state_plots"),
+    ("chain", "Chain", "compressed"),
+    ("errors", "Errors", "errors"),
+    ("classes", "Classes", "classes"),
+    ("flips", "Flips", "flips"),
+    ("states", "Error after blocks", "state_plots"),
     ("similarity", "Similarity", "similarity"),
     ("experiments", "Experiments", "experiments"),
     ("samples", "Images", "samples"),
     ("pca", "Patches", "pca"),
     ("provenance", "Provenance", "facts"),
+    ("glossary", "Glossary", "glossary"),
     ("missing", "Not known", "missing"),
 )
 """Id, name in the navigation, and the value without which a part is left out."""
@@ -46,14 +53,21 @@ PARTS = (
 def views(content: Content) -> View:
     """Everything that the template asks for but its frame."""
     chosen, side = content.chosen, content.side
+    measured = content.evaluation if chosen is None else content.test_of(chosen)
+    answers = measured and measured.answers
     found: View = {
-        "heading": content.model or "A model",
+        "heading": short_name(content.model) if content.model else "A model",
         "subtitle": _subtitle(content, chosen),
-        "headline": headline(chosen, content.evaluation),
-        "headline_note": headline_note(chosen, content.evaluation, bool(content.frontier)),
+        "headline": headline(chosen, measured),
+        "headline_note": headline_note(chosen, measured, bool(content.frontier)),
         "warnings": content.warnings + (content.compressed.warnings if content.compressed else ()),
         "compressed": content.compressed and _candidate(content.compressed),
-        "frontier": _frontier(content.frontier, chosen) if content.frontier else None,
+        "frontier": _frontier(content, chosen) if content.series else None,
+        "classes": classes_view(answers) if answers and answers.classes else None,
+        "flips": flips_view(answers, measured.images) if answers and measured else None,
+        "glossary": GLOSSARY,
+        "errors": (content.compressed is not None and not content.compressed.plan.narrowings)
+        or bool(content.compressed and content.compressed.maps),
         "side": side,
         "state_plots": [_state_plot(side, kind) for kind in side.errors] if side else [],
         "state_rows": _state_rows(side) if side else [],
@@ -77,8 +91,8 @@ def all_plots(content: Content) -> list[Plot]:
     chosen = content.chosen
     if chosen is not None:
         out += [plots.chain(chosen), plots.map_errors(chosen, "map-errors")]
-    for loss in LOSSES if content.frontier else ():
-        out += [plots.frontier(content.frontier, size, loss) for size in SIZES]
+    for loss in LOSSES if content.series else ():
+        out += [plots.frontier(content.series, size, loss) for size in plots.AXES]
     if content.similarity is not None:
         out += [plot for _, _, plot in _heat_maps(content.similarity)]
     if content.side is not None:
@@ -155,6 +169,18 @@ def _part(value: float | None) -> str:
     return share(value, 1.0)
 
 
+SHORT = {"parameters": "parameters", "flops": "FLOPs", "megabytes": "MB", "latency": "latency"}
+"""Axes of the frontier, as its switch names them."""
+
+
+def _interval(candidate: Candidate, loss: str, shown: Callable[[float | None], str]) -> str:
+    found = candidate.tested(loss)
+    if found is None:
+        return NOTHING
+    figure, images = found
+    return f"{shown(figure.value)} ({shown(figure.low)}–{shown(figure.high)}), {images}"
+
+
 COLUMNS: dict[str, Callable[[Candidate], str]] = {
     "Parameters": lambda c: _part(c.share("parameters")),
     "FLOPs": lambda c: _part(c.share("flops")),
@@ -163,10 +189,11 @@ COLUMNS: dict[str, Callable[[Candidate], str]] = {
     "Top-1": lambda c: percent(c.value("top1")),
     "Agreement": lambda c: percent(c.value("agreement")),
     "Feature error": lambda c: number(c.value("feature_relative_error")),
+    "MB": lambda c: number(c.share("megabytes"), 1),
+    "Test KL (95%), images": lambda c: _interval(c, "kl", number),
+    "Test top-1 (95%), images": lambda c: _interval(c, "top1", percent),
 }
 """Of the table of a sweep's plans; one that no plan has a value for is left out."""
-
-NOTHING = number(None)
 
 
 def _chain(candidate: Candidate) -> list[View]:
@@ -225,35 +252,45 @@ def _repair_words(candidate: Candidate) -> str:
     return f"Repaired: {_blocks(len(repaired))} ({', '.join(map(str, repaired))})."
 
 
-def _frontier(candidates: Sequence[Candidate], chosen: Candidate | None) -> View:
-    losses = []
-    for key, name in LOSSES.items():
-        found = []
-        for size, words in SIZES.items():
-            plot = plots.frontier(candidates, size, key)
+def _frontier(content: Content, chosen: Candidate | None) -> View:
+    series = content.series
+    candidates = [candidate for run in series for candidate in run.candidates]
+    charts = []
+    marks = {f"plan-{c.key}": _mark(c) for c in candidates}
+    for loss, name in LOSSES.items():
+        for size, words in plots.AXES.items():
+            plot = plots.frontier(series, size, loss)
             if plot is not None:
-                marks = {f"plan-{c.key}": _mark(c) for c in candidates}
-                caption = f"{plot.title} against {words}"
-                if size == "latency":
-                    caption += "; the bars span the middle half of the rounds"
-                found.append({"plot": plot, "svg": plot.svg(marks), "caption": caption})
-        if found:
-            losses.append({"key": key, "name": name.partition(" (")[0], "plots": found})
+                charts.append(
+                    {
+                        "loss": loss,
+                        "size": size,
+                        "svg": plot.svg(marks),
+                        "caption": f"{name} against {words}",
+                    }
+                )
     images = candidates[0].fidelity.get("images")
     columns = {
         name: [shown(candidate) for candidate in candidates] for name, shown in COLUMNS.items()
     }
     columns = {name: cells for name, cells in columns.items() if set(cells) != {NOTHING}}
     rows = zip(*columns.values(), strict=True)
+    losses, sizes = ({chart[key] for chart in charts} for key in ("loss", "size"))
+    opened = next((c.key for c in candidates if chosen and c.plan == chosen.plan), None)
     return {
-        "losses": losses,
+        "charts": charts,
+        "losses": [(k, v.partition(" (")[0]) for k, v in LOSSES.items() if k in losses],
+        "sizes": [(k, SHORT[k]) for k in plots.AXES if k in sizes],
+        "runs": [{"number": n, "name": run.name} for n, run in enumerate(series)],
         "first": "Removed" if candidates[0].target is None else "For",
         "header": list(columns),
+        "tested": any(c.tested(loss) for c in candidates for loss in LOSSES),
+        "timed": any(c.latency for c in candidates),
         "views": [
-            {**_candidate(candidate), "columns": row}
+            {**_candidate(candidate), "run": series[candidate.series].name, "columns": row}
             for candidate, row in zip(candidates, rows, strict=True)
         ],
-        "chosen": None if chosen is None else chosen.key,
+        "chosen": opened or candidates[0].key,
         "images": "" if images is None else f"{images:.0f}",
     }
 
@@ -279,22 +316,28 @@ def _state_rows(side: SideBySide) -> list[list[str]]:
     return [[number(value) for value in row] for row in zip(*columns, strict=True)]
 
 
+def _metrics(tables: Tables) -> list[str]:
+    """R² first: it says what a map can do."""
+    return sorted(tables.values, key=lambda metric: metric != "r2")
+
+
 def _heat_maps(tables: Tables) -> list[tuple[str, str, Plot]]:
     return [
         (metric, kind, plots.similarity(tables.boundaries, metric, kind, table))
-        for metric, types in tables.values.items()
-        for kind, table in types.items()
+        for metric in _metrics(tables)
+        for kind, table in tables.values[metric].items()
     ]
 
 
 def _similarity(tables: Tables) -> View:
     types = tables.token_types
-    first_metric, first_type = next(iter(tables.values)), types[-1]
+    metrics = _metrics(tables)
+    first_metric, first_type = metrics[0], types[-1]
     counts = [f"{count} {kind}" for kind, count in tables.tokens.items() if count]
     return {
         "boundaries": tables.boundaries,
         "tokens": f"From {' and '.join(counts)} tokens." if counts else "",
-        "metrics": [{"key": key, "name": METRIC_WORDS[key]} for key in tables.values],
+        "metrics": [{"key": key, "name": METRIC_WORDS[key]} for key in metrics],
         "types": types,
         "first_type": first_type,
         "maps": [
@@ -303,6 +346,7 @@ def _similarity(tables: Tables) -> View:
                 "kind": kind,
                 "first": (metric, kind) == (first_metric, first_type),
                 "view": {"plot": plot, "svg": plot.svg()},
+                "reading": READING[metric],
                 "rows": [
                     ["–" if value is None else f"{value:.3g}" for value in row]
                     for row in tables.values[metric][kind]

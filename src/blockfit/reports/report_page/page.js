@@ -106,9 +106,19 @@
 
   // Switches show one picture of several.
   const value = (name) => (one(`input[name="${name}"]:checked`) || {}).value;
-  for (const input of all('input[name="loss"]')) {
+  for (const input of all('input[name="loss"], input[name="size"]')) {
     input.addEventListener("change", () => {
-      for (const plots of all("[data-loss]")) plots.hidden = plots.dataset.loss !== value("loss");
+      for (const plot of all("[data-loss]")) {
+        plot.hidden = plot.dataset.loss !== value("loss") || plot.dataset.size !== value("size");
+      }
+    });
+  }
+  for (const input of all('input[name="run"]')) {
+    input.addEventListener("change", () => {
+      const own = input.value === "0" ? /^[^r]/ : new RegExp(`^r${input.value}-`);
+      for (const part of all(`.marks .run-${input.value}`)) part.style.display = input.checked ? "" : "none";
+      for (const mark of marks) if (own.test(mark.dataset.plan)) mark.style.display = input.checked ? "" : "none";
+      for (const row of all("#all-plans tbody tr")) if (own.test(row.dataset.plan)) row.hidden = !input.checked;
     });
   }
   const readout = one("#cell");
@@ -120,6 +130,66 @@
       readout.textContent = "";
     });
   }
+
+  // Tables: each can be taken away as CSV, and says when there is more to the side.
+  const csv = (table) => all("tr", table).map((row) => [...row.cells].flatMap((cell) => {
+    const copy = cell.cloneNode(true);
+    for (const own of all(".script-less", copy)) own.remove();
+    const text = copy.textContent.trim().replace(/\s+/g, " ");
+    const safe = /^[=+@\t\r]|^-(?![\d.])/.test(text) ? `'${text}` : text;  // no formula of anybody's
+    const quoted = /[",\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+    return [quoted, ...Array(cell.colSpan - 1).fill("")];
+  }).join(",")).join("\r\n") + "\r\n";
+  for (const scroll of all(".scroll")) {
+    const table = one("table", scroll);
+    const bar = document.createElement("p");
+    bar.className = "tools";
+    const more = document.createElement("span");
+    more.className = "more";
+    more.textContent = "scroll sideways →";
+    bar.append(more);
+    if (table) {
+      const link = document.createElement("a");
+      const name = one("caption", table).textContent.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 40).replace(/^-|-$/g, "");
+      link.className = "csv";
+      link.download = `${name || "table"}.csv`;
+      link.textContent = "CSV";
+      link.setAttribute("aria-label", `Download as CSV: ${one("caption", table).textContent}`);
+      link.href = "#" + (scroll.closest("section") || {}).id;
+      link.addEventListener("click", () => {
+        link.href = "data:text/csv;charset=utf-8," + encodeURIComponent("\ufeff" + csv(table));
+      });
+      bar.append(link);
+    }
+    const box = document.createElement("div");
+    box.className = "boxed";
+    scroll.replaceWith(box);
+    box.append(bar, scroll);
+    const look = () => {
+      const rest = scroll.scrollWidth - scroll.clientWidth - scroll.scrollLeft;
+      scroll.classList.toggle("right", rest > 2);
+      scroll.classList.toggle("left", scroll.scrollLeft > 2);
+      more.hidden = rest <= 2;
+    };
+    scroll.addEventListener("scroll", look, { passive: true });
+    new ResizeObserver(look).observe(scroll);
+    look();
+  }
+
+  // The part that is read is marked in the navigation, and kept in sight there.
+  const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link]));
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      for (const [id, link] of links) {
+        if (id === entry.target.id) link.setAttribute("aria-current", "true");
+        else link.removeAttribute("aria-current");
+      }
+      const link = links.get(entry.target.id), list = link && link.closest("ul");
+      if (link) list.scrollLeft = link.offsetLeft - list.clientWidth / 2 + link.offsetWidth / 2;
+    }
+  }, { rootMargin: "-20% 0px -75% 0px" });
+  for (const section of all("main section")) seen.observe(section);
 
   // Heat maps: single cells, by pointer or by arrow keys.
   for (const heat of all(".heat")) {
