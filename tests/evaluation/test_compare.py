@@ -149,6 +149,23 @@ def test_a_model_without_a_head_says_why_it_has_no_accuracy() -> None:
     assert found.models["b"].feature_error.value > 0
 
 
+def test_heads_of_other_classes_are_compared_by_right_answers_alone() -> None:
+    data = some("plain", count=20)
+    original, other, blocks, _ = pair("plain")
+    width = other.head.in_features
+    other.head = torch.nn.Linear(width, CLASSES + 2)
+    found = compare({"a": Entrant(original, data, blocks), "b": Entrant(other, data, blocks)}, "a")
+    one = found.models["b"]
+    pictures, labels = everything(data)
+    with torch.no_grad():
+        right = [(m.eval()(pictures).argmax(1) == labels) for m in (original, other)]
+    assert one.agreement is one.kl is None
+    assert (one.lost, one.gained) == (
+        int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    )  # fmt: skip
+    assert one.feature_error is None  # nothing of it is of the same classes
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     original, less, blocks, _ = pair("plain")
     data = some("plain")

@@ -124,13 +124,17 @@ def _from_sweep(
     out: Output, folder: Path, amount: opt.Amount, model: str | None, loading: opt.Loading
 ) -> Result:
     """The model of a sweep's plan, made without images."""
+    from blockfit.search.sweep import read_sweep
+
     budget = amount.budget()
     if budget is None:
         raise BlockfitError(
             "say how small: --from needs a budget, such as --remove 3 or --params 62%"
         )
     out.say("making the sweep's model")
-    original = None if model is None else loading.load(model)
+    name = model or read_sweep(folder).content.source.loads_as
+    out.note(f"device: {loading.place()}")
+    original = None if name is None else loading.load(name)
     return blockfit.from_sweep(folder, budget, original, force_budget=amount.force_budget)
 
 
