@@ -282,17 +282,16 @@ class _Seen:
 
 def _observed(
     batch: LabelledBatch, models: Mapping[str, _Seen], reference: str
-) -> dict[str, tuple[Observation, Observation | None]]:
-    """What every model says, beside what the reference says of the same inputs where it runs."""
+) -> dict[str, tuple[Observation, Observation | None, bool]]:
+    """What every model says, beside what the reference says of the same inputs where it runs, and
+    whether both answer with the same classes."""
     found = {
         name: finite(observe(one.model, one.blocks, placed(one.model, batch.inputs)), name,
                      batch.names)
         for name, one in models.items()
     }  # fmt: skip
     first = found.get(reference)
-    return {
-        name: (one, first if models[name].same_classes else None) for name, one in found.items()
-    }
+    return {n: (one, first, models[n].same_classes) for n, one in found.items()}
 
 
 class _Rows:
@@ -304,11 +303,11 @@ class _Rows:
     def add(
         self,
         batch: LabelledBatch,
-        seen: Mapping[str, tuple[Observation, Observation | None]],
+        seen: Mapping[str, tuple[Observation, Observation | None, bool]],
         images: Images,
     ) -> None:
-        for name, (one, first) in seen.items():
-            rows = _columns(one, first, batch.labels, images)
+        for name, (one, first, same) in seen.items():
+            rows = _columns(one, first, same, batch.labels, images)
             label = [-1] * len(rows) if batch.labels is None else batch.labels.tolist()
             kept = self.found.setdefault(name, {})
             for place, image, number, row in zip(
@@ -324,7 +323,11 @@ class _Rows:
 
 
 def _columns(
-    one: Observation, first: Observation | None, labels: Tensor | None, images: Images
+    one: Observation,
+    first: Observation | None,
+    same: bool,
+    labels: Tensor | None,
+    images: Images,
 ) -> list[list[float]]:
     count = len(one.features)
     table = np.full((count, len(COLUMNS)), math.nan)
@@ -337,7 +340,7 @@ def _columns(
             known = (labels >= 0) & (labels < classes)
             table[:, 0], table[:, 1] = known.numpy(), (known & (answer == labels.cpu())).numpy()
     if first is not None:
-        if one.logits is not None and first.logits is not None:
+        if same and one.logits is not None and first.logits is not None:
             old, new = first.logits.cpu(), one.logits.cpu()
             table[:, 3] = (old.argmax(1) == new.argmax(1)).double().numpy()
             table[:, 4] = kl_divergence(old, new).numpy()
