@@ -105,10 +105,13 @@ def notebook_page(notebook: dict[str, Any], name: str) -> str:
 
 
 def output(value: dict[str, Any]) -> str:
-    """One output of a cell: its picture, or its text."""
+    """One output of a cell: its picture, its table, or its text."""
     data = value.get("data", {})
     if "image/png" in data:
         image = "".join(data["image/png"]).replace("\n", "")
         return f'<img alt="What the code above draws" src="data:image/png;base64,{image}">'
+    if "text/html" in data:
+        lines = "".join(data["text/html"]).splitlines()
+        return "<div>{}</div>".format("\n".join(line for line in lines if line.strip()))
     text = "".join(value.get("text", data.get("text/plain", "")))
     return f"```text\n{text.rstrip()}\n```"

@@ -67,9 +67,13 @@ class Result:
         left = share(after, before)
         return f"Result({left} of {amount(before)} parameters{told}, {self.plan.brief})"
 
-    def summary(self) -> Summary:
-        """Sizes before and after, fidelity, final figures and a verdict, as the command prints."""
-        found = compression(self.report, self.blocks.depth)
+    def summary(self, maps: bool = False) -> Summary:
+        """Sizes before and after, fidelity, final figures and a verdict, as the command prints.
+
+        Args:
+            maps: with the held-out error of every map, beside that of leaving its span out.
+        """
+        found = compression(self.report, self.blocks.depth, maps)
         return Summary.of(plan_lines(self.plan), found, warnings=self.report["warnings"])
 
     def _repr_html_(self) -> str:

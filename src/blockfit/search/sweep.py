@@ -122,7 +122,7 @@ class Frontier:
         entries = self.entries
         ends = f", {entries[0].named()} to {entries[-1].named()}" if entries else ""
         plans = f"{len(entries)} plan{'' if len(entries) == 1 else 's'}"
-        return f"Frontier({plans}{ends}, {str(self.folder)!r})"
+        return f"Frontier({plans}{ends}, {self.folder.name!r})"
 
     def summary(self) -> Summary:
         """The table that the command prints: size, fidelity and plan of every point."""
