@@ -403,6 +403,11 @@ def _plainly(error: Any) -> str:
     missing = re.match(r"Missing (option|argument) '([^']+)'(?: / '([^']+)')?", text)
     if missing is not None:
         return f"{missing[2]}{f' ({missing[3]})' if missing[3] else ''} is missing"
+    extra = re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", text)
+    if extra is not None:
+        words = extra[1].split()
+        told = " ".join(words[:SHOWN]) + (" …" if len(words) > SHOWN else "")
+        return f"{told} is too much here; put quotes round what belongs together, such as '*.png'"
     found = re.match(r"No such (option|command):? '?([\w-]+)'?\.?\s*(.*)", text, re.DOTALL)
     if found is None:
         return text
