@@ -82,6 +82,14 @@ def test_figures_and_flips_are_those_of_plain_forward_passes() -> None:
         assert flip.label is not None
         assert all((flip.answers[n] == flip.label) == (n in flip.gained) for n in flip.gained)
     json.dumps(found.to_json(), allow_nan=False)
+    assert "points lost" in str(found.summary())
+    assert "<table>" in found._repr_html_()
+    pytest.importorskip("pandas")
+    frame = found.to_frame()
+    least = found.models["least"]
+    assert least.drop is not None
+    assert frame.loc["least", "drop_high"] == least.drop.high
+    assert [*frame.index] == [*models]
 
 
 def test_the_reference_can_be_chosen_and_a_model_equals_itself() -> None:

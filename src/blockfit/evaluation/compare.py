@@ -28,7 +28,7 @@ from blockfit.models.load import label_names, source_of
 from blockfit.models.preprocessing import Preprocessing
 from blockfit.search.fidelity import kl_divergence
 from blockfit.search.final import finite
-from blockfit.summary import Summary
+from blockfit.summary import Summary, frame
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all), over all passes."""
@@ -161,6 +161,24 @@ class Comparison:
             whole: all classes and images, not those alone that lose most.
         """
         return Summary.of(comparison(self.to_json(), whole))
+
+    def to_frame(self) -> Any:
+        """A row per model as a ``pandas.DataFrame``: sizes, figures, and ends of their intervals.
+
+        Raises:
+            BlockfitError: where pandas is not installed.
+        """
+        rows = []
+        for name, one in self.models.items():
+            row: dict[str, Any] = {"model": name}
+            for key, value in asdict(one).items():
+                if isinstance(value, dict):
+                    row |= {key: value["value"]}
+                    row |= {f"{key}_{end}": value[end] for end in ("low", "high")}
+                else:
+                    row[key] = value
+            rows.append(row)
+        return frame(rows, ["model"])
 
     def _repr_html_(self) -> str:
         return self.summary()._repr_html_()
