@@ -103,7 +103,7 @@ def blocks(
     axis.set(xlabel="block", ylabel="what is left", xlim=(-0.6, depth - 0.4), ylim=(0, 1.02))
     axis.set_xticks(range(0, depth, -(-depth // 16)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    if len(left) > 1:
+    if left:
         axis.legend(ncols=3, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
 
 

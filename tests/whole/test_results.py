@@ -120,7 +120,7 @@ def test_the_bars_of_a_plan_are_what_is_left(result: blockfit.Result) -> None:
     heights = sorted(round(patch.get_height(), 6) for patch in axis.patches)
     plan = result.plan
     every = [(n.block, n.part) for n in plan.narrowings]
-    whole = 3 * result.blocks.depth - len(every)
+    whole = len({part for _, part in every}) * result.blocks.depth - len(every)
     expected = [round(n.kept / n.size, 6) for n in plan.narrowings] + [1.0] * whole
     assert heights == sorted(expected)
     given = axis.figure.add_subplot()
@@ -178,7 +178,10 @@ def test_an_evaluation_is_a_frame_a_picture_and_a_file_that_reports_read(
     result.save(tmp_path / "small")
     blockfit.report([tmp_path / "small", tmp_path / "worth.json"], tmp_path / "page.html")
     evaluation.save(tmp_path / "worth.json", overwrite=True)
-    alone = result.evaluate(blockfit.images("digits:test", limit=8, model=load_demo()))
+    assert "latency, ms" in str(evaluation.summary())
+    alone = result.evaluate(blockfit.images("digits:test", limit=8), measure=False)
+    assert "parameters" in str(alone.summary())
+    assert "latency" not in str(alone.summary())
     with pytest.raises(blockfit.BlockfitError, match="against="):
         alone.plot()
 

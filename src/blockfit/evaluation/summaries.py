@@ -11,6 +11,9 @@ from blockfit.search.summaries import BEFORE_AFTER, FINAL, figures
 from blockfit.summary import Part, Table
 from blockfit.units import amount, number, percent, share
 
+MEASURED = ("images per second", "latency, ms", "peak memory")
+"""Figures that are left out where they were not measured."""
+
 ROWS = 10
 """Classes and images of a comparison that are shown where not all are asked for."""
 
@@ -46,6 +49,7 @@ def evaluation(worth: Mapping[str, Any]) -> list[Part]:
         ]
     for protocol, models in worth.get("protocols", {}).items():
         rows += _protocol_rows(protocol, models)
+    rows = [row for row in rows if row[0] not in MEASURED or {*row[1:]} - {"–"}]
     header = BEFORE_AFTER
     if worth["original"] is None:
         header, rows = ("", "model"), [(name, value) for name, _, value, _ in rows]

@@ -521,7 +521,7 @@ class Plan:
         left = {
             part: {n.block: n.kept / n.size for n in self.narrowings if n.part == part}
             for part in PARTS
-            if self.narrowings
+            if any(n.part == part for n in self.narrowings)
         }
         gone = {(r.span.start, r.span.stop - 1): r.map for r in self.replacements}
         drawing.blocks(axis, depth or max(cut, default=0) + 1, left, gone)
