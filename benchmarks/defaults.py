@@ -28,7 +28,7 @@ from blockfit.search.calibrate import calibrate
 from blockfit.search.recipes import RECIPES
 from blockfit.search.session import Session, Setting
 from blockfit.search.solve import Options, Solution, solve
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 SPANS = ["0:1", "2:3", "5:6"]
 """The plan that blockfit finds for three blocks with 512 images drawn with seed 0."""
@@ -60,7 +60,7 @@ def variants(width: int, spans: list[str]) -> Iterator[tuple[str, Plan, Options]
 
 def by_option(args: argparse.Namespace, model: Any, blocks: Blocks) -> dict[str, Solution]:
     images = calibration(args, model, args.limit, 0)
-    originals = Originals(model, blocks, images)
+    originals = TracedImages.of(model, blocks, images)
     found = {}
     for name, plan, options in variants(blocks.width, args.spans):
         if args.only not in name and name != "default":

@@ -25,6 +25,7 @@ from blockfit.search.candidates import race
 from blockfit.search.held_out import HeldOut
 from blockfit.search.session import JUDGE_BATCH
 from blockfit.search.solve import Solution
+from blockfit.search.states import TracedImages
 from blockfit.search.summaries import loss_of
 from blockfit.search.sweep import sweep
 
@@ -70,7 +71,7 @@ def scoring(args: argparse.Namespace, model: torch.nn.Module) -> None:
     )
     plain(model, images)
     before = timed(lambda: plain(model, images))
-    held_out = HeldOut(model, blocks, images)
+    held_out = HeldOut(TracedImages.everywhere(model, blocks, images))
     with torch.inference_mode():
         spent = timed(lambda: race(held_out, candidates))
     after = timed(lambda: plain(model, images))

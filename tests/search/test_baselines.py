@@ -21,18 +21,18 @@ from blockfit.search.baselines import Baseline, Neurons
 from blockfit.search.budget import Budget, Sizes
 from blockfit.search.recipes import RECIPES
 from blockfit.search.session import Session, Setting
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 SHARE = 0.8
 
 
 @pytest.fixture(scope="module")
-def known() -> Originals:
+def known() -> TracedImages:
     return originals(small_vit(residual=1.0))
 
 
 @pytest.fixture(scope="module")
-def sizes(known: Originals) -> Sizes:
+def sizes(known: TracedImages) -> Sizes:
     return Sizes(known.model, known.blocks, FIT)
 
 
@@ -49,7 +49,7 @@ def neurons_of(model: nn.Module, index: int) -> Tensor:
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_every_mlp_keeps_as_many_neurons_as_the_budget_allows(
-    known: Originals, sizes: Sizes, method: str
+    known: TracedImages, sizes: Sizes, method: str
 ) -> None:
     baseline = Baseline(Neurons(known), method)
     for kind in ("params", "flops"):
@@ -69,7 +69,7 @@ def _keeping(cut: Any, kept: int) -> Any:
 
 
 def test_corp_keeps_the_neurons_of_most_energy_and_activity_and_folds_the_others(
-    known: Originals, sizes: Sizes
+    known: TracedImages, sizes: Sizes
 ) -> None:
     baseline = Baseline(Neurons(known), "corp")
     plan = baseline.plan(sizes, "params", SHARE)
@@ -97,7 +97,9 @@ def test_corp_keeps_the_neurons_of_most_energy_and_activity_and_folds_the_others
     )
 
 
-def test_variance_based_pruning_keeps_the_mean_of_every_mlp(known: Originals, sizes: Sizes) -> None:
+def test_variance_based_pruning_keeps_the_mean_of_every_mlp(
+    known: TracedImages, sizes: Sizes
+) -> None:
     baseline = Baseline(Neurons(known), "vbp")
     plan = baseline.plan(sizes, "params", SHARE)
     solution = baseline.solution(plan)
@@ -111,7 +113,7 @@ def test_variance_based_pruning_keeps_the_mean_of_every_mlp(known: Originals, si
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
-def test_magnitude_looks_at_no_image(known: Originals, sizes: Sizes) -> None:
+def test_magnitude_looks_at_no_image(known: TracedImages, sizes: Sizes) -> None:
     baseline = Baseline(Neurons(known), "magnitude")
     plan = baseline.plan(sizes, "params", SHARE)
     solution = baseline.solution(plan)
@@ -123,7 +125,7 @@ def test_magnitude_looks_at_no_image(known: Originals, sizes: Sizes) -> None:
     assert torch.equal(solution.weights["blocks.4.mlp.wide.bias"], mlp.wide.bias[stays])
 
 
-def test_what_makes_up_for_more_loses_less(known: Originals, sizes: Sizes) -> None:
+def test_what_makes_up_for_more_loses_less(known: TracedImages, sizes: Sizes) -> None:
     neurons, losses = Neurons(known), {}
     for method in BASELINES:
         baseline = Baseline(neurons, method)
@@ -133,7 +135,7 @@ def test_what_makes_up_for_more_loses_less(known: Originals, sizes: Sizes) -> No
     assert losses["corp"] < losses["vbp"] < losses["magnitude"]
 
 
-def test_states_that_are_not_kept_give_the_same(known: Originals, sizes: Sizes) -> None:
+def test_states_that_are_not_kept_give_the_same(known: TracedImages, sizes: Sizes) -> None:
     model = small_vit(residual=1.0)
     check = untouched(model)
     tight = Baseline(Neurons(originals(model, limit_bytes=0)), "corp")
@@ -146,7 +148,7 @@ def test_states_that_are_not_kept_give_the_same(known: Originals, sizes: Sizes) 
         torch.testing.assert_close(found.weights[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_is_refused_with_the_reason(known: Originals, sizes: Sizes) -> None:
+def test_what_cannot_be_is_refused_with_the_reason(known: TracedImages, sizes: Sizes) -> None:
     baseline = Baseline(Neurons(known), "vbp")
     with pytest.raises(BlockfitError, match=r"cannot be reached: vbp cuts MLPs alone, .*% remains"):
         baseline.plan(sizes, "params", 0.2)
@@ -168,7 +170,7 @@ def test_a_baseline_is_a_recipe_of_compress(method: str, tmp_path: Path) -> None
     assert {cut.part for cut in result.plan.narrowings} == {"mlp"}
     assert len({cut.kept for cut in result.plan.narrowings}) == 1
     assert result.report["recipe"]["baseline"] == method
-    every = Baseline(Neurons(Originals(model, result.blocks, images)), method)
+    every = Baseline(Neurons(TracedImages.of(model, result.blocks, images)), method)
     expected = applied(model, result.blocks, every.solution(result.plan))
     blockfit.save(result, tmp_path / "small")
     stored = blockfit.load(tmp_path / "small", model=small_vit())

@@ -16,7 +16,7 @@ from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Span, spans_up_to
 from blockfit.models.blocks import find_blocks, record
 from blockfit.search.calibrate import calibrate, moments_of
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 SPANS = spans_up_to(6, 3)
 PATCHES = 9
@@ -61,13 +61,13 @@ def test_every_token_of_every_image_counts_also_in_a_last_short_batch() -> None:
 def test_states_that_are_kept_need_no_second_pass(tokens_per_image: int | None) -> None:
     model, how = small_vit(), {"tokens_per_image": tokens_per_image, "seed": 3}
     blocks, images = small_blocks(model), small_images(21)
-    originals = Originals(model, blocks, images)
+    originals = TracedImages.of(model, blocks, images)
     assert originals.complete
     found = moments_of(originals.kept(), blocks, SPANS, **how)
     again = calibrate(model, blocks, images, SPANS, **how)
     assert found.tokens == again.tokens
     assert torch.equal(flat(found), flat(again))
-    assert not Originals(model, blocks, images, limit_bytes=0).complete
+    assert not TracedImages.of(model, blocks, images, limit_bytes=0).complete
 
 
 def test_the_same_tokens_are_drawn_whatever_the_batch_size() -> None:

@@ -20,6 +20,7 @@ from blockfit.search.calibrate import calibrate
 from blockfit.search.candidates import cheapest, race
 from blockfit.search.held_out import HeldOut
 from blockfit.search.solve import Solution
+from blockfit.search.states import TracedImages
 
 DEPTH = 6
 NEW = small_pictures(24, seed=1)
@@ -75,7 +76,9 @@ def with_idle_block(index: int, depth: int = DEPTH) -> SmallViT:
 @pytest.mark.parametrize("idle", [0, 3, 5])
 def test_the_race_finds_a_planted_redundant_block(idle: int) -> None:
     model = with_idle_block(idle)
-    held_out = HeldOut(model, small_blocks(model), open_images(NEW, batch_size=4))
+    held_out = HeldOut(
+        TracedImages.everywhere(model, small_blocks(model), open_images(NEW, batch_size=4))
+    )
     scores = race(held_out, identities(spans_up_to(DEPTH, 1)), passes=2.0)
     assert len(scores) == DEPTH
     assert min(scores, key=lambda entry: scores[entry]).span == Span(idle, idle + 1)
@@ -84,7 +87,9 @@ def test_the_race_finds_a_planted_redundant_block(idle: int) -> None:
 @pytest.mark.parametrize("passes", [2.0, 3.0, 6.0])
 def test_the_race_spends_no_more_than_it_may_and_most_on_the_best(passes: float) -> None:
     model = with_idle_block(2)
-    held_out = HeldOut(model, small_blocks(model), open_images(NEW, batch_size=2))
+    held_out = HeldOut(
+        TracedImages.everywhere(model, small_blocks(model), open_images(NEW, batch_size=2))
+    )
     seen: dict[Replacement, int] = {}
     several = held_out.trials
 
@@ -105,7 +110,9 @@ def test_the_race_spends_no_more_than_it_may_and_most_on_the_best(passes: float)
 
 def test_with_time_for_all_every_score_is_that_of_all_images() -> None:
     model = with_idle_block(2)
-    held_out = HeldOut(model, small_blocks(model), open_images(NEW, batch_size=8))
+    held_out = HeldOut(
+        TracedImages.everywhere(model, small_blocks(model), open_images(NEW, batch_size=8))
+    )
     candidates = identities(spans_up_to(DEPTH, 2))
     scores = race(held_out, candidates, passes=1e9)
     for candidate in candidates:
@@ -123,6 +130,8 @@ def test_all_57_spans_with_3_kinds_of_map_cost_less_than_12_plain_passes() -> No
         for kind in ("identity", "scale", "affine"):
             entry = Replacement(span, kind)
             candidates.append(Solution(Plan((entry,)), (fit_map(entry, moments),)))
-    held_out = HeldOut(model, blocks, small_images(128, seed=2, batch_size=16))
+    held_out = HeldOut(
+        TracedImages.everywhere(model, blocks, small_images(128, seed=2, batch_size=16))
+    )
     assert len(race(held_out, candidates)) == len(candidates) == 3 * 57
     assert held_out.passes < 12 * 128

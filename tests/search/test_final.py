@@ -10,7 +10,7 @@ from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Plan
 from blockfit.search.final import FINAL_IMAGES, final_figures, set_apart
 from blockfit.search.solve import solve
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 
 def numbers(part):
@@ -70,7 +70,7 @@ def test_the_figures_are_those_of_both_models_on_the_same_images():
     model, pictures = small_vit(5), small_pictures(90)
     blocks = small_blocks(model)
     plan = Plan.of(["1:3"], "affine")
-    solution = solve(Originals(model, blocks, images(pictures[:40])), plan)
+    solution = solve(TracedImages.of(model, blocks, images(pictures[:40])), plan)
     small = small_vit(5)
     solution.apply(small, blocks)
     shown = pictures[40:]

@@ -22,7 +22,7 @@ from blockfit.models.head import observe
 from blockfit.search.fidelity import Fidelity, FidelityMeter
 from blockfit.search.held_out import HeldOut
 from blockfit.search.solve import Options, Solution, solve
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 FIT, NEW = small_pictures(24), small_pictures(20, seed=1)
 
@@ -71,8 +71,10 @@ def test_a_score_is_the_fidelity_of_the_applied_model(name: str) -> None:
     family: Family = FAMILIES[name]
     model, images = family.build(), family.images(8)
     blocks = find_blocks(model)
-    known = Originals(model, blocks, open_images(images[:4], batch_size=4))
-    held_out = HeldOut(model, blocks, open_images(images[4:], batch_size=2))
+    known = TracedImages.of(model, blocks, open_images(images[:4], batch_size=4))
+    held_out = HeldOut(
+        TracedImages.everywhere(model, blocks, open_images(images[4:], batch_size=2))
+    )
     solutions = [random_solution(plan, blocks) for plan in PLANS.values()]
     solutions.append(solve(known, Plan.of(["1:2"], "affine"), Options(ridge=0.1)))
     for solution in solutions:
@@ -85,8 +87,8 @@ def test_a_score_is_the_fidelity_of_the_applied_model(name: str) -> None:
 def test_folded_and_repaired_solutions_are_judged_as_they_are_used(kind: str, repair: str) -> None:
     model = small_vit()
     blocks = small_blocks(model)
-    known = Originals(model, blocks, open_images(FIT, batch_size=8))
-    held_out = HeldOut(model, blocks, open_images(NEW, batch_size=8))
+    known = TracedImages.of(model, blocks, open_images(FIT, batch_size=8))
+    held_out = HeldOut(TracedImages.everywhere(model, blocks, open_images(NEW, batch_size=8)))
     solution = solve(known, Plan.of(["2:3", "4:6"], kind), Options(repair=repair))
     assert_alike(held_out.score(solution), really(model, blocks, solution, NEW))
 
@@ -117,8 +119,10 @@ def runs(model: SmallViT) -> list[int]:
 def test_only_blocks_behind_the_first_span_are_run(plan: Plan, run: list[int]) -> None:
     model = small_vit()
     blocks = small_blocks(model)
-    solution = solve(Originals(model, blocks, open_images(FIT)), plan, Options(repair="none"))
-    held_out = HeldOut(model, blocks, open_images(NEW, batch_size=len(NEW)))
+    solution = solve(TracedImages.of(model, blocks, open_images(FIT)), plan, Options(repair="none"))
+    held_out = HeldOut(
+        TracedImages.everywhere(model, blocks, open_images(NEW, batch_size=len(NEW)))
+    )
     count = runs(model)
     held_out.score(solution)
     assert [index for index, times in enumerate(count) if times] == run
@@ -130,7 +134,7 @@ def test_only_blocks_behind_the_first_span_are_run(plan: Plan, run: list[int]) -
 def test_parts_of_the_images_add_up_to_all() -> None:
     model = small_vit()
     blocks = small_blocks(model)
-    held_out = HeldOut(model, blocks, open_images(NEW, batch_size=8))
+    held_out = HeldOut(TracedImages.everywhere(model, blocks, open_images(NEW, batch_size=8)))
     assert len(held_out) == len(NEW)
     solution = random_solution(Plan.of(["2:4"], "affine"), blocks)
     parts = [held_out.score(solution, [number]) for number in range(3)]
@@ -146,11 +150,13 @@ def test_accuracy_is_that_of_the_applied_model_on_labelled_images() -> None:
     labels = model(NEW).argmax(1)
     labels[:5] = (labels[:5] + 1) % 4
     solution = random_solution(Plan.of(["1:4"], "affine"), blocks)
-    held_out = HeldOut(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    held_out = HeldOut(
+        TracedImages.everywhere(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    )
     assert held_out.top1 == pytest.approx(15 / 20)
     right = applied(model, blocks, solution)(NEW).argmax(1) == labels
     assert held_out.judge(solution)[2] == pytest.approx(float(right.float().mean()))
-    unlabelled = HeldOut(model, blocks, open_images(NEW, batch_size=8))
+    unlabelled = HeldOut(TracedImages.everywhere(model, blocks, open_images(NEW, batch_size=8)))
     assert (unlabelled.top1, unlabelled.judge(solution)[2]) == (None, None)
 
 
@@ -161,16 +167,22 @@ def test_accuracy_counts_labelled_images_and_only_labels_of_the_heads_classes() 
     solution = random_solution(Plan.of(["1:4"], "affine"), blocks)
     labels = model(NEW).argmax(1)
     labels[0], labels[1] = (labels[0] + 1) % 4, -1
-    half_labelled = HeldOut(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    half_labelled = HeldOut(
+        TracedImages.everywhere(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    )
     assert half_labelled.top1 == pytest.approx(18 / 19)
     labels[2] = 4  # no class of the head: this one is not counted either
-    one_outside = HeldOut(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    one_outside = HeldOut(
+        TracedImages.everywhere(model, blocks, open_images((NEW, labels.numpy()), batch_size=8))
+    )
     assert one_outside.top1 == pytest.approx(17 / 18)
-    others = HeldOut(model, blocks, open_images((NEW, labels.numpy() + 4), batch_size=8))
+    others = HeldOut(
+        TracedImages.everywhere(model, blocks, open_images((NEW, labels.numpy() + 4), batch_size=8))
+    )
     assert (others.top1, others.judge(solution)[2]) == (None, None)
     names = Matching(names=["a", "b", "c"], own=["a", "b", "c"])
     three = replace(open_images((NEW, labels.numpy() % 3)), matching=names)
-    assert HeldOut(model, blocks, three).top1 is None
+    assert HeldOut(TracedImages.everywhere(model, blocks, three)).top1 is None
 
 
 @torch.no_grad()
@@ -178,8 +190,10 @@ def test_a_folded_maps_error_stands_beside_that_of_dropping_the_span() -> None:
     model = small_vit()
     blocks = small_blocks(model)
     plan = Plan.of(["3:5"], "folded")
-    solution = solve(Originals(model, blocks, open_images(FIT)), plan, Options(repair="none"))
-    (error,) = HeldOut(model, blocks, open_images(NEW, batch_size=len(NEW))).judge(solution)[1]
+    solution = solve(TracedImages.of(model, blocks, open_images(FIT)), plan, Options(repair="none"))
+    (error,) = HeldOut(
+        TracedImages.everywhere(model, blocks, open_images(NEW, batch_size=len(NEW)))
+    ).judge(solution)[1]
     with record(model, blocks) as seen:
         model(NEW)
     small = applied(model, blocks, solution)
@@ -198,8 +212,10 @@ def test_map_errors_are_those_of_the_applied_models_states_beside_identity() -> 
     model = small_vit()
     blocks = small_blocks(model)
     plan = Plan.of(["1:2", "3:5"], "affine")
-    solution = solve(Originals(model, blocks, open_images(FIT)), plan, Options(repair="mlp"))
-    held_out = HeldOut(model, blocks, open_images(NEW, batch_size=len(NEW)))
+    solution = solve(TracedImages.of(model, blocks, open_images(FIT)), plan, Options(repair="mlp"))
+    held_out = HeldOut(
+        TracedImages.everywhere(model, blocks, open_images(NEW, batch_size=len(NEW)))
+    )
     errors = held_out.judge(solution)[1]
     with record(model, blocks) as seen:
         model(NEW)
@@ -226,7 +242,7 @@ def test_a_model_without_prefix_tokens_has_no_error_of_them() -> None:
     family = FAMILIES["plain-no-prefix"]
     model, images = family.build(), family.images(4)
     blocks = find_blocks(model)
-    held_out = HeldOut(model, blocks, open_images(images))
+    held_out = HeldOut(TracedImages.everywhere(model, blocks, open_images(images)))
     (error,) = held_out.judge(random_solution(Plan.of(["1:2"], "affine"), blocks))[1]
     assert (error.prefix, error.identity_prefix) == (None, None)
     assert error.patch == pytest.approx(error.error)
@@ -236,12 +252,16 @@ def test_a_model_without_prefix_tokens_has_no_error_of_them() -> None:
 def test_judging_changes_neither_model_nor_solution(dtype: torch.dtype) -> None:
     model = small_vit().to(dtype).train()
     blocks = find_blocks(model, NEW[:2].to(dtype))
-    known = Originals(model, blocks, open_images(FIT.to(dtype)))
-    held_out = HeldOut(model, blocks, open_images(NEW.to(dtype), batch_size=8))
+    known = TracedImages.of(model, blocks, open_images(FIT.to(dtype)))
+    held_out = HeldOut(
+        TracedImages.everywhere(model, blocks, open_images(NEW.to(dtype), batch_size=8))
+    )
     solution = solve(known, Plan.of(["1:2", "3:5"], "affine"))
     before = copy.deepcopy(model.state_dict())
     maps = copy.deepcopy([module.state_dict() for module in solution.maps])
-    cached = [{b: state.clone() for b, state in seen.states.items()} for seen in held_out.traces]
+    cached = [
+        {b: state.clone() for b, state in seen.states.items()} for seen in held_out.images.traces
+    ]
     first = held_out.score(solution)
     held_out.judge(solution)
     assert held_out.score(solution) == first
@@ -250,7 +270,7 @@ def test_judging_changes_neither_model_nor_solution(dtype: torch.dtype) -> None:
         for name, value in module.state_dict().items():
             assert value.dtype == torch.float32
             assert torch.equal(value, kept[name])
-    for seen, kept_states in zip(held_out.traces, cached, strict=True):
+    for seen, kept_states in zip(held_out.images.traces, cached, strict=True):
         assert all(torch.equal(seen.states[b], state) for b, state in kept_states.items())
     assert model.training
     assert not any("forward" in vars(block) for block in model.blocks)
@@ -260,8 +280,10 @@ def test_judging_changes_neither_model_nor_solution(dtype: torch.dtype) -> None:
 def test_there_must_be_images_to_judge_by() -> None:
     model = small_vit()
     with pytest.raises(BlockfitError, match="no held-out images to judge by"):
-        HeldOut(model, small_blocks(model), small_images(4).take(0))
+        HeldOut(TracedImages.everywhere(model, small_blocks(model), small_images(4).take(0)))
     spoilt = NEW.clone()
     spoilt[3] = float("nan")
     with pytest.raises(BlockfitError, match="the input of block 0 holds NaN"):
-        HeldOut(model, small_blocks(model), open_images(spoilt, batch_size=8))
+        HeldOut(
+            TracedImages.everywhere(model, small_blocks(model), open_images(spoilt, batch_size=8))
+        )

@@ -20,7 +20,7 @@ from blockfit.models.blocks import find_blocks
 from blockfit.models.cost import flops
 from blockfit.models.forward import first_images, image_count, two_different
 from blockfit.search.calibrate import calibrate
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 
 class Batches:
@@ -100,7 +100,7 @@ def test_case_13_interpolated_positions_are_those_of_the_asked_resolution() -> N
     assert len(data) == 20
     assert all(batch["interpolate_pos_encoding"] is True for batch in data)  # type: ignore[index]
     blocks = find_blocks(model, next(iter(data)))
-    originals = Originals(model, blocks, data)
+    originals = TracedImages.of(model, blocks, data)
     with torch.no_grad():
         right = model.vit.embeddings(pictures[:2], interpolate_pos_encoding=True)
     assert originals.traces[0].states[0].shape[1] == 65 == right.shape[1]

@@ -19,7 +19,7 @@ from blockfit.models.blocks import find_blocks
 from blockfit.models.head import observe
 from blockfit.search import tokens as rows
 from blockfit.search.solve import Options, solve
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_repair_brings_the_final_features_of_every_library_nearer(name: str) -> 
     model = family.build()
     images = family.images(40)
     blocks = find_blocks(model)
-    known = Originals(model, blocks, open_images(images[:28], batch_size=14))
+    known = TracedImages.of(model, blocks, open_images(images[:28], batch_size=14))
     check = untouched(model)
     error = {}
     for how in ("none", "mlp", "mlp+attention"):
@@ -205,7 +205,7 @@ def test_a_folded_map_is_the_map_of_the_mlps_contribution(name: str) -> None:
     model = small_vit() if family is None else family.build()
     fit, new = (FIT, NEW) if family is None else (family.images(32), family.images(5, seed=1))
     blocks = find_blocks(model, fit)
-    known = Originals(model, blocks, open_images(fit, batch_size=8))
+    known = TracedImages.of(model, blocks, open_images(fit, batch_size=8))
     plan = Plan.of(["2:4"], "folded")
     small = applied(model, blocks, solve(known, plan, Options(ridge=0.0, repair="none")))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())

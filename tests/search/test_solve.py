@@ -15,10 +15,11 @@ from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Plan, Replacement, Span
 from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.probe import Probe
 from blockfit.models.surgery import swapped
 from blockfit.search.prefixes import Beginnings
 from blockfit.search.solve import Options, Solution, solve
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 
 @pytest.mark.parametrize("plan", [TWO, Plan.of(["1:2", "3:5"], "folded")], ids=str)
@@ -45,7 +46,7 @@ def test_every_block_runs_its_attention_once_and_the_weights_are_those_of_whole_
     assert {i: ran.count(i) for i in ran} == {2: batches, 4: batches, 5: batches}
     for handle in handles:
         handle.remove()
-    monkeypatch.setattr(Originals, "skip", lambda self, index: None)
+    monkeypatch.setattr(Probe, "skip", lambda self, index: None)
     slow = solve(known, TWO)
     for name, value in quick.weights.items():
         torch.testing.assert_close(value, slow.weights[name], rtol=1e-4, atol=1e-5)
@@ -107,7 +108,7 @@ def test_blocks_that_write_into_their_input_are_solved_like_others() -> None:
     plan = Plan.of(["1:2"], "affine")
     solutions = []
     for model in (tame, wild):
-        known = Originals(model, find_blocks(model), open_images(images, batch_size=6))
+        known = TracedImages.of(model, find_blocks(model), open_images(images, batch_size=6))
         before = [{b: s.clone() for b, s in t.states.items()} for t in known.traces]
         solutions.append(solve(known, plan))
         for seen, kept in zip(known.traces, before, strict=True):
@@ -173,7 +174,7 @@ def test_without_a_ridge_given_each_map_gets_the_one_that_errs_least_on_other_im
     """16 tokens of noise per channel: the more, the nearer to the identity."""
     model = small_vit(residual=0.05)
     blocks = small_blocks(model)
-    known = Originals(model, blocks, open_images(FIT[:2], batch_size=1))
+    known = TracedImages.of(model, blocks, open_images(FIT[:2], batch_size=1))
     plan = Plan.of(["1:5"], "affine")
     after = {}
     for ridge in (0.0, None):
@@ -257,4 +258,4 @@ def test_maps_per_token_type_are_refitted_per_token_type() -> None:
 def test_there_must_be_images_to_fit_on() -> None:
     model = small_vit()
     with pytest.raises(BlockfitError, match="there are no images to fit on"):
-        Originals(model, small_blocks(model), small_images(4).take(0))
+        TracedImages.of(model, small_blocks(model), small_images(4).take(0))

@@ -24,7 +24,7 @@ from blockfit.search.held_out import HeldOut
 from blockfit.search.recipes import Recipe, named_recipe
 from blockfit.search.solve import Options, solve
 from blockfit.search.span_search import Search
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 DEPTH = 6
 FIT, NEW = small_pictures(24), small_pictures(24, seed=1)
@@ -42,8 +42,8 @@ def searching(
     data = open_images(fit, batch_size=8)
     spans = spans_up_to(blocks.depth, longest)
     return Search(
-        Originals(model, blocks, data),
-        HeldOut(model, blocks, open_images(NEW, batch_size=batch_size)),
+        TracedImages.of(model, blocks, data),
+        HeldOut(TracedImages.everywhere(model, blocks, open_images(NEW, batch_size=batch_size))),
         calibrate(model, blocks, data, spans),
         named_recipe(how or Recipe(), longest=longest),
         **options,

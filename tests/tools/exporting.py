@@ -27,7 +27,7 @@ from blockfit.models.surgery import apply_plan
 from blockfit.models.trace import trace
 from blockfit.provenance import installed_versions
 from blockfit.search.solve import Options, solve
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from without_blockfit import environment, output_elsewhere
@@ -61,7 +61,7 @@ def saved(
     source = source_of(model)
     if preprocessing is not None:
         object.__setattr__(source, "preprocessing", preprocessing)
-    originals = Originals(model, blocks, open_images(pictures, batch_size=6))
+    originals = TracedImages.of(model, blocks, open_images(pictures, batch_size=6))
     if share is not None:
         plan = Plan(plan.replacements, narrowings(originals, plan, share))
     solve(originals, plan, Options(repair="mlp")).apply(model, blocks)
@@ -69,13 +69,13 @@ def saved(
     return load_saved(folder)
 
 
-def narrowings(originals: Originals, plan: Plan, share: float) -> tuple[Narrowing, ...]:
+def narrowings(originals: TracedImages, plan: Plan, share: float) -> tuple[Narrowing, ...]:
     """Every part of the blocks that ``plan`` keeps, with a share of its dimensions."""
     kept = sorted(set(range(originals.blocks.depth)) - set(plan.removed_blocks))
     return tuple(
         replace(part, kept=max(1, int(share * part.size)))
         for index in kept
-        for part in originals.parts(index).whole.values()
+        for part in originals.probe.parts(index).whole.values()
     )
 
 

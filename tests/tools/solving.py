@@ -15,7 +15,7 @@ from blockfit.data.images import images as open_images
 from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Blocks, record
 from blockfit.search.solve import Options, Solution
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 FIT, NEW = small_pictures(24), small_pictures(64, seed=1)
 BARE = Options(ridge=0.0, repair="none")
@@ -35,8 +35,8 @@ def applied(model: nn.Module, blocks: Blocks, solution: Solution) -> Any:
     return small
 
 
-def originals(model: nn.Module, images: Tensor = FIT, **options: Any) -> Originals:
-    return Originals(model, small_blocks(model), open_images(images, batch_size=8), **options)
+def originals(model: nn.Module, images: Tensor = FIT, **options: Any) -> TracedImages:
+    return TracedImages.of(model, small_blocks(model), open_images(images, batch_size=8), **options)
 
 
 def regression(x: Tensor, y: Tensor) -> Tensor:

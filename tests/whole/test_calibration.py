@@ -11,7 +11,7 @@ from PIL import Image
 from small import small_images, small_pictures, small_vit
 
 import blockfit
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -56,13 +56,13 @@ def test_the_original_is_run_once_for_all_budgets(
     model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    start = Originals.__init__
+    start = TracedImages.__init__
 
     def counted(self: Any, *args: Any, **more: Any) -> None:
         made.append(self)
         start(self, *args, **more)
 
-    monkeypatch.setattr(Originals, "__init__", counted)
+    monkeypatch.setattr(TracedImages, "__init__", counted)
     calibration = blockfit.calibrate(model, small_images(24), final=0)
     once = len(made)
     for share in (0.9, 0.8):

@@ -32,7 +32,7 @@ from blockfit.models.residual import input_of
 from blockfit.search.budget import Sizes
 from blockfit.search.narrowing import Layers, Rewritten, put_neurons, rows_of
 from blockfit.search.solve import Solution
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 
 class Neurons:
@@ -42,7 +42,7 @@ class Neurons:
         originals: the fit images as the original saw them.
     """
 
-    def __init__(self, originals: Originals) -> None:
+    def __init__(self, originals: TracedImages) -> None:
         self.originals = originals
         self._spreads: dict[int, Spread] = {}
         self._active: dict[int, Tensor] = {}
@@ -55,7 +55,7 @@ class Neurons:
         """
         out = []
         for index in range(self.originals.blocks.depth):
-            parts = self.originals.parts(index)
+            parts = self.originals.probe.parts(index)
             if "mlp" not in parts.whole:
                 raise BlockfitError(
                     f"the MLP of block {index} cannot be narrowed: {parts.refused['mlp']}; "

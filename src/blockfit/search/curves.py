@@ -38,7 +38,7 @@ from blockfit.search.narrowing import (
     values_prior,
 )
 from blockfit.search.solve import Solution
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 from blockfit.search.tokens import Draw
 
 TRIALS = {"mlp": (0.6, 0.3), "values": (0.5,), "keys": (0.4,)}
@@ -124,10 +124,10 @@ class PartSums:
         index: the block.
     """
 
-    def __init__(self, originals: Originals, index: int) -> None:
+    def __init__(self, originals: TracedImages, index: int) -> None:
         self.block = originals.modules[index]
-        self.writers = originals.writers(index)
-        self.parts = dict(originals.parts(index).whole)
+        self.writers = originals.probe.writers(index)
+        self.parts = dict(originals.probe.parts(index).whole)
         self.sums = {
             name: Spread.zeros(part.heads, part.size)
             for kind, part in self.parts.items()
@@ -167,7 +167,7 @@ class PartSums:
             run(hidden)
         return taken
 
-    def _add(self, originals: Originals, taken: dict[str, Tensor], places: range) -> None:
+    def _add(self, originals: TracedImages, taken: dict[str, Tensor], places: range) -> None:
         found: dict[str, Spread] = {}
         if (mlp := self.parts.get("mlp")) is not None:
             rows = taken[f"> {mlp.reader}"]
@@ -262,7 +262,7 @@ def effect_of(fidelity: Fidelity) -> float:
 
 
 def curves(
-    originals: Originals,
+    originals: TracedImages,
     held_out: HeldOut,
     parts: Iterable[str],
     whole_blocks: Iterable[int] = (),
@@ -302,7 +302,7 @@ def curves(
 
 
 def _block_curves(
-    originals: Originals,
+    originals: TracedImages,
     held_out: HeldOut,
     index: int,
     wanted: set[str],
@@ -311,7 +311,7 @@ def _block_curves(
     multiple: int | None,
     failed: dict[Plan, str],
 ) -> list[Curve]:
-    found = {n: p for n, p in originals.parts(index).whole.items() if n in wanted}
+    found = {n: p for n, p in originals.probe.parts(index).whole.items() if n in wanted}
     if not found:
         return []
     sums = PartSums(originals, index)
@@ -334,7 +334,7 @@ def _block_curves(
         if not measured:
             continue  # the model does not run with a narrower part: it stays whole
         effects = interpolated(widths, errors, measured)
-        unit = unit_cost(sums.block, part, originals.like.shape[1])
+        unit = unit_cost(sums.block, part, originals.probe.state.shape[1])
         out.append(Curve(part, widths, effects, *unit))
     return out
 

@@ -26,7 +26,7 @@ from blockfit.search.recipes import Recipe
 from blockfit.search.solve import Solution, solve
 from blockfit.search.span_search import Point, Search
 from blockfit.search.spill import GroupedMoments
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 LONGEST_SPAN = 2
 """Blocks of the longest span that is weighed against narrowing; longer ones cost far more."""
@@ -84,7 +84,7 @@ class CutSearch:
 
     def __init__(
         self,
-        originals: Originals,
+        originals: TracedImages,
         held_out: HeldOut,
         sizes: Sizes,
         recipe: Recipe,
@@ -186,7 +186,7 @@ class CutSearch:
         """Why parts cannot be narrowed, in words that several blocks share."""
         out: dict[str, str] = {}
         for index in range(self.depth):
-            for part, why in self.originals.parts(index).refused.items():
+            for part, why in self.originals.probe.parts(index).refused.items():
                 if part in self.recipe.cuts:
                     out.setdefault(part, why)
         return out
@@ -278,7 +278,7 @@ class CutSearch:
 
     def says_uniform(self) -> bool:
         """Whether a stock config can say that all MLPs are narrower."""
-        parts = [self.originals.parts(i).whole.get("mlp") for i in range(self.depth)]
+        parts = [self.originals.probe.parts(i).whole.get("mlp") for i in range(self.depth)]
         mlps = [part for part in parts if part is not None]
         if len(mlps) < self.depth or self.whole or len({part.size for part in mlps}) > 1:
             return False
@@ -297,7 +297,7 @@ class CutSearch:
 
     def solve(self, plan: Plan) -> Solution:
         """Solve a plan on all calibration images, those that chose it too."""
-        every = self.originals.with_more(self.held_out.traces)
+        every = self.originals.with_more(self.held_out.images)
         solution = solve(every, plan, self.recipe.options, self._progress)
         return solution if self._precision is None else solution.rounded(self._precision)
 

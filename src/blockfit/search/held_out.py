@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
-from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line
 from blockfit.fit.numerics import exact
 from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Blocks, overridden
-from blockfit.models.forward import FORWARD_ERRORS, evaluating
+from blockfit.models.forward import FORWARD_ERRORS
 from blockfit.models.head import Observation, observe, right_answers
 from blockfit.models.narrowed import narrowed
 from blockfit.models.surgery import swapped
-from blockfit.models.trace import Trace, trace
+from blockfit.models.trace import Trace
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.search.solve import Solution
-from blockfit.search.spill import Shelf
+from blockfit.search.states import TracedImages
 
 NAMED = 3
 """Candidates that a warning names."""
@@ -59,95 +58,53 @@ class MapError:
 
 
 class HeldOut:
-    """Held-out images with their hidden states cached at every boundary.
+    """Judges solved plans by what they do to the model's output on images that they are not fitted
+    on.
 
-    A candidate runs only the blocks behind its first span; everything before it is taken from
-    the cache, and the model's own forward does the rest. In a run on several processes each holds
-    all images and does a part of the work; all get the same figures.
+    A candidate runs only the blocks after its first cut; everything before it is taken from the
+    kept states, and the model's own forward does the rest. In a run on several processes each does
+    a part of the work; all get the same figures.
 
     Args:
-        model: the original model.
-        blocks: where its blocks are.
-        images: images that no map is fitted on; their batch size is the unit of ``batches``.
-        progress: called with images done and images in all.
-        shelf: where images and hidden states lie; in memory by default.
-
-    Raises:
-        BlockfitError: no image, NaN or infinite hidden states.
+        images: with all their hidden states; a batch is the unit of ``batches``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Blocks,
-        images: Images,
-        progress: Callable[[int, int], None] | None = None,
-        shelf: Shelf | None = None,
-    ) -> None:
-        hold = None if shelf is None else shelf.hold
-        self.traces: list[Trace] = []
-        self.labels: list[Tensor | None] = []
-        with evaluating(model):
-            for batch in images.batches():
-                keep = range(blocks.depth + 1)
-                self.traces.append(trace(model, blocks, batch.inputs, keep, batch.names, hold))
-                if shelf is not None:
-                    self.traces[-1].inputs = shelf.hold_batch(batch.inputs)
-                self.labels.append(batch.labels)
-                if progress is not None:
-                    progress(len(self), len(images))
-        if not self.traces:
-            raise BlockfitError("there are no held-out images to judge by; give more images")
-        self.sizes = [len(seen.states[0]) for seen in self.traces]
-        self._begin(model, blocks, range(len(self.traces)), None)
-        self._count_right(images)
-
-    @classmethod
-    def of_traces(
-        cls,
-        model: nn.Module,
-        blocks: Blocks,
-        traces: Mapping[int, Trace],
-        sizes: Sequence[int],
-        owners: Sequence[int],
-    ) -> HeldOut:
-        """The same on batches that were traced already, with all their hidden states.
-
-        Args:
-            model: the original model.
-            blocks: where its blocks are.
-            traces: by number, those that this process holds.
-            sizes: images of every batch.
-            owners: the rank that holds each.
-        """
-        made = cls.__new__(cls)
-        made.traces, made.labels = list(traces.values()), [None] * len(traces)
-        made.sizes = list(sizes)
-        made._begin(model, blocks, traces, owners)
-        return made
-
-    def _begin(
-        self,
-        model: nn.Module,
-        blocks: Blocks,
-        numbers: Iterable[int],
-        owners: Sequence[int] | None,
-    ) -> None:
-        self.model, self.blocks = model, blocks
-        self._at = {number: place for place, number in enumerate(numbers)}
-        self._owners = owners
-        self._fits = False
-        self.top1: float | None = None
-        """The original's, by its own head; ``None`` without labels of the head's classes."""
-        whole = Solution(Plan(), ())
+    def __init__(self, images: TracedImages) -> None:
+        self.images = images
+        self.model, self.blocks = images.model, images.blocks
+        self._at = {number: place for place, number in enumerate(images.numbers)}
         self.original: list[Observation] = [
-            observe_solution(model, blocks, seen, whole) for seen in self.traces
+            observe_solution(self.model, self.blocks, seen, Solution(Plan(), ()))
+            for seen in images.traces
         ]
         self.passes = 0.0
-        """Work done by ``score`` so far, in forward passes of one image through all blocks."""
+        """Work done by ``trials`` and ``judge`` so far, in forward passes of one image through all
+        blocks."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images of every batch, of all processes."""
+        return list(self.images.sizes.values())
+
+    @cached_property
+    def top1(self) -> float | None:
+        """The original's, by its own head; ``None`` without labels of the head's classes."""
+        counts = [self._right(place, seen) for place, seen in enumerate(self.original)]
+        return _share(counts)
+
+    @cached_property
+    def _fits(self) -> bool:
+        """Whether the images' labels are classes of the model's own head."""
+        logits = self.original[0].logits
+        if logits is None or not self.images.matching.fits(logits.shape[1]):
+            return False
+        pairs = zip(self.original, self.images.labels, strict=True)
+        counts = [right_answers(seen, labels) for seen, labels in pairs]
+        _, inside, outside = (sum(column) for column in zip(*counts, strict=True))
+        return inside > outside
 
     def __len__(self) -> int:
-        return sum(len(seen.states[0]) for seen in self.traces)
+        return len(self.images)
 
     def score(self, solution: Solution, batches: Sequence[int] | None = None) -> Fidelity:
         """Fidelity of a solved plan, on all held-out images or on some batches of them."""
@@ -204,7 +161,7 @@ class HeldOut:
         self, tasks: Sequence[tuple[int, int]], work: Callable[[int, int], Any]
     ) -> list[Any]:
         """Do tasks (batch, anything) where their batches are, or in turn; JSON results of all."""
-        owners = self._owners
+        owners = self.images.owners
         owner = None if owners is None else lambda task: owners[task[0]]
         return ranks.spread(tasks, lambda task: work(*task), owner)
 
@@ -214,18 +171,9 @@ class HeldOut:
         run = depth - first_touched(solution, depth) - len(solution.plan.removed_blocks)
         return run / depth
 
-    def _count_right(self, images: Images) -> None:
-        """Find ``top1`` where the images' labels are classes of the model's own head."""
-        logits = self.original[0].logits
-        self._fits = logits is not None and images.matching.fits(logits.shape[1])
-        counts = [self._right(n, seen) for n, seen in enumerate(self.original)]
-        _, inside, outside = (sum(column) for column in zip(*counts, strict=True))
-        self._fits = self._fits and inside > outside
-        self.top1 = _share(counts) if self._fits else None
-
     def _right(self, place: int, seen: Observation) -> list[int]:
         """Right answers, labelled images and labels outside the head's classes, of a batch."""
-        return list(right_answers(seen, self.labels[place])) if self._fits else [0, 0, 0]
+        return list(right_answers(seen, self.images.labels[place])) if self._fits else [0, 0, 0]
 
     def judge(self, solution: Solution) -> tuple[Fidelity, list[MapError], float | None]:
         """``score``, the local error of every map beside identity's, and top-1, in one go.
@@ -237,7 +185,7 @@ class HeldOut:
         k, entries = self.blocks.prefix_tokens, list(solution.plan)
 
         def work(number: int, _: int) -> tuple[Sums, list[list[list[float]]], list[int]]:
-            seen = self.traces[self._at[number]]
+            seen = self.images.traces[self._at[number]]
             gaps = {entry: torch.zeros(3, 2, dtype=torch.float64) for entry in entries}
 
             def note(entry: Replacement, before: Tensor, after: Tensor) -> None:
@@ -278,7 +226,7 @@ class HeldOut:
         return meter.result(), map_errors, _share([right for _, _, right in found])
 
     def _observe(self, number: int, solution: Solution) -> Observation:
-        seen = self.traces[self._at[number]]
+        seen = self.images.traces[self._at[number]]
         return observe_solution(self.model, self.blocks, seen, solution)
 
 
@@ -291,7 +239,7 @@ def observe_solution(
 ) -> Observation:
     """What ``model`` says of a traced batch with ``solution`` in it, without changing the model.
 
-    Only the blocks behind the first one that the solution touches are run; ``seen`` must hold
+    Only the blocks after the first one that the solution touches are run; ``seen`` must hold
     the state at ``first_touched``, and those before it where a head reads intermediate layers.
     ``listen`` gets every replacement with its map's input and output in float64.
     """

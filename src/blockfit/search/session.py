@@ -42,7 +42,7 @@ from blockfit.search.spill import (
     check_batch,
     groups_of,
 )
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 HOLD_OUT = 0.2
 CALIBRATION_IMAGES = 512
@@ -190,9 +190,11 @@ class Session:
             check_batch(setting.fit.batch_size, setting.state(), blocks.depth, max_memory)
             shelf = Shelf(int(STATES_SHARE * max_memory))
         self._say(f"original model on {len(setting.fit)} fit images")
-        self.originals = Originals(model, blocks, setting.fit, progress=progress, shelf=shelf)
+        self.originals = TracedImages.of(model, blocks, setting.fit, progress=progress, shelf=shelf)
         self._say(f"original model on {len(setting.held_out)} held-out images")
-        self.held_out = HeldOut(model, blocks, setting.held_out, progress, shelf)
+        self.held_out = HeldOut(
+            TracedImages.everywhere(model, blocks, setting.held_out, progress, shelf)
+        )
         self.sizes = Sizes(model, blocks, setting.example)
         self.precision = narrowest(model)
         self._moments: list[Moments | GroupedMoments] = []
@@ -238,7 +240,7 @@ class Session:
         blocks = range(self.setting.blocks.depth) if self.recipe.narrows else ()
         if self.recipe.uniform:
             return self.recipe.narrows and self.cuts.says_uniform()
-        return any(wanted & set(self.originals.parts(index).whole) for index in blocks)
+        return any(wanted & set(self.originals.probe.parts(index).whole) for index in blocks)
 
     def search(self, longest: int | None = None) -> Search:
         """The search; calibrates at the first call.
@@ -390,7 +392,7 @@ class Session:
         self._check_flops(budget)
         known = self._neurons
         known.setdefault("fit", Neurons(self.originals))
-        known.setdefault("all", Neurons(self.originals.with_more(self.held_out.traces)))
+        known.setdefault("all", Neurons(self.originals.with_more(self.held_out.images)))
         plan = Baseline(known["fit"], method).plan(self.sizes, budget.kind, budget.value)
         solved = []
         for images, neurons in known.items():

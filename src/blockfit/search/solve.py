@@ -47,7 +47,7 @@ from blockfit.search.narrowing import (
     values_prior,
 )
 from blockfit.search.prefixes import Beginnings
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 from blockfit.search.tokens import NARROW_ROWS_PER_INPUT, Draw, RowSums
 
 REPAIRS = ("none", "mlp", "mlp+attention")
@@ -151,7 +151,7 @@ class Solution:
 
 
 def solve(
-    originals: Originals,
+    originals: TracedImages,
     plan: Plan,
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -185,7 +185,7 @@ class _Walk:
 
     def __init__(
         self,
-        originals: Originals,
+        originals: TracedImages,
         plan: Plan,
         options: Options,
         beginnings: Beginnings | None = None,
@@ -245,7 +245,7 @@ class _Walk:
         for b, hidden in enumerate(self.hidden):
             source = hidden if options.refit else self.originals.state(b, span.start)
             target = self.originals.state(b, span.stop)
-            judges = self.originals.judges(b, CHECK_EVERY)
+            judges = self.originals.checks(b, CHECK_EVERY)
             parts[judges].add({span.start: source, span.stop: target})
         for part in parts:
             part.reduce()
@@ -256,7 +256,7 @@ class _Walk:
         moments.merge(check)
         fitted = fit_map(entry, moments, ridge, options.prefix_weight)
         self.maps[entry] = fitted
-        on_device = copy.deepcopy(fitted).to(self.originals.like)
+        on_device = copy.deepcopy(fitted).to(self.originals.probe.state)
         self.hidden = [self.hold(on_device(hidden)) for hidden in self.hidden]
         if self.beginnings is not None:
             self.beginnings.keep(tuple(self.maps), self.maps, self.hidden)
@@ -267,11 +267,13 @@ class _Walk:
         behind = self.by_start.get(index + 1)
         folded = behind if behind is not None and behind.map == "folded" else None
         what = self.options.repair if repair else "none"
-        writers = self.originals.writers(index) if what != "none" or folded else []
+        writers = self.originals.probe.writers(index) if what != "none" or folded else []
         block, cuts = self.originals.modules[index], self.plan.at(index)
         if cuts:
-            writers, what = self.originals.writers(index), "mlp+attention"
-            self.originals.skip(index)  # found on the block as it is, before anything is swapped
+            writers, what = self.originals.probe.writers(index), "mlp+attention"
+            self.originals.probe.skip(
+                index
+            )  # found on the block as it is, before anything is swapped
         if folded:
             need_writer(writers, index, f"the folded map of span {folded.span}")
         middles, rewritten = None, Rewritten(block)
@@ -344,7 +346,7 @@ class _Walk:
         assert self.hidden is not None
         block, attention, mlp = self.originals.modules[index], writers[0], writers[-1]
         silent = {attention.name: 0.0, mlp.name: 0.0}
-        bare = self.originals.bare(index)
+        bare = self.originals.probe.bare(index)
         read, bases = [], []
         narrower = [cuts["keys"]] if "keys" in cuts else []
         with self._changed(index, narrower, rewritten.layers()):
@@ -421,7 +423,7 @@ class _Walk:
                 regressors.append(self.hold(inputs[0]))
             else:
                 bases.append(middles[b])
-                run, skip = seen.runner(block, index), self.originals.skip(index)
+                run, skip = seen.runner(block, index), self.originals.probe.skip(index)
                 given = hidden if skip is None else middles[b]
                 with left_out(block, skip):
                     regressors.append(self.hold(input_of(block, mlp.name, run, given)))

@@ -23,7 +23,7 @@ from blockfit.search.prefixes import Beginnings
 from blockfit.search.recipes import Recipe
 from blockfit.search.solve import Options, Solution, solve
 from blockfit.search.spill import GroupedMoments
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 PROPOSALS = 6
 """Plans per size that are refitted and run; half as many where more than half of the blocks go."""
@@ -86,7 +86,7 @@ class Search:
 
     def __init__(
         self,
-        originals: Originals,
+        originals: TracedImages,
         held_out: HeldOut,
         moments: Moments | GroupedMoments | None,
         recipe: Recipe,
@@ -345,9 +345,7 @@ class Search:
     def _judges(self) -> HeldOut | None:
         """Fit images that quick refits have not seen; ``None`` where their states are not kept."""
         if self._more is None:
-            model, blocks = self.originals.model, self.originals.blocks
-            behind = self.originals.behind(self.quick, JUDGE_IMAGES)
-            self._more = HeldOut.of_traces(model, blocks, *behind)
+            self._more = HeldOut(self.originals.after(self.quick, JUDGE_IMAGES))
         return self._more if self._more.sizes else None
 
     def _pool(self, size: int) -> list[Plan]:

@@ -1,26 +1,24 @@
-"""The original model on the fit images: the targets of every refit and repair."""
+"""Images as the original model saw them: the one holder of batches and their hidden states."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
 from blockfit.data.images import Images, LabelledBatch
+from blockfit.data.labels import Matching
 from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Blocks, block_modules
-from blockfit.models.forward import evaluating, first_images
-from blockfit.models.parts import Parts, find_parts
-from blockfit.models.residual import Skip, Writer, find_attention, find_writers, input_of, written
+from blockfit.models.forward import evaluating
+from blockfit.models.probe import Probe
+from blockfit.models.residual import input_of, written
 from blockfit.models.trace import Trace, trace
 from blockfit.search.spill import Shelf
 from blockfit.search.tokens import Draw
-
-PROBE_IMAGES = 4
-"""Images on which the residual writers of a block are looked for."""
 
 STATES_LIMIT = 4 << 30
 """Bytes of hidden states that are kept without ``--max-memory``: 512 images of a ViT-B fit."""
@@ -29,52 +27,114 @@ MIDDLES_SHARE = 8
 """What drawn states before the MLPs may take: the limit of all states by this."""
 
 
-class Originals:
-    """What the original model computes on the fit images: the targets of every refit and repair.
+class TracedImages:
+    """Batches of images with what the original model computed on them.
 
-    Hidden states at all boundaries are kept while they fit into ``limit_bytes``; beyond it, only
-    h[0] is, and the others are computed again when they are asked for. In a run on several
-    processes each holds its own batches: ``numbers`` are theirs, ``sizes`` are of all. A ``shelf``
-    says where everything lies instead of the limit.
+    Hidden states at all boundaries are kept while they fit into a limit; beyond it, only h[0] is,
+    and the others are computed again when they are asked for. A ``shelf`` says where everything
+    lies instead of the limit.
+
+    In a run on several processes each holds its own batches, ``numbers`` are theirs, and ``owners``
+    says who holds which; or all hold all of them, and ``owners`` is ``None``. ``sizes`` are of all
+    batches either way: number → images.
+
+    Args:
+        model: the original model.
+        blocks: where its blocks are.
+        matching: how labels became classes of the model.
+        limit_bytes: of the hidden states of this process.
+        shelf: where images and hidden states lie.
     """
 
     def __init__(
         self,
         model: nn.Module,
         blocks: Blocks,
-        images: Images,
-        limit_bytes: int = STATES_LIMIT,
-        progress: Callable[[int, int], None] | None = None,
+        matching: Matching,
+        limit_bytes: float = STATES_LIMIT,
         shelf: Shelf | None = None,
     ) -> None:
-        self.model, self._shelf = model, shelf
-        self.blocks = blocks
+        self.model, self.blocks, self.matching = model, blocks, matching
         self.modules = block_modules(model, blocks)
+        self.probe: Probe
+        """What the blocks consist of."""
         self.traces: list[Trace] = []
+        self.labels: list[Tensor | None] = []
         self.numbers: list[int] = []
-        self._writers: dict[int, list[Writer]] = {}
+        self.sizes: dict[int, int] = {}
+        self.owners: dict[int, int] | None = None
+        self._tokens: dict[int, int] = {}
+        self._whole: set[int] = set()
         self._middles: dict[tuple[int, Draw], list[Tensor]] = {}
-        self._bare: dict[int, bool] = {}
-        self._parts: dict[int, Parts] = {}
-        self._skips: dict[int, Skip | None] = {}
-        self._held = 0
-        self._limit = limit_bytes
+        self._held, self._limit, self._shelf = 0, limit_bytes, shelf
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        blocks: Blocks,
+        images: Images,
+        limit_bytes: float = STATES_LIMIT,
+        progress: Callable[[int, int], None] | None = None,
+        shelf: Shelf | None = None,
+    ) -> TracedImages:
+        """Run the original on images; each process of a run takes its own batches.
+
+        Args:
+            model: the original model.
+            blocks: where its blocks are.
+            images: walked once.
+            limit_bytes: of the hidden states of this process.
+            progress: called with images done and images in all.
+            shelf: where images and hidden states lie instead of the limit.
+
+        Raises:
+            BlockfitError: no image, NaN or infinite hidden states.
+        """
+        made = cls(model, blocks, images.matching, limit_bytes, shelf)
         own = images.own()
         with evaluating(model):
-            for batch in own.batches():
-                self._trace(batch)
-                if progress is not None:
-                    progress(sum(len(seen.states[0]) for seen in self.traces), len(own))
+            made._trace_all(own, progress)
             images.exchange()
-            self._tell()
-            if not self.sizes:
+            made._gather()
+            if not made.sizes:
                 raise BlockfitError(
                     "there are no images to fit on; give a folder or file that holds some"
                 )
             alone = ranks.count() == 1
-            inputs = self.traces[0].inputs if alone else next(iter(images))
-            few = first_images(inputs, PROBE_IMAGES)
-            self._probe = trace(model, blocks, few, range(blocks.depth))
+            inputs = made.traces[0].inputs if alone else next(iter(images))
+            made.probe = Probe(model, blocks, inputs)
+        return made
+
+    @classmethod
+    def everywhere(
+        cls,
+        model: nn.Module,
+        blocks: Blocks,
+        images: Images,
+        progress: Callable[[int, int], None] | None = None,
+        shelf: Shelf | None = None,
+    ) -> TracedImages:
+        """The same with all batches and all their hidden states on every process.
+
+        For images to judge by: the unit of their work is a batch, numbered from 0.
+        """
+        made = cls(model, blocks, images.matching, math.inf, shelf)
+        with evaluating(model):
+            made._trace_all(images, progress)
+            if not made.traces:
+                raise BlockfitError("there are no held-out images to judge by; give more images")
+            made.probe = Probe(model, blocks, made.traces[0].inputs)
+        made.numbers = list(range(len(made.traces)))
+        made._count((number, *seen.states[0].shape[:2]) for number, seen in enumerate(made.traces))
+        made._whole = set(made.numbers)
+        return made
+
+    def _trace_all(self, images: Images, progress: Callable[[int, int], None] | None) -> None:
+        for batch in images.batches():
+            self._trace(batch)
+            if progress is not None:
+                progress(len(self), len(images))
 
     def _trace(self, batch: LabelledBatch) -> None:
         boundaries = range(self.blocks.depth + 1)
@@ -87,28 +147,31 @@ class Originals:
         else:
             self._held += size
         self.traces.append(seen)
+        self.labels.append(batch.labels)
         self.numbers.append(batch.number)
 
-    def _tell(self) -> None:
+    def _gather(self) -> None:
         """Learn of the batches of all processes: images, rank, and whether all states are kept."""
         pairs = zip(self.numbers, self.traces, strict=True)
         depth = self.blocks.depth
         own = [[n, *t.states[0].shape[:2], len(t.states) > depth] for n, t in pairs]
-        told = [(*row, rank) for rank, rows in enumerate(ranks.gathered(own)) for row in rows]
-        self.sizes = {number: images for number, images, *_ in sorted(told)}
-        self._tokens = {number: tokens for number, _, tokens, *_ in told}
-        self._whole = {number for number, _, _, whole, _ in told if whole}
-        self._owners = {row[0]: row[-1] for row in told}
-        self._order = {number: place for place, number in enumerate(self.sizes)}
+        rows = [(*row, rank) for rank, part in enumerate(ranks.gathered(own)) for row in part]
+        self._count(row[:3] for row in sorted(rows))
+        self._whole = {number for number, _, _, whole, _ in rows if whole}
+        self.owners = {row[0]: row[-1] for row in rows}
+
+    def _count(self, rows: Iterable[tuple[int, int, int]]) -> None:
+        for number, images, tokens in rows:
+            self.sizes[number], self._tokens[number] = images, tokens
+
+    def __len__(self) -> int:
+        """Images that this process holds."""
+        return sum(len(seen.states[0]) for seen in self.traces)
 
     @property
     def tokens(self) -> int:
         """Tokens of all images, of all processes."""
         return sum(images * self._tokens[number] for number, images in self.sizes.items())
-
-    def judges(self, batch: int, every: int) -> bool:
-        """Whether a batch is of the one part in ``every`` that judges and is not fitted on."""
-        return self._order[self.numbers[batch]] % every == 1
 
     @property
     def complete(self) -> bool:
@@ -123,61 +186,67 @@ class Originals:
         """Where a tensor of every batch lies: in memory, or on the shelf."""
         return tensor if self._shelf is None else self._shelf.hold(tensor)
 
-    @property
-    def like(self) -> Tensor:
-        """A hidden state, for its dtype and device."""
-        return self._probe.states[0]
+    def checks(self, batch: int, every: int) -> bool:
+        """Whether a batch is of the one part in ``every`` that a ridge is chosen by."""
+        return [*self.sizes].index(self.numbers[batch]) % every == 1
 
-    def part(self, images: int) -> Originals:
+    def part(self, images: int) -> TracedImages:
         """The first batches with at least ``images`` images; the hidden states are shared."""
-        few = copy.copy(self)
-        few.sizes, few._middles = {}, {}
-        for number, size in self.sizes.items():
-            if sum(few.sizes.values()) >= images:
+        first: list[int] = []
+        for number in self.sizes:
+            if sum(self.sizes[n] for n in first) >= images:
                 break
-            few.sizes[number] = size
-        pairs = zip(self.numbers, self.traces, strict=True)
-        own = [(number, seen) for number, seen in pairs if number in few.sizes]
-        few.numbers, few.traces = [n for n, _ in own], [seen for _, seen in own]
-        return few
+            first.append(number)
+        return self._only({number: number for number in first})
 
-    def with_more(self, traces: Sequence[Trace]) -> Originals:
-        """These images and further ones, whose traces hold all states and every process has."""
-        more = copy.copy(self)
-        more._middles = {}
-        first = max(self.sizes) + 1
-        added = {first + place: seen for place, seen in enumerate(traces)}
-        more.sizes = self.sizes | {n: len(seen.states[0]) for n, seen in added.items()}
-        more._tokens = self._tokens | {n: seen.states[0].shape[1] for n, seen in added.items()}
-        more._order = {number: place for place, number in enumerate(more.sizes)}
-        more._whole = self._whole | set(added)
-        more._owners = self._owners | {n: n % ranks.count() for n in added}
-        own = [n for n in added if more._owners[n] == ranks.rank()]
-        more.numbers = [*self.numbers, *own]
-        more.traces = [*self.traces, *(added[n] for n in own)]
-        return more
+    def after(self, part: TracedImages, images: int) -> TracedImages:
+        """The batches after ``part``, numbered from 0.
 
-    def behind(self, part: Originals, images: int) -> tuple[dict[int, Trace], list[int], list[int]]:
-        """The batches behind ``part``, up to ``images`` images or to states that are not kept.
-
-        Returns:
-            numbered anew from 0: the traces that this process holds, the images of every batch,
-            and the rank that holds each.
+        Up to ``images`` images, or to the first batch whose hidden states are not kept.
         """
         taken: list[int] = []
         for number in list(self.sizes)[len(part.sizes) :]:
             if sum(self.sizes[n] for n in taken) >= images or number not in self._whole:
                 break
             taken.append(number)
-        held = dict(zip(self.numbers, self.traces, strict=True))
-        return (
-            {place: held[n] for place, n in enumerate(taken) if n in held},
-            [self.sizes[n] for n in taken],
-            [self._owners[n] for n in taken],
-        )
+        return self._only({number: place for place, number in enumerate(taken)})
+
+    def _only(self, renumbered: dict[int, int]) -> TracedImages:
+        """Some of the batches, under other numbers."""
+        few = copy.copy(self)
+        few._middles = {}
+        few.sizes = {new: self.sizes[n] for n, new in renumbered.items()}
+        few._tokens = {new: self._tokens[n] for n, new in renumbered.items()}
+        few._whole = {new for n, new in renumbered.items() if n in self._whole}
+        if self.owners is not None:
+            few.owners = {new: self.owners[n] for n, new in renumbered.items()}
+        rows = zip(self.numbers, self.traces, self.labels, strict=True)
+        own = [(renumbered[n], seen, labels) for n, seen, labels in rows if n in renumbered]
+        few.numbers = [number for number, _, _ in own]
+        few.traces = [seen for _, seen, _ in own]
+        few.labels = [labels for _, _, labels in own]
+        return few
+
+    def with_more(self, others: TracedImages) -> TracedImages:
+        """These images and further ones that every process holds, whose states are all kept."""
+        assert self.owners is not None
+        assert others.owners is None
+        more = copy.copy(self)
+        more._middles = {}
+        first = max(self.sizes) + 1
+        more.sizes = self.sizes | {first + n: size for n, size in others.sizes.items()}
+        more._tokens = self._tokens | {first + n: size for n, size in others._tokens.items()}
+        more._whole = self._whole | {first + n for n in others.numbers}
+        added = {first + n: (first + n) % ranks.count() for n in others.numbers}
+        more.owners = self.owners | added
+        own = [n for n in others.numbers if added[first + n] == ranks.rank()]
+        more.numbers = [*self.numbers, *(first + n for n in own)]
+        more.traces = [*self.traces, *(others.traces[n] for n in own)]
+        more.labels = [*self.labels, *(others.labels[n] for n in own)]
+        return more
 
     def places(self, batch: int) -> range:
-        """Which of all fit images are those of one batch."""
+        """Which of all images are those of one batch."""
         number = self.numbers[batch]
         first = sum(size for other, size in self.sizes.items() if other < number)
         return range(first, first + self.sizes[number])
@@ -193,42 +262,6 @@ class Originals:
             # Boundaries are asked for in order: keep the last one to go on from.
             seen.states = {0: seen.states[0], boundary: hidden}
         return hidden
-
-    def writers(self, index: int) -> list[Writer]:
-        """The residual writers of block ``index``; found once."""
-        if index not in self._writers:
-            block = self.modules[index]
-            hidden = self._probe.states[index]
-            self._writers[index] = find_writers(block, self._probe.runner(block, index), hidden)
-        return self._writers[index]
-
-    def parts(self, index: int) -> Parts:
-        """What can be narrowed in block ``index``; found once."""
-        if index not in self._parts:
-            block, hidden = self.modules[index], self._probe.states[index]
-            run = self._probe.runner(block, index)
-            self._parts[index] = find_parts(block, index, self.writers(index), run, hidden)
-        return self._parts[index]
-
-    def bare(self, index: int) -> bool:
-        """Whether block ``index`` with its two writers silenced returns its input unchanged."""
-        if index not in self._bare:
-            hidden, block = self._probe.states[index], self.modules[index]
-            with written(block, {writer.name: 0.0 for writer in self.writers(index)}):
-                self._bare[index] = torch.equal(self._probe.run(block, index, hidden), hidden)
-        return self._bare[index]
-
-    def skip(self, index: int) -> Skip | None:
-        """The attention of block ``index``, where its MLP can be fed without it."""
-        if index not in self._skips:
-            found, writers = None, self.writers(index)
-            if len(writers) == 2 and self.bare(index):
-                run = self._probe.runner(self.modules[index], index)
-                hidden = self._probe.states[index]
-                pair = (writers[0], writers[1])
-                found = find_attention(self.modules[index], pair, run, hidden)
-            self._skips[index] = found
-        return self._skips[index]
 
     def middle(self, batch: int, index: int, draw: Draw) -> Tensor:
         """The drawn tokens of the state of block ``index`` before its MLP's contribution.
@@ -248,9 +281,9 @@ class Originals:
         return self._middles[key][batch]
 
     def _middle(self, batch: int, index: int) -> Tensor:
-        seen, block, writers = self.traces[batch], self.modules[index], self.writers(index)
-        hidden = self.state(batch, index)
-        if not self.bare(index):
+        seen, block = self.traces[batch], self.modules[index]
+        writers, hidden = self.probe.writers(index), self.state(batch, index)
+        if not self.probe.bare(index):
             with written(block, {writers[-1].name: 0.0}):
                 return seen.run(block, index, hidden)
         read = input_of(block, writers[0].name, seen.runner(block, index), hidden)

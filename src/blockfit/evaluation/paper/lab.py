@@ -23,7 +23,7 @@ from blockfit.models.blocks import Blocks, call, record
 from blockfit.models.forward import evaluating, first_images
 from blockfit.search.calibrate import Progress, calibrate
 from blockfit.search.solve import Solution
-from blockfit.search.states import Originals
+from blockfit.search.states import TracedImages
 
 Row = dict[str, Any]
 """One line of a table: column → text, number or nothing."""
@@ -116,7 +116,7 @@ class Lab:
     say: Callable[[str], None] = lambda line: None
     progress: Progress | None = None
     _moments: Moments | None = None
-    _originals: Originals | None = None
+    _originals: TracedImages | None = None
 
     @property
     def device(self) -> torch.device:
@@ -143,11 +143,11 @@ class Lab:
         self.say(f"moments of {len(spans)} spans on {len(images)} images")
         return calibrate(self.model, self.blocks, images, spans, progress=self.progress)
 
-    def originals(self) -> Originals:
+    def originals(self) -> TracedImages:
         """The original on the calibration images, for refits; run once."""
         if self._originals is None:
             self.say("original model on the calibration images")
-            self._originals = Originals(
+            self._originals = TracedImages.of(
                 self.model, self.blocks, self.calibration(), progress=self.progress
             )
         return self._originals

@@ -1,0 +1,73 @@
+"""What the blocks of a model consist of, found by running them on a few images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.models.blocks import Batch, Blocks, block_modules
+from blockfit.models.forward import first_images
+from blockfit.models.parts import Parts, find_parts
+from blockfit.models.residual import Skip, Writer, find_attention, find_writers, written
+from blockfit.models.trace import trace
+
+PROBE_IMAGES = 4
+"""Images on which the residual writers of a block are looked for."""
+
+
+class Probe:
+    """Looks into every block at most once, at the first question about it.
+
+    Args:
+        model: in eval mode, as it is when the questions are asked.
+        blocks: where its blocks are.
+        inputs: a batch; its first ``PROBE_IMAGES`` images are run.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks, inputs: Batch) -> None:
+        self._modules = block_modules(model, blocks)
+        few = first_images(inputs, PROBE_IMAGES)
+        self._trace = trace(model, blocks, few, range(blocks.depth))
+        self._writers: dict[int, list[Writer]] = {}
+        self._parts: dict[int, Parts] = {}
+        self._bare: dict[int, bool] = {}
+        self._skips: dict[int, Skip | None] = {}
+
+    @property
+    def state(self) -> Tensor:
+        """A hidden state, for its shape (images, tokens, width), dtype and device."""
+        return self._trace.states[0]
+
+    def writers(self, index: int) -> list[Writer]:
+        """The residual writers of block ``index``."""
+        if index not in self._writers:
+            block, hidden = self._modules[index], self._trace.states[index]
+            self._writers[index] = find_writers(block, self._trace.runner(block, index), hidden)
+        return self._writers[index]
+
+    def parts(self, index: int) -> Parts:
+        """What can be narrowed in block ``index``."""
+        if index not in self._parts:
+            block, hidden = self._modules[index], self._trace.states[index]
+            run = self._trace.runner(block, index)
+            self._parts[index] = find_parts(block, index, self.writers(index), run, hidden)
+        return self._parts[index]
+
+    def bare(self, index: int) -> bool:
+        """Whether block ``index`` with its two writers silenced returns its input unchanged."""
+        if index not in self._bare:
+            block, hidden = self._modules[index], self._trace.states[index]
+            with written(block, {writer.name: 0.0 for writer in self.writers(index)}):
+                self._bare[index] = torch.equal(self._trace.run(block, index, hidden), hidden)
+        return self._bare[index]
+
+    def skip(self, index: int) -> Skip | None:
+        """The attention of block ``index``, where its MLP can be fed without it."""
+        if index not in self._skips:
+            attention, writers = None, self.writers(index)
+            if len(writers) == 2 and self.bare(index):
+                block, hidden = self._modules[index], self._trace.states[index]
+                pair = (writers[0], writers[1])
+                attention = find_attention(block, pair, self._trace.runner(block, index), hidden)
+            self._skips[index] = attention
+        return self._skips[index]
