@@ -110,7 +110,7 @@ def test_the_best_proposals_are_judged_again_on_images_that_quick_refits_have_no
         total = sum(f.images * f.feature_relative_error for f in judged)
         expected = (total / sum(f.images for f in judged)) ** 2
         assert search.effects[plan] == pytest.approx(expected, rel=1e-6)
-    seen = torch.cat([trace.inputs for trace in judges.traces])
+    seen = torch.cat([trace.inputs for trace in judges.images.traces])
     assert torch.equal(seen, FIT[8:])
 
 
@@ -125,7 +125,7 @@ def test_a_solved_point_is_judged_as_it_is_used(search: Search) -> None:
 
 def test_a_plan_given_by_hand_is_solved_by_the_recipe(search: Search) -> None:
     plan = Plan.of(["1:3"], "affine")
-    point = search.point(plan)
+    point = search.judge.point(plan)
     by_hand = solve(search.originals, plan, Options())
     assert point.solution.plan == plan
     assert by_hand.weights
@@ -168,16 +168,16 @@ def test_a_map_that_is_worse_than_identity_is_never_used() -> None:
     how = Recipe(options=Options(ridge=0.0, repair="none"))
     search = searching(small_vit(residual=0.02), how, fit=1e-3 * FIT)
     plan = Plan.of(["1:3", "4:5"], "affine")
-    point = search.point(plan)
+    point = search.judge.point(plan)
     assert point.solution.plan == Plan.of(["1:3", "4:5"], "identity")
     assert all(error.error == error.identity_error for error in point.map_errors)
     # With images enough, and blocks that matter, the maps stay.
-    assert searching(small_vit(), how).point(plan).solution.plan == plan
+    assert searching(small_vit(), how).judge.point(plan).solution.plan == plan
 
 
 def test_solved_values_are_rounded_to_the_checkpoints_precision() -> None:
     search = searching(small_vit(), precision=torch.float16)
-    solution = search.point(Plan.of(["1:3"], "affine")).solution
+    solution = search.judge.point(Plan.of(["1:3"], "affine")).solution
     values = [*solution.weights.values(), *solution.maps[0].parameters()]
     assert all(torch.equal(value, value.half().float()) for value in values)
 

@@ -22,9 +22,9 @@ from blockfit.search.budget import Sizes
 from blockfit.search.choose import Choice, Priced, choose, choose_uniform
 from blockfit.search.curves import Curve, curves, effect_of, key_of, widths_of
 from blockfit.search.held_out import HeldOut, left_out
+from blockfit.search.plan_judge import PlanJudge, Point
 from blockfit.search.recipes import Recipe
-from blockfit.search.solve import Solution, solve
-from blockfit.search.span_search import Point, Search
+from blockfit.search.solve import Solution
 from blockfit.search.spill import GroupedMoments
 from blockfit.search.states import TracedImages
 
@@ -103,10 +103,7 @@ class CutSearch:
         self.depth = originals.blocks.depth
         self._moments, self._multiple = moments, multiple
         self._say, self._progress = say or (lambda line: None), progress
-        self._precision = precision
-        self._judge = Search(
-            originals, held_out, None, recipe, protected, progress=progress, precision=precision
-        )
+        self._judge = PlanJudge(originals, held_out, recipe.options, progress, precision)
         self._curves: list[Curve] | None = None
         self._failed: dict[Plan, str] = {}
         self._spans: list[tuple[Plan, float]] | None = None
@@ -297,9 +294,7 @@ class CutSearch:
 
     def solve(self, plan: Plan) -> Solution:
         """Solve a plan on all calibration images, those that chose it too."""
-        every = self.originals.with_more(self.held_out.images)
-        solution = solve(every, plan, self.recipe.options, self._progress)
-        return solution if self._precision is None else solution.rounded(self._precision)
+        return self._judge.solve_on_all(plan)
 
     def point(self, plan: Plan, solution: Solution | None = None) -> Point:
         """A plan solved on all images, with the figures that it has when solved on the fit images.

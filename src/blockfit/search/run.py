@@ -22,10 +22,10 @@ from blockfit.models.tensors import fingerprint
 from blockfit.search.budget import Budget
 from blockfit.search.final import Final, Parts
 from blockfit.search.loss_budget import Judge, beyond_bound
+from blockfit.search.plan_judge import Point
 from blockfit.search.recipes import Recipe, recipe_json
 from blockfit.search.report import Entry, Original, Report
 from blockfit.search.session import Session
-from blockfit.search.span_search import Point
 from blockfit.search.summaries import compression, figure_rows, plan_lines
 from blockfit.summary import Summary, frame
 from blockfit.units import amount, share

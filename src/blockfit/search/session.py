@@ -31,9 +31,10 @@ from blockfit.search.cuts import CutSearch, Share
 from blockfit.search.held_out import HeldOut
 from blockfit.search.latency import latency_of
 from blockfit.search.loss_budget import Judge, Verdict, furthest
+from blockfit.search.plan_judge import PlanJudge, Point
 from blockfit.search.recipes import Recipe
 from blockfit.search.solve import Solution
-from blockfit.search.span_search import QUICK_IMAGES, Point, Search, most_removed
+from blockfit.search.span_search import QUICK_IMAGES, Search, most_removed
 from blockfit.search.spill import (
     MOMENTS_SHARE,
     STATES_SHARE,
@@ -313,15 +314,8 @@ class Session:
         self._say(f"solving {plan}")
         if plan.narrowings:
             return self.cuts.point(plan)
-        judge = Search(
-            self.originals,
-            self.held_out,
-            None,
-            self.recipe,
-            self.protected,
-            progress=self._progress,
-            precision=self.precision,
-        )
+        options = self.recipe.options
+        judge = PlanJudge(self.originals, self.held_out, options, self._progress, self.precision)
         try:
             return judge.point(plan)
         except BlockfitError:

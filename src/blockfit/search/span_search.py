@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Plan, Replacement, Span, runs_of, spans_up_to
 from blockfit.models.forward import FORWARD_ERRORS
 from blockfit.search.candidates import cheapest, race
-from blockfit.search.fidelity import Fidelity
-from blockfit.search.held_out import HeldOut, MapError, left_out
+from blockfit.search.held_out import HeldOut, left_out
+from blockfit.search.plan_judge import PlanJudge, Point
 from blockfit.search.prefixes import Beginnings
 from blockfit.search.recipes import Recipe
 from blockfit.search.solve import Options, Solution, solve
@@ -42,28 +42,6 @@ RANK_SLACK = 0.05
 """How much worse than the best rank a smaller one may score and still be taken."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One solved plan of the frontier.
-
-    Args:
-        solution: plan, maps and repaired weights.
-        fidelity: on the held-out images.
-        map_errors: local held-out error of each map beside identity's.
-        top1: of the model's own head on the held-out images; ``None`` without their labels.
-    """
-
-    solution: Solution
-    fidelity: Fidelity
-    map_errors: tuple[MapError, ...]
-    top1: float | None = None
-
-    @property
-    def removed(self) -> int:
-        """Blocks removed."""
-        return len(self.solution.plan.removed_blocks)
-
-
 def most_removed(depth: int, protected: Iterable[int] = ()) -> int:
     """The most blocks that can go: all but two, and no protected one."""
     return min(depth - 2, depth - len(set(protected)))
@@ -75,7 +53,7 @@ class Search:
     Args:
         originals: the fit images as the original saw them.
         held_out: the judge.
-        moments: of all spans up to ``recipe.longest``; ``None`` where only given plans are judged.
+        moments: of all spans up to ``recipe.longest``.
         recipe: maps, selection, refit and repair.
         protected: blocks that must stay.
         seed: for ``select="random"``.
@@ -88,7 +66,7 @@ class Search:
         self,
         originals: TracedImages,
         held_out: HeldOut,
-        moments: Moments | GroupedMoments | None,
+        moments: Moments | GroupedMoments,
         recipe: Recipe,
         protected: Iterable[int] = (),
         seed: int = 0,
@@ -96,7 +74,7 @@ class Search:
         progress: Callable[[int, int], None] | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
-        self.originals, self.held_out, self._moments = originals, held_out, moments
+        self.originals, self.held_out, self.moments = originals, held_out, moments
         self.recipe, self.protected, self.seed = recipe, frozenset(protected), seed
         self.depth = originals.blocks.depth
         self.quick = originals.part(QUICK_IMAGES)
@@ -109,14 +87,8 @@ class Search:
         """Candidates that were left out because they cannot be run, and why."""
         self.keep: Callable[[], None] = lambda: None
         """Called whenever ``state`` has something new."""
-        self._say, self._progress = say or (lambda line: None), progress
-        self._precision = precision
-
-    @property
-    def moments(self) -> Moments | GroupedMoments:
-        """The sums that single spans are fitted from."""
-        assert self._moments is not None, "this search judges given plans only"
-        return self._moments
+        self._say = say or (lambda line: None)
+        self.judge = PlanJudge(originals, held_out, recipe.options, progress, precision)
 
     @property
     def largest(self) -> int:
@@ -141,7 +113,7 @@ class Search:
         for plan in proposals:
             self._say(f"{size} blocks: solving {plan}")
             with self._leaving_out(plan):
-                return self.point(plan)
+                return self.judge.point(plan)
         raise self._none_left()
 
     def check(self, size: int) -> None:
@@ -152,26 +124,6 @@ class Search:
                 f"cannot remove {size} blocks: the model has {self.depth}, two must stay{why}; "
                 f"ask for 1 to {self.largest}"
             )
-
-    def point(self, plan: Plan) -> Point:
-        """Solve a plan on all fit images and judge it; maps worse than identity are replaced."""
-        while True:
-            solution = self._solve(plan)
-            fidelity, errors, top1 = self.held_out.judge(solution)
-            worse = {e.span for e in errors if e.error > e.identity_error}
-            if not worse:
-                break
-            # What comes behind an exchanged map is solved anew, and judged anew.
-            changed = [
-                Replacement(entry.span, "identity") if str(entry.span) in worse else entry
-                for entry in plan
-            ]
-            plan = Plan(tuple(changed))
-        return Point(solution, fidelity, tuple(errors), top1)
-
-    def _solve(self, plan: Plan) -> Solution:
-        solution = solve(self.originals, plan, self.recipe.options, self._progress)
-        return solution if self._precision is None else solution.rounded(self._precision)
 
     def state(self) -> dict[str, Any]:
         """What was found so far, as JSON values, to go on from after a stop."""

@@ -46,6 +46,7 @@ from blockfit.search.final import (
 )
 from blockfit.search.latency import latency_of, way_of
 from blockfit.search.loss_budget import Judged, Verdict, beyond_bound
+from blockfit.search.plan_judge import Point
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.report import Entry, Report
 from blockfit.search.run import Result, checkpoint_of, entry_of, original_of, run_json
@@ -57,7 +58,7 @@ from blockfit.search.session import (
     check_whole,
 )
 from blockfit.search.solve import Solution
-from blockfit.search.span_search import Point, most_removed
+from blockfit.search.span_search import most_removed
 from blockfit.search.sweep_file import (
     MARK,
     Run,

@@ -1,0 +1,91 @@
+"""Solving one plan and judging it on held-out images: the last two steps of every search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from blockfit.fit.plan import Plan, Replacement
+from blockfit.search.fidelity import Fidelity
+from blockfit.search.held_out import HeldOut, MapError
+from blockfit.search.solve import Options, Solution, solve
+from blockfit.search.states import TracedImages
+
+
+@dataclass(frozen=True)
+class Point:
+    """One solved plan of the frontier.
+
+    Args:
+        solution: plan, maps and repaired weights.
+        fidelity: on the held-out images.
+        map_errors: local held-out error of each map beside identity's.
+        top1: of the model's own head on the held-out images; ``None`` without their labels.
+    """
+
+    solution: Solution
+    fidelity: Fidelity
+    map_errors: tuple[MapError, ...]
+    top1: float | None = None
+
+    @property
+    def removed(self) -> int:
+        """Blocks removed."""
+        return len(self.solution.plan.removed_blocks)
+
+
+class PlanJudge:
+    """Solves plans on the fit images and judges them on held-out ones.
+
+    Args:
+        originals: the fit images as the original saw them.
+        held_out: the judge.
+        options: how maps and repairs are solved.
+        progress: called with blocks done and blocks in all while a plan is solved.
+        precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.
+    """
+
+    def __init__(
+        self,
+        originals: TracedImages,
+        held_out: HeldOut,
+        options: Options,
+        progress: Callable[[int, int], None] | None = None,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self.originals, self.held_out, self.options = originals, held_out, options
+        self._progress, self._precision = progress, precision
+
+    def solve(self, plan: Plan) -> Solution:
+        """The plan solved on the fit images."""
+        return self._solved(self.originals, plan)
+
+    def solve_on_all(self, plan: Plan) -> Solution:
+        """The plan solved on the fit images and the held-out ones."""
+        return self._solved(self.originals.with_more(self.held_out.images), plan)
+
+    def _solved(self, images: TracedImages, plan: Plan) -> Solution:
+        return self.rounded(solve(images, plan, self.options, self._progress))
+
+    def rounded(self, solution: Solution) -> Solution:
+        """The solution in the precision of the model."""
+        return solution if self._precision is None else solution.rounded(self._precision)
+
+    def point(self, plan: Plan) -> Point:
+        """Solve a plan and judge it; maps worse than identity are replaced by it.
+
+        What comes after a replaced map is solved and judged anew.
+        """
+        while True:
+            solution = self.solve(plan)
+            fidelity, errors, top1 = self.held_out.judge(solution)
+            worse = {e.span for e in errors if e.error > e.identity_error}
+            if not worse:
+                return Point(solution, fidelity, tuple(errors), top1)
+            changed = [
+                Replacement(entry.span, "identity") if str(entry.span) in worse else entry
+                for entry in plan
+            ]
+            plan = Plan(tuple(changed))
