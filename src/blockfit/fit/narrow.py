@@ -190,7 +190,7 @@ def key_basis(queries: Tensor, keys: Tensor) -> Basis:
 
 
 def _tails(singular: Tensor, size: int) -> Tensor:
-    """Σ of the squares behind the first r singular values, for r = 0 … size."""
+    """Σ of the squares after the first r singular values, for r = 0 … size."""
     squares = torch.zeros(size, dtype=torch.float64)
     squares[: len(singular)] = singular.square()
     tails = squares.flip(0).cumsum(0).flip(0)

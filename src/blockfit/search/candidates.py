@@ -22,7 +22,7 @@ def race(
 
     All candidates are scored on the first batch of held-out images; then, round by round, the
     better half of each span length goes on to the next batches, until ``passes`` plain passes
-    over the held-out images are spent. A candidate runs only the blocks behind its span.
+    over the held-out images are spent. A candidate runs only the blocks after its span.
 
     Args:
         held_out: the judge.

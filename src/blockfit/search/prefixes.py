@@ -1,4 +1,4 @@
-"""What plans that begin alike have in common while they are refitted one after the other."""
+"""Cache of refitted prefixes that several plans share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Beginning:
 
     Args:
         maps: of these spans.
-        hidden: per batch, the compressed state behind the last of them.
+        hidden: per batch, the compressed state after the last of them.
     """
 
     maps: dict[Replacement, nn.Module]
@@ -27,7 +27,7 @@ class Beginning:
 
 
 class Beginnings:
-    """Keeps what several of some plans need, and nothing else.
+    """Caches the refitted first spans that at least two of some plans share.
 
     Only for refits without repair, and not for plans with folded maps, which change the block
     before their span.

@@ -1,4 +1,4 @@
-"""One calibration and everything that is answered from it: the state behind compress and sweep."""
+"""One calibration and everything that is answered from it, for compress and sweep."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Options:
             it for each map, by its error on every fifth batch of the fit images.
         prefix_weight: weight of a prefix token in every fit, where a patch token weighs 1.
         refit: fit each map on what the compressed prefix really feeds it.
-        repair: which output weights of kept blocks behind the first span are solved anew.
+        repair: which output weights of kept blocks after the first span are solved anew.
         repair_ridge: λ of the repairs, towards the original weights.
         narrow_ridge: λ of the output weights of narrowed parts, towards those that make up for
             what went.
@@ -157,7 +157,7 @@ def solve(
     progress: Callable[[int, int], None] | None = None,
     beginnings: Beginnings | None = None,
 ) -> Solution:
-    """Fit a plan's maps one after the other and repair the kept blocks behind the first span.
+    """Fit a plan's maps one after the other and repair the kept blocks after the first span.
 
     Each map and each repair is solved on what the compressed part before it produces, towards
     the original's hidden states, so that errors are corrected instead of passed on. Every fit
@@ -221,7 +221,7 @@ class _Walk:
         return Solution(self.plan, tuple(self.maps[e] for e in self.plan), self.weights)
 
     def _begin(self, first: int) -> int:
-        """Go on behind what another plan has in common with this one, or at block ``first``."""
+        """Go on after the longest cached prefix of the plan, or at block ``first``."""
         found = self.beginnings and self.beginnings.longest(self.plan)
         if not found:
             self.hidden = self._targets(first)
@@ -262,10 +262,10 @@ class _Walk:
             self.beginnings.keep(tuple(self.maps), self.maps, self.hidden)
 
     def _keep(self, index: int, repair: bool) -> None:
-        """Pass a kept block, folding the span behind it into it and repairing it where asked."""
+        """Pass a kept block, folding the span after it into it and repairing it where asked."""
         assert self.hidden is not None
-        behind = self.by_start.get(index + 1)
-        folded = behind if behind is not None and behind.map == "folded" else None
+        after = self.by_start.get(index + 1)
+        folded = after if after is not None and after.map == "folded" else None
         what = self.options.repair if repair else "none"
         writers = self.originals.probe.writers(index) if what != "none" or folded else []
         block, cuts = self.originals.modules[index], self.plan.at(index)
