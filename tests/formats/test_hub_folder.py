@@ -78,6 +78,19 @@ def test_every_family_is_read_back_before_it_is_kept(name: str, tmp_path: Path) 
     assert torch.allclose(output(again, images), output(small.model, images), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dinov2-backbone", "dinov3-backbone", "beit-backbone"])
+def test_case_18_every_feature_map_of_a_backbone_is_there(name: str, tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", name, MAPS)
+    export_hub(small, tmp_path / "hub")
+    again = load_model(tmp_path / "hub", trust_remote_code=True)
+    images = FAMILIES[name].images(3, seed=9)
+    with torch.no_grad():
+        found, expected = again(images).feature_maps, small.model(images).feature_maps
+    assert len(found) == len(FAMILIES[name].build().config.out_features)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["vit-classifier", "clip-vision", "beit-classifier", "dinov3"])
 def test_narrowed_layers_are_rebuilt(name: str, tmp_path: Path) -> None:
     small = saved(tmp_path / "small", name, Plan(()), share=0.5)

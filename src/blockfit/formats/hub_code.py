@@ -32,7 +32,8 @@ def stand_in(
 ) -> nn.Module:
     """What stands where ``block`` stood: of its class, with its plain attributes, but for the map.
 
-    It takes what the block took and returns what it returned in the same form.
+    It takes what the block took and returns what it returned in the same form. Forward hooks move
+    over: a backbone records its feature maps with hooks from its first moment on.
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,6 +47,10 @@ def stand_in(
     for name, value in vars(block).items():
         if name not in vars(nn.Module()) and isinstance(value, (bool, int, float, str, type(None))):
             vars(new)[name] = value
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for kind in (name, f"{name}_with_kwargs"):
+            vars(new)[kind] = vars(block)[kind]
+    vars(new)["_forward_hooks_always_called"] = vars(block)["_forward_hooks_always_called"]
     new.train(block.training)
     new.map = map_module
     return new
