@@ -1,8 +1,10 @@
 """Why the defaults are what they are: one option changed at a time, on one fixed plan.
 
-Each row solves the plan anew with one option changed and reports top-1 and KL against the original
-on test images that are used for nothing else. ``images`` changes the number of calibration images
-instead, ``seeds`` the draw of them; both with the search that chooses the plan.
+Each row solves the plan again with one option changed and reports top-1 and KL against the
+original on test images that are used for nothing else. ``narrowing`` does the same with the plan
+that leaves ``--params`` of the parameters. ``images`` changes the number of calibration images,
+``seeds`` the draw of them; both with the search that chooses the plan, of ``--removed`` blocks or
+``--params``.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from blockfit.evaluation.evaluate import evaluate_many
 from blockfit.fit.closed_form import RIDGE, fit_map
 from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Blocks
+from blockfit.search import solve as solving
 from blockfit.search import tokens as drawing
 from blockfit.search.budget import Budget
 from blockfit.search.calibrate import calibrate
+from blockfit.search.cuts import Share
 from blockfit.search.recipes import RECIPES
 from blockfit.search.session import Session, Setting
 from blockfit.search.solve import Options, Solution, solve
@@ -85,18 +89,48 @@ def by_option(args: argparse.Namespace, model: Any, blocks: Blocks) -> dict[str,
     return found
 
 
+def by_narrowing(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
+    """The plan of one budget, solved with one option changed at a time."""
+    setting = Setting.of(model, calibration(args, model, args.limit, 0))
+    session = Session(setting, RECIPES["default"])
+    cuts, usual = session.cuts, RECIPES["default"].options
+    plan = cuts.plan(Share("params", args.params or 0.62))
+    every = session.originals.with_more(session.held_out.traces)
+    found = {"default": solve(every, plan, usual)}
+    found["the fit images alone"] = solve(session.originals, plan, usual)
+    found["untouched parts not repaired"] = solve(every, plan, replace(usual, repair="none"))
+    for ridge in (0.03, 0.1, 0.3, 1.0, 3.0):
+        if ridge != usual.narrow_ridge:
+            options = replace(usual, narrow_ridge=ridge)
+            found[f"ridge of narrowed parts {ridge:g}"] = solve(every, plan, options)
+        say(f"solved: ridge {ridge:g}")
+    for rows in (6, 16):
+        before, solving.NARROW_ROWS_PER_INPUT = solving.NARROW_ROWS_PER_INPUT, rows
+        found[f"{rows} tokens per input (default {before})"] = solve(every, plan, usual)
+        solving.NARROW_ROWS_PER_INPUT = before
+        say(f"solved: {rows} tokens per input")
+    return found
+
+
+def budget_of(args: argparse.Namespace) -> Budget:
+    """Blocks, or a part of the parameters where one is given."""
+    return Budget("remove", args.removed) if args.params is None else Budget("params", args.params)
+
+
 def by_images(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
     found = {}
     for count in args.counts:
         setting = Setting.of(model, calibration(args, model, count, 0))
         session = Session(setting, RECIPES["default"])
-        best = session.reach(Budget("remove", args.removed)).solution
+        best = session.reach(budget_of(args)).solution
         found[f"{count} images, default"] = best
+        say(f"solved: {count} images")
+        if args.params is not None:
+            continue
         bare = Options(ridge=0.0, repair_ridge=0.0)
         found[f"{count} images, default without ridges"] = solve(session.originals, best.plan, bare)
         paper = session.with_recipe(RECIPES["paper"])
-        found[f"{count} images, paper"] = paper.reach(Budget("remove", args.removed)).solution
-        say(f"solved: {count} images")
+        found[f"{count} images, paper"] = paper.reach(budget_of(args)).solution
     return found
 
 
@@ -105,7 +139,7 @@ def by_seed(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
     for seed in range(args.draws):
         setting = Setting.of(model, calibration(args, model, args.limit, seed), seed=seed)
         session = Session(setting, RECIPES["default"], seed=seed)
-        point = session.reach(Budget("remove", args.removed))
+        point = session.reach(budget_of(args))
         found[f"seed {seed}: {point.solution.plan}"] = point.solution
         say(f"solved: seed {seed}")
     return found
@@ -117,7 +151,7 @@ def calibration(args: argparse.Namespace, model: Any, count: int, seed: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["options", "images", "seeds"])
+    parser.add_argument("what", choices=["options", "narrowing", "images", "seeds"])
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--images", default=TRAIN)
     parser.add_argument("--test", default=TEST)
@@ -126,6 +160,7 @@ def main() -> None:
     parser.add_argument("--spans", nargs="+", default=SPANS)
     parser.add_argument("--only", default="", help="of the options, those whose name holds this")
     parser.add_argument("--removed", type=int, default=3)
+    parser.add_argument("--params", type=float, help="0.62: parts are narrowed, no block count")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--counts", type=int, nargs="+", default=[32, 64, 128, 256, 512, 2048])
     args = parser.parse_args()
@@ -134,6 +169,8 @@ def main() -> None:
     blocks = blockfit.find_blocks(model)
     if args.what == "options":
         found = by_option(args, model, blocks)
+    elif args.what == "narrowing":
+        found = by_narrowing(args, model)
     elif args.what == "images":
         found = by_images(args, model)
     else:

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=512)
     parser.add_argument("--params", default="62%")
     parser.add_argument("--points", type=float, nargs="*", default=list(POINTS))
+    parser.add_argument("--out", type=Path, help="a new folder that keeps the sweep")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = blockfit.load(args.model)
@@ -50,7 +51,7 @@ def main() -> None:
 
         told(f"one budget, {args.params}", timed(one)[1], "aim: at most 15")
         if args.points:
-            target = Path(folder) / "sweep"
+            target = args.out or Path(folder) / "sweep"
 
             def several() -> None:
                 blockfit.sweep(model, images, target, points=args.points, final=0)
