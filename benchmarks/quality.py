@@ -153,7 +153,7 @@ def markdown(table: dict[str, Any]) -> str:
         f"| {NAMES[settings['by']]} | " + " | ".join(methods) + " | KL / best other's |",
         "|---|" + "---|" * (len(methods) + 1),
     ]
-    for size in dict.fromkeys(row["size"] for row in rows):
+    for size in sorted({row["size"] for row in rows}, reverse=settings["by"] != "remove"):
         here = {row["method"]: row for row in rows if row["size"] == size}
         at = size / 100 if settings["by"] == "params" else None
         cells = [shown(here.get(method), at) for method in methods]

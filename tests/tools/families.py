@@ -69,11 +69,7 @@ EXPORTED: dict[str, tuple[str, ...]] = {
         "timm-vit", "vit-classifier", "deit-teacher", "dinov2-classifier", "clip-vision",
         "torchvision-vit",
     ),
-    "Hub": (
-        "vit-classifier", "deit-teacher", "clip-vision", "beit-classifier", "dinov3",
-        "dinov2-backbone", "dinov3-backbone", "beit-backbone", "dpt-segmentation",
-        "dpt-depth-dinov2", "upernet-dinov2", "upernet-beit",
-    ),
+    "Hub": tuple(TRANSFORMERS),
     "plain": ("dinov2-classifier", "timm-vit"),
 }  # fmt: skip
 """By form, the families whose exports the tests run; an export takes seconds, so not all."""

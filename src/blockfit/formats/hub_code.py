@@ -32,8 +32,7 @@ def stand_in(
 ) -> nn.Module:
     """What stands where ``block`` stood: of its class, with its plain attributes, but for the map.
 
-    It takes what the block took and returns what it returned in the same form. Forward hooks move
-    over: a backbone records its feature maps with hooks from its first moment on.
+    It takes what the block took and returns what it returned in the same form.
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,10 +46,9 @@ def stand_in(
     for name, value in vars(block).items():
         if name not in vars(nn.Module()) and isinstance(value, (bool, int, float, str, type(None))):
             vars(new)[name] = value
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        for kind in (name, f"{name}_with_kwargs"):
-            vars(new)[kind] = vars(block)[kind]
-    vars(new)["_forward_hooks_always_called"] = vars(block)["_forward_hooks_always_called"]
+    # Those by which transformers records hidden states: some models have them from the start.
+    for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        getattr(new, hooks).update(getattr(block, hooks))
     new.train(block.training)
     new.map = map_module
     return new

@@ -112,7 +112,9 @@ def export_hub(
             "plain and write it with export_plain"
         )
     auto = _auto_class(saved)
-    load = f'transformers.{auto}.from_pretrained("{{}}", trust_remote_code=True)'
+    # AutoBackbone reads folders from the Hub alone (transformers 5.24), AutoModel from anywhere.
+    loader = "AutoModel" if auto == "AutoBackbone" else auto
+    load = f'transformers.{loader}.from_pretrained("{{}}", trust_remote_code=True)'
     with new_folder(folder, FORM, overwrite) as partial:
         text = dumps(_config(saved, auto), "the config")
         (partial / CONFIG).write_text(text, encoding="utf-8")
@@ -144,7 +146,7 @@ def _auto_class(saved: Saved) -> str:
     config, stock = _config_class(saved), saved.source.arguments["class"]
     for name in dir(modeling_auto):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None and config in mapping:
+        if name.startswith("Auto") and mapping is not None and config in mapping:
             found = mapping[config]
             classes = found if isinstance(found, (tuple, list)) else [found]
             if stock in [cls.__name__ for cls in classes]:
@@ -163,7 +165,7 @@ def _config(saved: Saved, auto: str) -> dict[str, Any]:
         "architectures": [_made(saved)],
         "auto_map": {
             "AutoConfig": f"{module}.{MADE}Config",
-            auto: f"{module}.{_made(saved)}",
+            **dict.fromkeys({auto, "AutoModel"}, f"{module}.{_made(saved)}"),
         },
         "dtype": str(dtype).removeprefix("torch."),
         "blockfit": {
