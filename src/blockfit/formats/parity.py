@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
-from blockfit.models.forward import Batch, example_input
+from blockfit.models.forward import Batch, example_input, frames_of
 from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.source import Source
 
@@ -27,7 +27,7 @@ SAMPLES = 16
 """Pictures that are compared where none are given."""
 
 Run = Callable[[Tensor], Mapping[str, Tensor]]
-"""Images (B, C, H, W) → all outputs by name, batch first."""
+"""Images (B, C, H, W), or clips (B, T, C, H, W) → all outputs by name, batch first."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Pictures:
 
     Args:
         source: what they are, for people.
-        batches: tensors (B, C, H, W).
+        batches: tensors (B, C, H, W), of clips (B, T, C, H, W).
     """
 
     source: str
@@ -146,11 +146,16 @@ class Pictures:
         if own is None:
             example = example_input(model)
             pixels = example if isinstance(example, Tensor) else example["pixel_values"]
-            own = Preprocessing.plain((pixels.shape[2], pixels.shape[3]), channels=pixels.shape[1])
-        return cls("crops of scikit-learn's sample photographs", [sample_images(own)])
+            *_, channels, height, width = pixels.shape
+            own = Preprocessing.plain((height, width), channels=channels)
+        frames = frames_of(model)
+        crops = sample_images(own) if frames is None else sample_clips(own, frames)
+        return cls("crops of scikit-learn's sample photographs", [crops])
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self.batches:
+            if isinstance(batch, Mapping) and len(batch) == 1:
+                batch = next(iter(batch.values()))
             if not isinstance(batch, Tensor):
                 raise BlockfitError("an exported model takes images alone; give plain images")
             yield batch
@@ -166,16 +171,28 @@ class Pictures:
         """
         alone = True
         for batch in self:
-            if size is not None and tuple(batch.shape[2:]) != size:
-                batch = nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)
+            if size is not None and tuple(batch.shape[-2:]) != size:
+                pictures = batch.flatten(0, -4)
+                pictures = nn.functional.interpolate(pictures, size, mode="bicubic", antialias=True)
+                batch = pictures.unflatten(0, batch.shape[:-3])
             if fixed is not None:
                 for part in batch.split(fixed):
-                    yield torch.cat([part, part[-1:].expand(fixed - len(part), -1, -1, -1)])
+                    missing = [part[-1:]] * (fixed - len(part))
+                    yield torch.cat([part, *missing])
             elif alone and len(batch) > 1:
                 yield from (batch[:1], batch[1:])
             else:
                 yield batch
             alone = False
+
+
+CLIPS = 4
+"""Clips that are compared where none are given."""
+
+
+def sample_clips(preprocessing: Preprocessing, frames: int) -> Tensor:
+    """Clips of such crops, shape (clips, frames, C, H, W)."""
+    return sample_images(preprocessing, CLIPS * frames).unflatten(0, (CLIPS, frames))
 
 
 def sample_images(preprocessing: Preprocessing, count: int = SAMPLES, seed: int = 0) -> Tensor:

@@ -110,7 +110,7 @@ class Setting:
             raise BlockfitError(f"a fixed batch holds at least 1 image, not {batch}")
         pictures = Pictures.of(saved.model, saved.source, images)
         first = next(iter(pictures))
-        native = (int(first.shape[2]), int(first.shape[3]))
+        native = (int(first.shape[-2]), int(first.shape[-1]))
         bare = bare_at(saved, native, resolution)
         size = native if resolution is None else resolution.size
         high, wide = patch_size(bare)

@@ -156,9 +156,9 @@ def _any_size(saved: Saved) -> nn.Module:
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of a patch: the stride of the model's first convolution; 1 without one."""
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
     first = next(convolutions, None)
-    return (1, 1) if first is None else (int(first.stride[0]), int(first.stride[1]))
+    return (1, 1) if first is None else (int(first.stride[-2]), int(first.stride[-1]))
 
 
 def trace(
@@ -168,7 +168,7 @@ def trace(
 
     Args:
         bare: in eval mode.
-        images: (2 or more, C, H, W), of the dtype of the model.
+        images: (2 or more, C, H, W), of clips (2 or more, T, C, H, W); of the dtype of the model.
         any_batch: take any number of images, otherwise just as many.
         any_size: take any multiple of the patch size, otherwise just this height and width.
 
@@ -180,7 +180,7 @@ def trace(
     if any_size:
         rows, columns = (torch.export.Dim(name, min=1) for name in ("rows", "columns"))
         height, width = patch_size(bare)
-        dims |= {2: height * rows, 3: width * columns}
+        dims |= {images.ndim - 2: height * rows, images.ndim - 1: width * columns}
     try:
         with torch.no_grad(), evaluating(bare):
             program = torch.export.export(

@@ -308,8 +308,8 @@ def example_input(model: nn.Module) -> Batch:
 
     The size is read from ``image_size`` or ``img_size`` of the model's config or modules, or from
     ``input_size`` of its pretrained configuration; the channels from its first convolution. Shape
-    (2, channels, height, width), standard normal, in the model's dtype and on its device; the
-    global random state is not used.
+    (2, channels, height, width), for models of clips (2, frames, channels, height, width), standard
+    normal, in the model's dtype and on its device; the global random state is not used.
 
     Raises:
         BlockfitError: where the model does not say what it takes.
@@ -321,7 +321,9 @@ def example_input(model: nn.Module) -> Batch:
             "one batch of its images"
         )
     like = _model_float(model)
-    noise = torch.randn((2, _channels(model), *size), generator=torch.Generator().manual_seed(0))
+    frames = frames_of(model)
+    shape = (2, *([] if frames is None else [frames]), _channels(model), *size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     pixels = noise.to(device=like.device, dtype=like.dtype)
     names = list(inspect.signature(model.forward).parameters)
     if "pixel_values" not in names[1:] or image_tower(model) is not None:
@@ -348,9 +350,15 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def frames_of(model: nn.Module) -> int | None:
+    """Frames of the clips that a transformers model takes; ``None`` where it takes images."""
+    frames = getattr(getattr(model, "config", None), "num_frames", None)
+    return frames if isinstance(frames, int) and frames > 0 else None
+
+
 def _channels(model: nn.Module) -> int:
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             return module.in_channels
     return int(getattr(getattr(model, "config", None), "num_channels", 3))
 

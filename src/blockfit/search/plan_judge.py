@@ -88,4 +88,4 @@ class PlanJudge:
                 Replacement(entry.span, "identity") if str(entry.span) in worse else entry
                 for entry in plan
             ]
-            plan = Plan(tuple(changed))
+            plan = Plan(tuple(changed), plan.narrowings)
