@@ -26,7 +26,9 @@ def test_a_map_that_is_worse_than_identity_leaves_narrowed_parts_as_they_are(
     def worse(self: HeldOut, solution: Any) -> Any:
         fidelity, errors, top1 = judge(self, solution)
         bad = [vars(e) | {"error": 2.0, "identity_error": 1.0} for e in errors]
-        found = [type(e)(**b) if e.map != "identity" else e for e, b in zip(errors, bad, strict=True)]
+        found = [
+            type(e)(**b) if e.map != "identity" else e for e, b in zip(errors, bad, strict=True)
+        ]
         return fidelity, found, top1
 
     monkeypatch.setattr(HeldOut, "judge", worse)
