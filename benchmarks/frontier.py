@@ -1,7 +1,7 @@
 """Draws the table of ``benchmarks/quality.py``: top-1 and KL over what is left of the parameters.
 
     python benchmarks/quality.py --out quality.json
-    python benchmarks/frontier.py quality.json docs/assets/frontier.svg
+    python benchmarks/frontier.py quality.json docs/assets/quality.svg
 
 Nothing is measured here.
 """

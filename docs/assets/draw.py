@@ -17,11 +17,10 @@ STYLE = "font-family:system-ui,sans-serif;font-size:13px;fill:#7d8590"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pictures; the curve is drawn from the table that the reader finds in the site."""
+    """Add the pictures; the heat map is drawn from the table that lies beside this file."""
     folder = Path(config.docs_dir)
     pictures = {
         "chain": chain(),
-        "frontier": frontier((folder / "measurements.md").read_text("utf-8")),
         "r2": heat_map((folder / "assets" / "r2.csv").read_text("utf-8")),
     }
     for name, picture in pictures.items():
@@ -78,48 +77,6 @@ def chain(depth: int = 12, spans: Sequence[tuple[int, int]] = ((2, 3), (5, 7))) 
         parts.append(f'<rect x="{x}" y="180" width="14" height="14" rx="3" fill="{colour}"/>')
         parts.append(text(x + 20, 192, words, "start"))
     return svg(depth * step - 10, 204, parts)
-
-
-LINES = {
-    "blockfit": BLUE,
-    "paper, effect": ORANGE,
-    "folded": GREEN,
-    "identity": RED,
-}
-
-
-def frontier(page: str) -> str:
-    """Top-1 against what remains of the parameters, from the first table of the measurements."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for line in page.partition("| removed | method |")[2].partition("\n\n")[0].splitlines()[2:]:
-        _, method, top1, _, _, parameters, *_ = (
-            cell.strip() for cell in line.strip("|").split("|")
-        )
-        points.setdefault(method, []).append((float(parameters[:-1]), float(top1[:-1])))
-    left, right, top, bottom = 50, 610, 20, 300
-
-    def place(parameters: float, top1: float) -> tuple[float, float]:
-        x, y = (100 - parameters) / 50, top1 / 100
-        return left + x * (right - left), bottom - y * (bottom - top)
-
-    parts = []
-    for tick in range(0, 101, 20):
-        y = place(100, tick)[1]
-        parts.append(f'<path d="M{left} {y:g}H{right}" stroke="{GREY}" stroke-opacity=".3"/>')
-        parts.append(text(left - 8, y + 4, f"{tick}%", "end"))
-    for tick in range(50, 101, 10):
-        parts.append(text(place(tick, 0)[0], bottom + 20, f"{tick}%"))
-    parts.append(text((left + right) / 2, bottom + 42, "parameters that remain"))
-    parts.append(text(left, top - 6, "top-1", "start"))
-    for i, (method, colour) in enumerate(LINES.items()):
-        where = [place(*point) for point in [*points["original"], *points[method]]]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in where)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in where]
-        y = bottom - 80 + 20 * i
-        parts.append(f'<path d="M{left + 15} {y - 4}h18" stroke="{colour}" stroke-width="3"/>')
-        parts.append(text(left + 40, y, method, "start"))
-    return svg(right + 20, bottom + 50, parts)
 
 
 def heat_map(table: str, side: int = 34) -> str:
