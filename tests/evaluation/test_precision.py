@@ -130,7 +130,8 @@ def test_compress_warns_of_maps_that_overflow_in_half_precision(
     images = small_pictures(24)
     result = blockfit.compress(small_vit(), images, spans=["1:2"], map="affine")
     assert not any("float16" in said for said in result.report["warnings"])
-    monkeypatch.setattr("blockfit.calibration.overflow_warnings", lambda *_: ["too large for float16"])
+    said = ["too large for float16"]
+    monkeypatch.setattr("blockfit.calibration.overflow_warnings", lambda *_: said)
     result = blockfit.compress(small_vit(), images, spans=["1:2"], map="affine")
     assert "too large for float16" in result.report["warnings"]
 
