@@ -104,7 +104,7 @@ class Checkpoint:
         path = self._path(name)
         if not path.exists():
             return None
-        hint = f"delete {self.folder} to start anew"
+        hint = f"delete {self.folder} to start again"
         try:
             with open_tensors(path) as stored:
                 told = stored.metadata() or {}

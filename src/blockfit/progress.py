@@ -19,7 +19,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Say = Callable[[str], None]
+"""Called with one line on what is being done."""
+
 Progress = Callable[[int, int], None]
+"""Called with how many of how many (images, blocks) are done of what was said last."""
 
 LOG = logging.getLogger("blockfit")
 
@@ -72,7 +75,7 @@ class Teller:
             self._bar.set_description_str(line)
 
     def count(self, done: int, total: int) -> None:
-        """How many of all are done; a smaller number than before starts anew."""
+        """How many of all are done; a smaller number than before starts again."""
         if self._progress is not None:
             self._progress(done, total)
         if self._bar is not None:

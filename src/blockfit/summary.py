@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from io import StringIO
 from itertools import groupby
 from typing import Any
 
 from blockfit.errors import need
+
+WIDE = 10_000
+"""Characters of a line of text: no table is broken or cut."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,30 @@ class Table:
         """The same from lists or generators."""
         return cls(tuple(header), tuple(tuple(row) for row in rows), title)
 
+    def rich(self, **look: Any) -> Any:
+        """As a ``rich.table.Table``.
+
+        Args:
+            look: what else it takes, such as ``box``.
+        """
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title or None, title_justify="left", **look)
+        for place, name in enumerate(self.header):
+            table.add_column(name, justify="right" if place else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
     def text(self) -> str:
-        """In columns, the first one flush left."""
-        lines = [self.header, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        shown = [
-            "  ".join(
-                cell.rjust(width) if place else cell.ljust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        shown.insert(1, "  ".join("─" * width for width in widths))
-        return "\n".join([self.title, *shown] if self.title else shown)
+        """In columns, the first one flush left, without colours."""
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+
+        console = Console(file=StringIO(), width=WIDE, color_system=None, markup=False, emoji=False)
+        console.print(self.rich(box=SIMPLE_HEAD, show_edge=False, pad_edge=False))
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in lines)
 
     def html(self) -> str:
         """As an HTML table; all texts are escaped."""

@@ -15,11 +15,19 @@ TABLE = Table.of(("", "before", "after"), [("top-1", "98.8%", "7%"), ("KL", "", 
 def test_numbers_stand_under_one_another_and_words_at_the_left() -> None:
     assert TABLE.text().splitlines() == [
         "Title",
-        "       before   after",
-        "─────  ──────  ──────",
-        "top-1   98.8%      7%",
-        "KL             0.0123",
+        "        before    after",
+        "───────────────────────",
+        "top-1    98.8%       7%",
+        "KL               0.0123",
     ]
+
+
+def test_what_looks_like_markup_is_shown_as_it_is_and_nothing_is_cut() -> None:
+    long = "x" * 300
+    text = Table.of(("", "[bold]n"), [("[/red] :smile:", "1"), (long, "2")]).text()
+    assert "[bold]n" in text
+    assert "[/red] :smile:" in text
+    assert long in text
 
 
 def test_html_shows_every_cell_and_runs_nothing() -> None:

@@ -283,7 +283,7 @@ def test_an_mlp_is_fed_without_its_attention(name: str) -> None:
 def test_an_attention_that_returns_a_tuple_is_left_out_too() -> None:
     block, run, hidden = small_block(TupleBlock)
     skip, _ = skipped(block, run, hidden)
-    assert skip == Skip("attention", behind=1)
+    assert skip == Skip("attention", after=1)
     with left_out(block, skip):
         assert torch.equal(run(hidden), hidden + block.gamma2 * block.mlp(block.norm2(hidden)))
 

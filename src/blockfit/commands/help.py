@@ -20,7 +20,7 @@ PANELS = ("Arguments", FORM, DATA, REMOVE, HOW, OUT)
 METAVARS = {"integer": "N", "float": "X", "path": "PATH"}
 ALL = "--help-all"
 WORDS = "blockfit.words"
-"""Under which a context keeps what stood behind the command's name."""
+"""Under which a context keeps what stood after the command's name."""
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
 from blockfit import processes as ranks
 from blockfit.commands.outlook import Outlook, Step
 from blockfit.commands.wording import as_options
 from blockfit.errors import BlockfitError, BlockfitWarning
+from blockfit.summary import Table
 
 if TYPE_CHECKING:
     from blockfit.data.images import Images
@@ -162,7 +162,7 @@ class Output:
             self._console.print(f"about {told_time(left)} left, going by the first pass")
 
     def count(self, done: int, total: int) -> None:
-        """How many images of all are done; a smaller number than before starts anew."""
+        """How many images of all are done; a smaller number than before starts again."""
         task = self._bars.tasks[1]
         if done < task.completed or task.total != total:
             self._bars.reset(self._step, total=total, visible=False)
@@ -194,12 +194,7 @@ class Output:
         """A table whose first column is text and whose other columns are numbers."""
         if self.as_json or self.quiet:
             return
-        table = Table(title=title or None, title_justify="left", title_style="bold")
-        for column, name in enumerate(header):
-            table.add_column(name, justify="left" if column == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        self._page.print(table)
+        self._page.print(Table.of(header, rows, title).rich(title_style="bold"))
 
     def reads(self, images: Images) -> None:
         """Note images of this command, to tell with the result what was skipped of them."""

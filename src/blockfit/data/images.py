@@ -367,11 +367,11 @@ def images(
     """Images from anywhere, prepared for a model.
 
     Args:
-        source: where the images are; ``:SPLIT`` behind a name or folder chooses one of its splits.
+        source: where the images are; ``:SPLIT`` after a name or folder chooses one of its splits.
 
             - a folder: flat, one folder per class (WordNet ids in ImageNet's order), or of splits
             - an image file, or a list or pattern of them
-            - a text file with a path per line, and perhaps a label behind a tab or space
+            - a text file with a path per line, and perhaps a label after a tab or space
             - parquet or arrow files, a ``datasets`` folder or a Hub id
             - tar shards: files, a pattern such as ``shard-{000000..000003}.tar``, or their folder
             - a ``.npy`` file, or a ``.npz`` file with labels

@@ -91,7 +91,7 @@ def from_numpy(
 
 @dataclass(frozen=True, eq=False)
 class _Mapped:
-    """One picture of a ``.npy`` file; opened anew, so that processes are sent a path only."""
+    """One picture of a ``.npy`` file; opened again, so that processes are sent a path only."""
 
     file: Path
 

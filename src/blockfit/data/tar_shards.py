@@ -99,7 +99,7 @@ def from_shards(
 
 @dataclass(eq=False)
 class _Shards:
-    """Reads a picture's bytes; opens the file anew, so that processes share no position in it."""
+    """Reads a picture's bytes; opens the file again, so that processes share no position in it."""
 
     files: list[str]
     where: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from blockfit.models.cost import runs_on
 from blockfit.models.forward import evaluating, first_images
 from blockfit.models.load import source_of
 from blockfit.models.tensors import fingerprint
-from blockfit.progress import told
+from blockfit.progress import Progress, Say, told
 from blockfit.provenance import made
-from blockfit.search.calibrate import TOKENS_PER_IMAGE, Progress, calibrate
+from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate
 from blockfit.search.session import CALIBRATION_IMAGES, changing
 from blockfit.summary import Summary, frame
 from blockfit.units import bytes_of
@@ -153,7 +152,7 @@ def analyze(
     blocks: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
     progress: Progress | bool | None = None,
     resume: str | Path | None = None,
     max_memory: int | str | None = None,

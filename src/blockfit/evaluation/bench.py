@@ -6,7 +6,7 @@ import copy
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,8 @@ from blockfit.evaluation.speed import ORIGINAL, Bench, Row, Setting, Settings
 from blockfit.models.blocks import Blocks
 from blockfit.models.cost import Timing, device_name, flops, in_turn, parameters, size_bytes
 from blockfit.models.forward import Batch, first_images
+from blockfit.progress import Say
 from blockfit.provenance import installed_versions
-
-Say = Callable[[str], None]
 
 
 @checked

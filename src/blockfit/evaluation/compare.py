@@ -7,7 +7,7 @@ gets the images as its own preprocessing makes them; models that agree on it sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,12 +26,10 @@ from blockfit.models.forward import first_images, placed
 from blockfit.models.head import Observation, observe
 from blockfit.models.load import label_names, source_of
 from blockfit.models.preprocessing import Preprocessing
+from blockfit.progress import Progress
 from blockfit.search.fidelity import kl_divergence
 from blockfit.search.final import finite
 from blockfit.summary import Summary, frame
-
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all), over all passes."""
 
 COLUMNS = ("known", "right", "answer", "agrees", "kl", "feature_error")
 """Of an image by one model: whether its label is a class of the head, whether the answer is right,

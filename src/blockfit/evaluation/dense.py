@@ -20,6 +20,7 @@ from blockfit.files import expanded
 from blockfit.models.forward import call, evaluating
 from blockfit.models.head import primary_output
 from blockfit.models.preprocessing import Preprocessing
+from blockfit.progress import Progress
 
 IGNORED = 255
 """The label of pixels that do not count, as in most data sets of masks."""
@@ -29,8 +30,6 @@ MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
 Masks = Callable[[str, int], np.ndarray]
 """Name and position of an image → its mask, whole numbers, shape (height, width)."""
-
-Progress = Callable[[int, int], None]
 
 
 def open_masks(where: str, data: str | None = None, split: str | None = None) -> Masks:

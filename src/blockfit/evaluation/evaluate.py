@@ -36,6 +36,7 @@ from blockfit.models.forward import evaluating, first_images, place, placed
 from blockfit.models.head import Observation, observe, right_answers
 from blockfit.models.load import label_names
 from blockfit.models.trace import trace
+from blockfit.progress import Progress
 from blockfit.provenance import made
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.search.final import Final, Outcomes, final_of, finite, rows_of
@@ -46,9 +47,6 @@ from blockfit.units import amount, percent, share
 
 FORM = FileForm(".json", '"peak_memory_bytes":')
 """Of the file of an evaluation."""
-
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
 
 
 @dataclass(frozen=True)
@@ -379,7 +377,7 @@ def evaluate_many(
 ) -> dict[str, Row]:
     """Judge many solutions of one original in one pass over the images.
 
-    A batch goes through the original once; each solution then runs only the blocks behind the
+    A batch goes through the original once; each solution then runs only the blocks after the
     first that it touches. ``Solution(Plan(), ())`` gives the original's own row.
 
     Args:

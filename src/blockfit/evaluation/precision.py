@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from blockfit.models.cost import measuring
 from blockfit.models.forward import Batch, call, first_images, placed
 from blockfit.models.head import observe, primary_output
 from blockfit.models.surgery import is_replaced
+from blockfit.progress import Progress
 
 HALVES = ("bfloat16", "float16")
 
@@ -33,8 +34,6 @@ LEAST_AGREEMENT = 0.99
 
 FEW = 8
 """Images that ``overflow_warnings`` looks at."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

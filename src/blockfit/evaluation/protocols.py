@@ -25,6 +25,7 @@ from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Blocks
 from blockfit.models.forward import placed
 from blockfit.models.head import Observation, observe
+from blockfit.progress import Progress
 
 LEARNING = ("knn", "probe", "probe-sgd", "retrieval")
 """These learn from labelled images; ``probe`` is converged (L-BFGS), ``probe-sgd`` the paper's."""
@@ -39,7 +40,6 @@ RECALL_AT = (1, 5, 10)
 EPOCHS, LEARNING_RATE, BATCH = 5, 1e-2, 256
 """Of ``probe-sgd``: Adam, as in TBA."""
 
-Progress = Callable[[int, int], None]
 Probe = Callable[["Features"], np.ndarray]
 """Features → the class of every image."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,7 @@ from blockfit.models.head import observe
 from blockfit.models.load import label_names
 from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.surgery import removed_plan
+from blockfit.progress import Progress
 from blockfit.search.fidelity import kl_divergence
 
 SHOWN = 12
@@ -43,8 +44,6 @@ TOP = 3
 """Classes named per prediction."""
 
 TOKENS = ("prefix", "patch")
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Sample:
         cosine: of the two models' final features.
         cost: KL(original ‖ compressed) of this image, in nats; ``None`` without a head.
         right: whether original and compressed model name the label first; ``None`` without one.
-        components: PNGs of the principal components of the patch tokens behind the last block,
+        components: PNGs of the principal components of the patch tokens after the last block,
             original and compressed; ``None`` where the patches have no known grid.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ from blockfit.formats.int8 import check_kind, to_int8
 from blockfit.models.cost import ROUNDS, Timing, alternate, measuring
 from blockfit.models.forward import Batch, call, first_images, placed
 from blockfit.models.head import Observation, observe, primary_output
-
-Progress = Callable[[int, int], None]
+from blockfit.progress import Progress
 
 
 def quantize(saved: Saved, kind: str) -> Saved:

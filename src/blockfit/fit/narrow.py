@@ -20,7 +20,7 @@ ORDER_RIDGE = 1e-2
 """λ of the order of removal, relative to the mean diagonal of the covariance."""
 
 GROUPS = 48
-"""In so many groups all neurons of an MLP would go; the order is found anew after each."""
+"""In so many groups all neurons of an MLP would go; the order is found again after each."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Manifest:
             the dimensions from the slowest to the fastest. Sums come out the same to the last
             bit only in the same layout.
         versions: of the libraries that were installed when the folder was written.
-        int8: names of the weights in int8, whose factors stand in the file behind their name and
+        int8: names of the weights in int8, whose factors stand in the file under their name and
             ``.scale``.
         int8_kind: how they compute, one of ``int8.KINDS``; ``None`` where there are none.
     """

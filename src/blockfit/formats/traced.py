@@ -139,7 +139,7 @@ def _timm_at(model: nn.Module, size: tuple[int, int]) -> nn.Module:
 
 
 def _any_size(saved: Saved) -> nn.Module:
-    """A timm model built anew so that it interpolates its position embeddings in each forward."""
+    """A timm model built again so that it interpolates its position embeddings in each forward."""
     arguments = saved.source.arguments
     options = {**arguments["options"], "dynamic_img_size": True}
     source = replace(saved.source, arguments={**arguments, "options": options})

@@ -20,13 +20,14 @@ from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Narrowing
 from blockfit.models.blocks import Blocks, block_modules
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+"""Attributes of a module that hold the hooks of its forward."""
 
 Segment = tuple[int, int, int]
 """Heads, dimensions that are kept of each, dimensions that each had."""
@@ -220,7 +221,7 @@ def narrow(model: nn.Module, blocks: Blocks, cuts: Sequence[Narrowing]) -> None:
         block = modules[number]
         for name, layer in layers.items():
             old = block.get_submodule(name)
-            for hooks in _HOOKS:
+            for hooks in HOOKS:
                 layer.__dict__[hooks] = old.__dict__[hooks]
             layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
         _put(block, layers)

@@ -178,7 +178,7 @@ class _Probe:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise _No(f"the block does not run with a narrower {cut.part} ({first})") from error
         if not torch.equal(full, whole):
-            raise _No(f"the block computes something else with its {cut.part} laid out anew")
+            raise _No(f"the block computes something else with its {cut.part} laid out again")
         if not self.same(found, expected):
             raise _No(f"something between the layers of its {cut.part} mixes dimensions (a norm?)")
         return cut

@@ -122,12 +122,12 @@ class Skip:
 
     Args:
         name: dotted path inside the block (``attn``).
-        behind: how many ``None`` follow the hidden state in the tuple that it returns; ``None``
+        after: how many ``None`` follow the hidden state in the tuple that it returns; ``None``
             where it returns the hidden state alone.
     """
 
     name: str
-    behind: int | None
+    after: int | None
 
 
 @contextmanager
@@ -136,13 +136,13 @@ def left_out(block: nn.Module, skip: Skip | None) -> Iterator[None]:
     if skip is None:
         yield
         return
-    behind = skip.behind
+    after = skip.after
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         hidden = next(v for v in given if isinstance(v, Tensor) and v.ndim == 3)
         zeros = torch.zeros_like(hidden)
-        return zeros if behind is None else (zeros, *[None] * behind)
+        return zeros if after is None else (zeros, *[None] * after)
 
     with forward_as(block.get_submodule(skip.name), forward):
         yield

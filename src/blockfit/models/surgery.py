@@ -16,16 +16,9 @@ from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.attentions import asks_for_map, follow
 from blockfit.models.blocks import Blocks, block_modules, named_blocks
 from blockfit.models.forward import block_class
-from blockfit.models.narrowed import narrow, narrowings_of
+from blockfit.models.narrowed import HOOKS, narrow, narrowings_of
 
 _FRESH = (frozenset(nn.Module().__dict__) | {"gradient_checkpointing"}) - {"training"}
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 # A replacement has none of its base class's parts, which the base class's own versions may expect.
 _OWN = ("train", "_apply", "_save_to_state_dict", "_load_from_state_dict", "__setstate__")
@@ -160,7 +153,7 @@ def apply_plan(model: nn.Module, blocks: Blocks, plan: Plan, maps: Sequence[nn.M
             swaps[id(modules[index])] = (modules[index], new)
 
     for old, new in swaps.values():
-        for name in _HOOKS:
+        for name in HOOKS:
             # The same dictionaries, so that handles given out for them can still remove hooks.
             new.__dict__[name] = old.__dict__[name]
             old.__dict__[name] = type(old.__dict__[name])()

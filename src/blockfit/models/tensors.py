@@ -59,7 +59,7 @@ INT8_KINDS = ("weight-only", "dynamic")
 """``weight-only`` computes in the activations' dtype; ``dynamic`` brings every token to int8."""
 
 SCALE = ".scale"
-"""Behind the name of an int8 weight: the name of its factors."""
+"""After the name of an int8 weight: the name of its factors."""
 
 
 def int8_parts(tensor: Tensor) -> tuple[Tensor, Tensor] | None:

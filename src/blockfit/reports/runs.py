@@ -294,7 +294,7 @@ def _reproduction(folder: Path) -> Content:
 
 
 def _chart(path: Path) -> bytes | None:
-    """The picture of an experiment, encoded anew: the file may be anybody's."""
+    """The picture of an experiment, encoded again: the file may be anybody's."""
     if not path.is_file() or os.path.realpath(path.parent) != os.path.dirname(
         os.path.realpath(path)
     ):

@@ -402,5 +402,5 @@ def missing(content: Content) -> list[Mapping[str, str]]:
     return out
 
 
-def _gap(what: str, words: Sequence[str] = (), behind: str = "") -> Mapping[str, str]:
-    return {"what": what, "line": shlex.join(words) + behind if words else ""}
+def _gap(what: str, words: Sequence[str] = (), after: str = "") -> Mapping[str, str]:
+    return {"what": what, "line": shlex.join(words) + after if words else ""}

@@ -19,6 +19,7 @@ from blockfit.fit.plan import Span
 from blockfit.models.blocks import Blocks, call, record
 from blockfit.models.forward import evaluating
 from blockfit.models.trace import check_finite
+from blockfit.progress import Progress
 
 TOKENS_PER_IMAGE = 16
 """Patch tokens taken of each image where the moments of *all* spans are wanted.
@@ -26,9 +27,6 @@ TOKENS_PER_IMAGE = 16
 All tokens of an image say much the same, and the products of 70 pairs of 12 blocks cost as much
 as the forward pass itself; measured in docs/measurements.md. Final fits use every token.
 """
-
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
 
 
 def calibrate(

@@ -22,6 +22,7 @@ from blockfit.fit.plan import Narrowing, Plan
 from blockfit.models.blocks import named_blocks
 from blockfit.models.forward import evaluating
 from blockfit.models.residual import Writer
+from blockfit.progress import Progress
 from blockfit.search.fidelity import Fidelity
 from blockfit.search.held_out import HeldOut
 from blockfit.search.narrowing import (
@@ -269,7 +270,7 @@ def curves(
     *,
     batches: Sequence[int] | None = None,
     multiple: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     failed: dict[Plan, str] | None = None,
 ) -> list[Curve]:
     """The curves of all parts that can be narrowed.

@@ -18,6 +18,7 @@ from blockfit.fit.closed_form import RIDGE, fit_map
 from blockfit.fit.maps import empty_map
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import PARTS, Plan, Replacement, Span, runs_of, spans_up_to
+from blockfit.progress import Progress, Say
 from blockfit.search.budget import Sizes
 from blockfit.search.choose import Choice, Priced, choose, choose_uniform
 from blockfit.search.curves import Curve, curves, effect_of, key_of, widths_of
@@ -93,8 +94,8 @@ class CutSearch:
         moments: Callable[[list[Span]], Moments | GroupedMoments],
         multiple: int | None = None,
         precision: torch.dtype | None = None,
-        say: Callable[[str], None] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        say: Say | None = None,
+        progress: Progress | None = None,
         says: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
         self.originals, self.held_out, self.sizes, self.recipe = originals, held_out, sizes, recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from blockfit.fit.numerics import exact
 from blockfit.models.blocks import Blocks
 from blockfit.models.forward import placed
 from blockfit.models.head import Observation, observe
+from blockfit.progress import Progress
 from blockfit.search.fidelity import kl_divergence
 from blockfit.search.solve import Solution
 
@@ -26,8 +27,6 @@ FINAL_IMAGES = 1000
 
 APART = 0.2
 """Part of the images that is set apart for them where nothing is left beyond the calibration."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Blocks
 from blockfit.models.forward import placed
 from blockfit.models.head import Observation, observe
+from blockfit.progress import Progress
 from blockfit.search.budget import Budget
 from blockfit.search.final import (
     APART,
     NOTHING,
     Outcomes,
     Parts,
-    Progress,
     built,
     labels_of_head,
     outcomes,

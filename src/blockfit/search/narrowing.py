@@ -24,7 +24,7 @@ def rows_of(layer: nn.Linear, rows: Rows, count: int) -> tuple[Tensor, Tensor | 
 
 
 class Rewritten:
-    """The layers of one block whose rows are made anew, run by run.
+    """The layers of one block whose rows are rewritten, run by run.
 
     Args:
         block: with its own layers in place.

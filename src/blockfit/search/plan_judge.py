@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from blockfit.fit.plan import Plan, Replacement
+from blockfit.progress import Progress
 from blockfit.search.fidelity import Fidelity
 from blockfit.search.held_out import HeldOut, MapError
 from blockfit.search.solve import Options, Solution, solve
@@ -52,7 +52,7 @@ class PlanJudge:
         originals: TracedImages,
         held_out: HeldOut,
         options: Options,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
         self.originals, self.held_out, self.options = originals, held_out, options
@@ -76,7 +76,7 @@ class PlanJudge:
     def point(self, plan: Plan) -> Point:
         """Solve a plan and judge it; maps worse than identity are replaced by it.
 
-        What comes after a replaced map is solved and judged anew.
+        What comes after a replaced map is solved and judged again.
         """
         while True:
             solution = self.solve(plan)

@@ -53,7 +53,7 @@ class Entry:
         held_out: fidelity on the images that chose the plan.
         top1: of the small model on these images; ``None`` without their labels.
         maps: held-out errors of its maps.
-        repaired_blocks: kept blocks with weights that were solved anew; ``None`` where the sweep
+        repaired_blocks: kept blocks with weights that were solved again; ``None`` where the sweep
             is of an earlier version.
         warnings: what the user should know.
         file: where its tensors lie in the folder of a sweep; empty before they are written.

@@ -477,7 +477,7 @@ class Session:
         return found.solved
 
     def repaired_blocks(self, point: Point) -> list[int]:
-        """The kept blocks of which a solution holds weights that were solved anew."""
+        """The kept blocks of which a solution holds weights that were solved again."""
         blocks = self.setting.blocks
         names = named_blocks(self.setting.model, blocks)
         starts = [".".join(filter(None, (blocks.path, name))) + "." for name in names]

@@ -6,7 +6,7 @@ Everything is closed-form: no gradients, no labels, no added parameters beyond t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -33,6 +33,7 @@ from blockfit.models.residual import (
     written,
 )
 from blockfit.models.surgery import apply_plan, swapped
+from blockfit.progress import Progress
 from blockfit.search.narrowing import (
     Rewritten,
     centred,
@@ -71,7 +72,7 @@ class Options:
             it for each map, by its error on every fifth batch of the fit images.
         prefix_weight: weight of a prefix token in every fit, where a patch token weighs 1.
         refit: fit each map on what the compressed prefix really feeds it.
-        repair: which output weights of kept blocks after the first span are solved anew.
+        repair: which output weights of kept blocks after the first span are solved again.
         repair_ridge: λ of the repairs, towards the original weights.
         narrow_ridge: λ of the output weights of narrowed parts, towards those that make up for
             what went.
@@ -154,7 +155,7 @@ def solve(
     originals: TracedImages,
     plan: Plan,
     options: Options | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     beginnings: Beginnings | None = None,
 ) -> Solution:
     """Fit a plan's maps one after the other and repair the kept blocks after the first span.
@@ -199,7 +200,7 @@ class _Walk:
         self.weights: dict[str, Tensor] = {}
         self.hidden: list[Tensor] | None = None
 
-    def solution(self, progress: Callable[[int, int], None] | None) -> Solution:
+    def solution(self, progress: Progress | None) -> Solution:
         if not self.plan:
             return Solution(self.plan, ())
         cut = [cut.block for cut in self.plan.narrowings]

@@ -16,6 +16,7 @@ from blockfit.fit.closed_form import RIDGE, fit_map, identity_error
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Plan, Replacement, Span, runs_of, spans_up_to
 from blockfit.models.forward import FORWARD_ERRORS
+from blockfit.progress import Progress, Say
 from blockfit.search.candidates import cheapest, race
 from blockfit.search.held_out import HeldOut, left_out
 from blockfit.search.plan_judge import PlanJudge, Point
@@ -70,8 +71,8 @@ class Search:
         recipe: Recipe,
         protected: Iterable[int] = (),
         seed: int = 0,
-        say: Callable[[str], None] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        say: Say | None = None,
+        progress: Progress | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
         self.originals, self.held_out, self.moments = originals, held_out, moments

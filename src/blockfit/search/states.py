@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from blockfit.models.forward import evaluating
 from blockfit.models.probe import Probe
 from blockfit.models.residual import input_of, written
 from blockfit.models.trace import Trace, trace
+from blockfit.progress import Progress
 from blockfit.search.spill import Shelf
 from blockfit.search.tokens import Draw
 
@@ -75,7 +76,7 @@ class TracedImages:
         blocks: Blocks,
         images: Images,
         limit_bytes: float = STATES_LIMIT,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         shelf: Shelf | None = None,
     ) -> TracedImages:
         """Run the original on images; each process of a run takes its own batches.
@@ -112,7 +113,7 @@ class TracedImages:
         model: nn.Module,
         blocks: Blocks,
         images: Images,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         shelf: Shelf | None = None,
     ) -> TracedImages:
         """The same with all batches and all their hidden states on every process.
@@ -130,7 +131,7 @@ class TracedImages:
         made._whole = set(made.numbers)
         return made
 
-    def _trace_all(self, images: Images, progress: Callable[[int, int], None] | None) -> None:
+    def _trace_all(self, images: Images, progress: Progress | None) -> None:
         for batch in images.batches():
             self._trace(batch)
             if progress is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from blockfit.models.blocks import Blocks
 from blockfit.models.forward import Batch, evaluating
 from blockfit.models.head import observe
 from blockfit.models.trace import Trace, trace
+from blockfit.progress import Progress
 from blockfit.search.fidelity import FidelityMeter
 from blockfit.search.held_out import observe_solution
 from blockfit.search.solve import Solution
@@ -26,12 +27,11 @@ from blockfit.search.solve import Solution
 JUDGES = ("head", "probe-fixed", "probe-new")
 """``head``: the model's own. ``probe-fixed``: the paper's linear probe (Adam, 5 epochs, rate 1e-2,
 batches of 256), learnt from the original's features and kept. ``probe-new``: the same probe, learnt
-anew from each compressed model's features, as in TBA (arXiv 2410.04941, section 4)."""
+again from each compressed model's features, as in TBA (arXiv 2410.04941, section 4)."""
 
 MOST_BYTES = 2 << 30
 """Memory for the hidden states of the images, and again for the features of solutions."""
 
-Progress = Callable[[int, int], None]
 WHOLE = Solution(Plan(), ())
 
 
@@ -109,7 +109,7 @@ class _Walk:
 
 
 class Judge:
-    """Judges solutions of one model; each runs only the blocks behind the first that it touches.
+    """Judges solutions of one model; each runs only the blocks after the first that it touches.
 
     Args:
         model: the original; left as it was.

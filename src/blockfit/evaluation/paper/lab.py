@@ -21,7 +21,8 @@ from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Plan, Replacement, Span, spans_up_to
 from blockfit.models.blocks import Blocks, call, record
 from blockfit.models.forward import evaluating, first_images
-from blockfit.search.calibrate import Progress, calibrate
+from blockfit.progress import Progress
+from blockfit.search.calibrate import calibrate
 from blockfit.search.solve import Solution
 from blockfit.search.states import TracedImages
 
@@ -170,7 +171,7 @@ class Lab:
         return Solution(Plan((entry,)), (fit_map(entry, moments, ridge),))
 
     def judged(self, candidates: Iterable[Candidate], seed: int | None = None) -> list[Row]:
-        """Judge candidates, and put the verdicts behind what is known of each; the original first.
+        """Judge candidates, and put the verdicts after what is known of each; the original first.
 
         Only as many are held at a time as their maps have room for in ``MOST_BYTES``.
 

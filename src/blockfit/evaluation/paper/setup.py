@@ -20,6 +20,7 @@ from blockfit.models.cost import parameters
 from blockfit.models.load import source_of
 from blockfit.models.surgery import removed_plan
 from blockfit.models.tensors import fingerprint
+from blockfit.progress import Progress, Say
 from blockfit.provenance import installed_versions
 
 QUICK_TEST, QUICK_TRAIN = 300, 2000
@@ -97,8 +98,8 @@ def prepare(
     *,
     judge: str | None = None,
     blocks: str | None = None,
-    say: Callable[[str], None],
-    progress: Callable[[int, int], None],
+    say: Say,
+    progress: Progress,
     reads: Callable[[Images], None] = lambda images: None,
 ) -> tuple[Lab, dict[str, Any]]:
     """A laboratory for ``model``, and what all its experiments share, as JSON values.
@@ -232,5 +233,5 @@ def _about(
 _JUDGED: dict[str, str] = {
     "head": "head (the model's own)",
     "probe-fixed": "probe-fixed (a linear probe learnt from the original's features and kept)",
-    "probe-new": "probe-new (a linear probe learnt anew from each model's features, as the paper)",
+    "probe-new": "probe-new (a linear probe learnt again from each model's features, as the paper)",
 }

@@ -102,7 +102,7 @@ def train(
     Args:
         kind: one of ``TRAINED``.
         x: hidden states before the span, shape (…, width), any floating dtype.
-        y: hidden states behind it, of the same shape.
+        y: hidden states after it, of the same shape.
         steps: of Adam.
         tokens: in every step, drawn with ``seed``; all of them where there are no more.
         seed: of the first weights, the dropout and the draws.
@@ -185,7 +185,7 @@ def fit_per_position(x: Tensor, y: Tensor, ridge: float = 0.0) -> PerPosition:
 
     Args:
         x: hidden states before the span, shape (images, tokens, width).
-        y: hidden states behind it, of the same shape.
+        y: hidden states after it, of the same shape.
         ridge: λ towards the identity, as in ``fit.fit_map``; with 0 and fewer images than
             channels, the solution nearest to the identity.
     """
