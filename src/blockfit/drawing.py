@@ -49,8 +49,12 @@ def axes_of(ax: Any, width: float = 5.0, height: float = 3.4) -> Any:
 
 
 def heat_map(
-    axis: Any, boundaries: Sequence[int], table: Sequence[Sequence[float | None]], log: bool
-) -> None:
+    axis: Any,
+    boundaries: Sequence[int],
+    table: Sequence[Sequence[float | None]],
+    log: bool,
+    most_ticks: int = 7,
+) -> Any:
     """One metric between all pairs of hidden states; what is not defined stays blank.
 
     Args:
@@ -58,6 +62,10 @@ def heat_map(
         boundaries: numbers of the hidden states, of rows and columns.
         table: a value, or ``None``, per pair.
         log: whether values grow by powers of ten.
+        most_ticks: on each axis.
+
+    Returns:
+        The colour bar.
     """
     from matplotlib.colors import LogNorm
 
@@ -65,11 +73,11 @@ def heat_map(
         [math.nan if v is None or (log and v <= 0) else float(v) for v in line] for line in table
     ]
     norm = LogNorm() if log and any(v > 0 for line in cells for v in line) else None
-    image = axis.imshow(cells, cmap="viridis", interpolation="nearest", norm=norm)
-    axis.figure.colorbar(image, ax=axis, shrink=0.85)
-    ticks = range(0, len(boundaries), -(-len(boundaries) // 7))
+    image = axis.imshow(cells, cmap="viridis", interpolation="none", norm=norm)
+    ticks = range(0, len(boundaries), -(-len(boundaries) // most_ticks))
     axis.set_xticks(ticks, [boundaries[t] for t in ticks])
     axis.set_yticks(ticks, [boundaries[t] for t in ticks])
+    return axis.figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
 
 
 def blocks(

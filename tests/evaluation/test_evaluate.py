@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from blockfit.data.images import Images, images
 from blockfit.errors import BlockfitError
+from blockfit.evaluation import summaries
 from blockfit.evaluation.evaluate import evaluate, evaluate_many
 from blockfit.evaluation.summaries import evaluation
 from blockfit.fit.maps import empty_map
@@ -23,6 +24,7 @@ from blockfit.models.blocks import Blocks, find_blocks
 from blockfit.models.cost import flops, parameters, size_bytes
 from blockfit.search.fidelity import Fidelity
 from blockfit.search.solve import Solution
+from blockfit.summary import Table
 
 PLAN = Plan((Replacement(Span(1, 2), "affine"), Replacement(Span(3, 4), "identity")))
 
@@ -121,6 +123,17 @@ def test_the_json_has_the_promised_keys() -> None:
     assert set(values["fidelity"]) == {
         "kl", "agreement", "feature_cosine", "feature_relative_error"
     }  # fmt: skip
+
+
+def test_the_table_says_that_a_speed_up_is_of_rounds_timed_together() -> None:
+    """It need not be the ratio of the two medians beside it."""
+    original, compressed, _, _ = pair("plain")
+    worth = evaluate(compressed, some("plain"), against=original).to_json()
+    worth["original"]["images_per_second"], worth["compressed"]["images_per_second"] = 100.0, 250.0
+    worth["compressed"]["speedup"] = 1.5
+    (table,) = (part for part in summaries.evaluation(worth) if isinstance(part, Table))
+    (row,) = (row for row in table.rows if row[0] == "images per second")
+    assert row[-1] == "1.50× (paired)"
 
 
 def test_what_is_unknown_is_null() -> None:

@@ -305,7 +305,9 @@ def test_demo_in_a_process_of_its_own_prints_json_and_keeps_the_accuracy() -> No
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     told = json.loads(done.stdout)
-    assert told["compress"]["removed_blocks"] == 4
+    made = told["compress"]
+    assert 0.61 < made["parameters_after"] / made["parameters_before"] <= 0.62
+    assert any("part" in cut for cut in made["plan"])
     before, after = (told["evaluate"][name]["top1"] for name in ("original", "compressed"))
     assert before >= 0.97
     assert after >= before - 0.01

@@ -193,11 +193,11 @@ def test_the_verdict_is_of_the_loss_and_the_weakest_map() -> None:
     ]
     report = {"held_out": {"kl": 0.02, "feature_relative_error": 0.5}, "maps": maps}
     assert verdict(report) == (
-        "close to the original (KL 0.020, at most 0.1 is); the weakest map, of 7:9, leaves 75.0% "
+        "close to the original (KL 0.0200, at most 0.1 is); the weakest map, of 7:9, leaves 75.0% "
         "of the error without it"
     )
     report = {"held_out": {"kl": None, "feature_relative_error": 0.5}, "maps": []}
-    assert verdict(report) == "not close to the original (feature error 0.500, above 0.1)"
+    assert verdict(report) == "not close to the original (feature error 0.5000, above 0.1)"
 
 
 def test_a_pipe_gets_a_line_per_step_and_a_terminal_the_time(

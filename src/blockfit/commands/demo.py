@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands import outlook
@@ -14,19 +12,21 @@ from blockfit.commands.tables import show, show_images
 IMAGES = 512
 """Calibration images."""
 
-Remove = Annotated[int, opt.option("--remove", "Remove so many blocks.", opt.REMOVE, "N")]
+PARAMS = "62%"
+"""The part of the parameters that remains where nothing else is asked for."""
 
 
 @command("Start", "blockfit demo")
 def demo(
     out: Output,
-    remove: Remove = 4,
+    params: opt.Params = None,
+    remove: opt.Remove = None,
     output: opt.MaybeFolder = None,
     seed: opt.Seed = 0,
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Compress a shipped model and show what it was worth."""
+    """Make a shipped model smaller, to 62% of its parameters, and show what it is worth."""
     from blockfit.commands.reporter import Reporter
     from blockfit.evaluation.summaries import evaluation
     from blockfit.formats.folder import check_folder
@@ -35,12 +35,21 @@ def demo(
     page = Reporter(report)
     if output is not None:
         check_folder(output, overwrite)
-    out.expect(outlook.of_compress(opt.Method().chosen(), opt.Amount(remove=remove).budget()))
+    if remove is None and params is None:
+        params = PARAMS
+    budget = opt.Amount(remove=remove, params=params).budget()
+    out.expect(outlook.of_compress(opt.Method().chosen(), budget))
     with out.working():
         reading = opt.Reading(limit=IMAGES, seed=seed, batch_size=64)
         original, pictures = opt.opened(out, "demo", "digits", reading, opt.Loading())
         result = blockfit.compress(
-            original, pictures, remove=remove, seed=seed, say=out.say, progress=out.count
+            original,
+            pictures,
+            params=params,
+            remove=remove,
+            seed=seed,
+            say=out.say,
+            progress=out.count,
         )
         if output is not None:
             blockfit.save(result, output, overwrite=overwrite)

@@ -36,7 +36,7 @@ def evaluation(worth: Mapping[str, Any]) -> list[Part]:
         row("parameters", "parameters", amount),
         row("FLOPs per image", "flops", amount),
         row("file", "size_bytes", _bytes),
-        (*row("images per second", "images_per_second", _rate)[:3], percent(after.get("speedup"))),
+        (*row("images per second", "images_per_second", _rate)[:3], _paired(after.get("speedup"))),
         row("latency, ms", "latency_ms", _timing, "median"),
         row("peak memory", "peak_memory_bytes", _bytes),
     ]
@@ -248,6 +248,11 @@ def _digits(value: float | None) -> str:
 
 def _bytes(value: float | None) -> str:
     return amount(value, "B")
+
+
+def _paired(speedup: float | None) -> str:
+    """Of rounds that were timed together, so not always what the two medians give."""
+    return "–" if speedup is None else f"{speedup:.2f}× (paired)"
 
 
 def _rate(value: float | None) -> str:

@@ -7,14 +7,13 @@ that comes from a file is drawn as text but numbers, names of maps and token typ
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockfit.drawing import LOSSES, METRIC_WORDS, SIZES
+from blockfit.drawing import LOSSES, METRIC_WORDS, SIZES, heat_map
 from blockfit.errors import need
 from blockfit.evaluation.side_by_side import SideBySide
 from blockfit.files import FileForm, check_file, new_file
@@ -286,22 +285,14 @@ def _draw_run(
 def similarity(boundaries: Sequence[int], metric: str, token_type: str, table: Table) -> Plot:
     """A heat map of one metric between all pairs of hidden states; MSE on a log scale."""
     log = metric == "mse"
-    cells = [[math.nan if v is None or (log and v <= 0) else v for v in row] for row in table]
-    known = [v for row in cells for v in row if not math.isnan(v)]
+    known = [v for row in table for v in row if v is not None and not (log and v <= 0)]
 
     def draw(palette: Palette) -> Any:
-        from matplotlib.colors import LogNorm
-
         figure, axis = _figure(palette, 3.5)
-        norm = LogNorm() if log and known else None
-        image = axis.imshow(cells, cmap="viridis", interpolation="none", norm=norm)
-        bar = figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
+        bar = heat_map(axis, boundaries, table, log, most_ticks=14)
         bar.solids.set_rasterized(True)
         bar.outline.set_visible(False)
         bar.ax.tick_params(colors=palette.soft, labelsize=7.5, length=2, which="both")
-        ticks = range(0, len(boundaries), -(-len(boundaries) // 14))
-        axis.set_xticks(ticks, [boundaries[t] for t in ticks])
-        axis.set_yticks(ticks, [boundaries[t] for t in ticks])
         axis.set(xlabel="hidden state", ylabel="hidden state")
         axis.set_gid("cells")
         return figure

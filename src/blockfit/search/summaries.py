@@ -95,9 +95,9 @@ def verdict(report: Mapping[str, Any]) -> str:
     loss = loss_of(report)
     name = "KL" if report["held_out"]["kl"] is not None else "feature error"
     close = (
-        f"close to the original ({name} {loss:.3f}, at most {SAFE_LOSS} is)"
+        f"close to the original ({name} {number(loss)}, at most {SAFE_LOSS} is)"
         if loss <= SAFE_LOSS
-        else f"not close to the original ({name} {loss:.3f}, above {SAFE_LOSS})"
+        else f"not close to the original ({name} {number(loss)}, above {SAFE_LOSS})"
     )
     worst = max(report["maps"], key=lambda entry: entry["error"], default=None)
     if worst is None or not worst["identity_error"]:
@@ -113,7 +113,7 @@ def _maps(maps: Iterable[Mapping[str, Any]]) -> Table:
         header += [name, "identity"]
     keys = ("error", "identity_error", "prefix", "identity_prefix", "patch", "identity_patch")
     rows = [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in maps]
-    title = "Held-out error of each map, beside identity's: all tokens, prefix, patch"
+    title = "Held-out error of each map and of identity: all tokens, prefix, patch"
     return Table.of(header, rows, title)
 
 
