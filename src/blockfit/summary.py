@@ -35,14 +35,14 @@ class Table:
         return cls(tuple(header), tuple(tuple(row) for row in rows), title)
 
     def rich(self, **look: Any) -> Any:
-        """As a ``rich.table.Table``.
+        """As a ``rich.table.Table``, without the title, which may be wider.
 
         Args:
             look: what else it takes, such as ``box``.
         """
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title or None, title_justify="left", **look)
+        table = RichTable(**look)
         for place, name in enumerate(self.header):
             table.add_column(name, justify="right" if place else "left")
         for row in self.rows:
@@ -54,10 +54,12 @@ class Table:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=WIDE, color_system=None, markup=False, emoji=False)
+        page = StringIO()
+        plain: dict[str, Any] = {"color_system": None, "markup": False, "emoji": False}
+        console = Console(file=page, width=WIDE, force_jupyter=False, **plain)
         console.print(self.rich(box=SIMPLE_HEAD, show_edge=False, pad_edge=False))
-        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in lines)
+        lines = [self.title] if self.title else []
+        return "\n".join(line.rstrip() for line in (*lines, *page.getvalue().splitlines()))
 
     def html(self) -> str:
         """As an HTML table; all texts are escaped."""

@@ -30,6 +30,18 @@ def test_what_looks_like_markup_is_shown_as_it_is_and_nothing_is_cut() -> None:
     assert long in text
 
 
+def test_a_notebook_gets_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich shows tables by itself in kernels of Jupyter, and would leave nothing to return."""
+    text = TABLE.text()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert TABLE.text() == text
+
+
+def test_a_title_wider_than_the_table_is_one_line() -> None:
+    table = Table.of(("a", "b"), [("c", "1")], "A title that is wider than all its columns")
+    assert table.text().splitlines()[0] == table.title
+
+
 def test_html_shows_every_cell_and_runs_nothing() -> None:
     table = Table.of(("<script>", "n"), [("a & b", "1")], "<b>")
     page = Summary.of("x < y", ["  in", "  columns"], table)._repr_html_()

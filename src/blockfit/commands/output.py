@@ -194,7 +194,9 @@ class Output:
         """A table whose first column is text and whose other columns are numbers."""
         if self.as_json or self.quiet:
             return
-        self._page.print(Table.of(header, rows, title).rich(title_style="bold"))
+        if title:
+            self._page.print(title, style="bold", soft_wrap=True)
+        self._page.print(Table.of(header, rows).rich())
 
     def reads(self, images: Images) -> None:
         """Note images of this command, to tell with the result what was skipped of them."""
