@@ -136,3 +136,15 @@ def test_the_error_of_a_rank_is_that_of_the_logits_of_independent_pairs(rank: in
     assert float(basis.errors[rank]) == pytest.approx(float(error), rel=1e-8)
     tail = torch.linalg.svdvals(logits)[rank:].square().sum() / logits.numel()
     assert float(error) == pytest.approx(float(tail), rel=1e-8)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-6, 1e-14])
+def test_new_weights_are_of_moderate_size_however_little_the_data_vary(spread: float) -> None:
+    """Half precision holds numbers up to 65,504."""
+    q, k = correlated(400, 6, 1), spread * correlated(400, 6, 2)
+    basis = key_basis(q.T @ q / len(q), k.T @ k / len(k))
+    torch.testing.assert_close((q @ basis.left) @ (k @ basis.right).T, q @ k.T)
+    lengths = torch.stack([basis.left.norm(dim=0), basis.right.norm(dim=0)])
+    assert 0.1 < float(lengths.min()) <= float(lengths.max()) < 10
+    values = value_basis(covariance_of(k), torch.randn(6, 9, dtype=torch.float64))
+    assert 0.5 < float(values.left.norm(dim=0).min()) <= float(values.left.norm(dim=0).max()) < 2

@@ -13,6 +13,8 @@ from small import small_images, small_vit
 
 import blockfit
 from blockfit.fit.plan import PARTS, Plan
+from blockfit.models.blocks import find_blocks
+from blockfit.models.probe import Probe
 from blockfit.search.budget import Budget
 from blockfit.search.cuts import CutSearch
 from blockfit.search.sweep import MARK, Frontier, from_sweep, read_sweep, sweep
@@ -90,6 +92,25 @@ def test_a_plan_is_applied_again_to_the_same_outputs(
     x = next(iter(images))
     with torch.no_grad():
         assert torch.equal(again.model(x), small.model(x))
+
+
+@pytest.mark.parametrize("part", ["mlp", "keys", "values"])
+def test_the_plan_of_another_architecture_is_refused(part: str) -> None:
+    """Rows that are there, but belong to something else, must not be cut."""
+    timm = pytest.importorskip("timm")
+    size = {"img_size": 16, "patch_size": 4, "depth": 3, "num_classes": 5}
+
+    def vit(width: int) -> Any:
+        how = {**size, "embed_dim": width, "num_heads": width // 16}
+        return timm.create_model("vit_tiny_patch16_224", **how).eval()
+
+    own, other, pictures = vit(32), vit(64), torch.randn(24, 3, 16, 16)
+    with torch.no_grad():
+        found = Probe(own, find_blocks(own), pictures[:4]).parts(1).whole[part]
+    plan = Plan((), (dataclasses.replace(found, kept=found.size // 2),))
+    assert blockfit.compress(own, pictures, plan=plan).plan == plan
+    with pytest.raises(blockfit.BlockfitError, match=f"the plan narrows {part} of .* same arch"):
+        blockfit.compress(other, pictures, plan=plan)
 
 
 def test_an_impossible_budget_is_refused_with_what_remains(images: Any, model: Any) -> None:

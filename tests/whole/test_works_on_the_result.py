@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
-from blockfit.fit.plan import Plan
-from blockfit.models.blocks import block_modules, find_blocks
+from blockfit.fit.plan import Narrowing, Plan
+from blockfit.models.blocks import Blocks, block_modules, find_blocks
+from blockfit.models.forward import evaluating
+from blockfit.models.probe import Probe
 from blockfit.models.surgery import apply_plan, is_replaced
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "works-on-the-result.md"
@@ -26,17 +29,26 @@ every_library = pytest.mark.parametrize("name", NAMES)
 
 
 def small(name: str, model: nn.Module | None = None) -> tuple[Any, Tensor, Any]:
-    """A tiny model without its blocks 1 and 2, images, and what it says of them."""
+    """A tiny model without blocks 1 and 2, the others narrowed; images, what it says of them."""
     model = FAMILIES[name].build() if model is None else model
-    blocks, plan = find_blocks(model), Plan.of(["1:3"], "affine")
+    images, blocks = FAMILIES[name].images(), find_blocks(model)
+    plan = Plan(Plan.of(["1:3"], "affine").replacements, tuple(halves(model, blocks, images)))
     maps = [empty_map(entry, blocks.width, blocks.prefix_tokens) for entry in plan]
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in maps[0].parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     apply_plan(model, blocks, plan, maps)
-    images = FAMILIES[name].images()
     return model, images, logits(model, images).detach()
+
+
+def halves(model: nn.Module, blocks: Blocks, images: Tensor) -> list[Narrowing]:
+    """Every part of blocks 0 and 3 that can be narrowed, to half of its size."""
+    with evaluating(model), torch.no_grad():
+        probe = Probe(model, blocks, images)
+        parts = [part for index in (0, 3) for part in probe.parts(index).whole.values()]
+    assert {"mlp"} <= {part.part for part in parts}
+    return [replace(part, kept=part.size // 2) for part in parts]
 
 
 def logits(model: Any, images: Tensor) -> Tensor:

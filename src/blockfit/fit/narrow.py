@@ -149,8 +149,9 @@ class Basis:
 def value_basis(covariance: Tensor, weight: Tensor) -> Basis:
     """The best low rank of a head's values and output: SVD of ``C^½ O = U S Vᵀ``.
 
-    New values are ``leftᵀ v``, new output rows are the rows of ``right``; the error is the mean
-    over tokens of the squared change of what the head writes.
+    New values are ``leftᵀ v``, new output rows the rows of ``right``, scaled so that the columns of
+    ``left`` are about 1 long; the error is the mean over tokens of the squared change of what the
+    head writes.
 
     Args:
         covariance: of the mixed values that the output projection reads, shape (m, m), float64.
@@ -165,15 +166,18 @@ def value_basis(covariance: Tensor, weight: Tensor) -> Basis:
     short = m - len(s)  # fewer outputs than dimensions: the rest is never needed
     u = torch.cat([u, torch.zeros(m, short, dtype=u.dtype)], dim=1)
     right = torch.cat([s[:, None] * vh, torch.zeros(short, weight.shape[1], dtype=u.dtype)])
-    return Basis(inverse @ u, right, _tails(s, m))
+    left = inverse @ u
+    scale = _power_of_two(1 / left.norm(dim=0))
+    return Basis(left * scale, right / scale[:, None], _tails(s, m))
 
 
 def key_basis(queries: Tensor, keys: Tensor) -> Basis:
     """The best low rank of a head's logits ``q · k``: SVD of ``G_q^½ G_k^½ = U S Vᵀ``.
 
-    New queries are ``leftᵀ q``, new keys ``rightᵀ k``; the error is the mean squared change of a
-    logit of independent queries and keys. What all keys of an image have in common cancels in
-    the softmax, so that ``keys`` should be taken about their mean over the image.
+    New queries are ``leftᵀ q``, new keys ``rightᵀ k``, the columns of both about equally long; the
+    error is the mean squared change of a logit of independent queries and keys. What all keys of
+    an image have in common cancels in the softmax, so that ``keys`` should be taken about their
+    mean over the image.
 
     Args:
         queries: second moment of the head's queries (about zero), shape (m, m), float64.
@@ -186,7 +190,18 @@ def key_basis(queries: Tensor, keys: Tensor) -> Basis:
     root_k, inverse_k = _root(keys)
     u, s, vh = _svd(root_q @ root_k)
     half = s.sqrt()
-    return Basis(inverse_q @ u * half, inverse_k @ vh.T * half, _tails(s, len(queries)))
+    left, right = inverse_q @ u * half, inverse_k @ vh.T * half
+    scale = _power_of_two((right.norm(dim=0) / left.norm(dim=0)).sqrt())
+    return Basis(left * scale, right / scale, _tails(s, len(queries)))
+
+
+def _power_of_two(factors: Tensor) -> Tensor:
+    """The nearest powers of two, which change no digit of what they scale; 1 where there is none.
+
+    Directions of little variance would otherwise get weights that half precision cannot hold.
+    """
+    usable = torch.isfinite(factors) & (factors > 0)
+    return torch.where(usable, factors, torch.ones_like(factors)).log2().round().exp2()
 
 
 def _tails(singular: Tensor, size: int) -> Tensor:

@@ -54,12 +54,13 @@ class HeadRows(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         computed = nn.functional.linear(input, self.weight, self.bias)
         parts = computed.split([heads * kept for heads, kept, _ in self.segments], dim=-1)
-        full = [
-            part
-            if kept == size
-            else nn.functional.pad(part.unflatten(-1, (heads, kept)), (0, size - kept)).flatten(-2)
-            for part, (heads, kept, size) in zip(parts, self.segments, strict=True)
-        ]
+        full = []
+        for place, (heads, kept, size) in enumerate(self.segments):
+            part = parts[place]  # torch.fx follows an index, but no loop over the parts
+            if kept < size:
+                padded = nn.functional.pad(part.unflatten(-1, (heads, kept)), (0, size - kept))
+                part = padded.flatten(-2)
+            full.append(part)
         return full[0] if len(full) == 1 else torch.cat(full, dim=-1)
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ what the whole block computes with the same dimensions masked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Narrowing, Rows
 from blockfit.models.narrowed import narrowed_block
-from blockfit.models.residual import RunBlock, Writer, inputs_of
+from blockfit.models.residual import RunBlock, Writer, inputs_of, owns
 from blockfit.models.surgery import swapped
 
 TOLERANCE = 1e-4
@@ -43,7 +43,12 @@ class _No(Exception):
 
 
 def find_parts(
-    block: nn.Module, number: int, writers: list[Writer], run: RunBlock, hidden: Tensor
+    block: nn.Module,
+    number: int,
+    writers: list[Writer],
+    run: RunBlock,
+    hidden: Tensor,
+    shared: Collection[int] = (),
 ) -> Parts:
     """Find the parts of a block that can be narrowed.
 
@@ -53,16 +58,17 @@ def find_parts(
         writers: its layers that write into the residual stream, from ``find_writers``.
         run: calls it as its model does.
         hidden: a hidden state that reaches it, shape (batch, tokens, width), two tokens or more.
+        shared: ids of parameters that something beside the block uses too; their layers stay.
     """
     whole: dict[str, Narrowing] = {}
     refused: dict[str, str] = {}
-    probe = _Probe(block, number, run, hidden)
+    probe = _Probe(block, number, run, hidden, shared)
 
     def look(name: str, find: Callable[[], Narrowing]) -> None:
         try:
             whole[name] = find()
         except _No as error:
-            refused[name] = str(error)
+            refused[name] = f"{error}{probe.foreign}"
 
     with torch.no_grad():
         if not writers:
@@ -81,7 +87,15 @@ def find_parts(
 class _Probe:
     """A block and the questions that are put to it."""
 
-    def __init__(self, block: nn.Module, number: int, run: RunBlock, hidden: Tensor) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        number: int,
+        run: RunBlock,
+        hidden: Tensor,
+        shared: Collection[int],
+    ) -> None:
+        self.shared, self.foreign = shared, ""
         self.block, self.number, self.run, self.hidden = block, number, run, hidden
         self.tolerance = TOLERANCE if hidden.dtype == torch.float32 else 5e-2
         self.outputs: dict[str, int] = {}
@@ -92,6 +106,10 @@ class _Probe:
         """The linear layers that run exactly once, in order, and how many outputs they have."""
         order: list[str] = []
         linears = [n for n, m in self.block.named_modules() if type(m) is nn.Linear]
+        foreign = [n for n in linears if not owns(self.linear(n), self.shared)]
+        linears = [n for n in linears if n not in foreign]
+        if foreign:
+            self.foreign = f" ({', '.join(foreign)}: weights tied to others, or made at each call)"
 
         def note(name: str) -> Callable[..., None]:
             return lambda *_: order.append(name)

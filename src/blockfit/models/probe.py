@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,14 @@ from blockfit.models.trace import trace
 
 PROBE_IMAGES = 4
 """Images on which the residual writers of a block are looked for."""
+
+
+def shared_parameters(model: nn.Module, blocks: Iterable[nn.Module]) -> frozenset[int]:
+    """Ids of the parameters that several blocks, or several layers, of a model have in common."""
+    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    users.update(id(p) for block in blocks for p in block.parameters())
+    once = 2  # its layer, and its block
+    return frozenset(parameter for parameter, count in users.items() if count > once)
 
 
 class Probe:
@@ -31,6 +42,7 @@ class Probe:
         self._writers: dict[int, list[Writer]] = {}
         self._parts: dict[int, Parts] = {}
         self._bare: dict[int, bool] = {}
+        self._shared = shared_parameters(model, self._modules)
         self._skips: dict[int, Skip | None] = {}
 
     @property
@@ -42,7 +54,8 @@ class Probe:
         """The residual writers of block ``index``."""
         if index not in self._writers:
             block, hidden = self._modules[index], self._trace.states[index]
-            self._writers[index] = find_writers(block, self._trace.runner(block, index), hidden)
+            run = self._trace.runner(block, index)
+            self._writers[index] = find_writers(block, run, hidden, self._shared)
         return self._writers[index]
 
     def parts(self, index: int) -> Parts:
@@ -50,7 +63,8 @@ class Probe:
         if index not in self._parts:
             block, hidden = self._modules[index], self._trace.states[index]
             run = self._trace.runner(block, index)
-            self._parts[index] = find_parts(block, index, self.writers(index), run, hidden)
+            writers = self.writers(index)
+            self._parts[index] = find_parts(block, index, writers, run, hidden, self._shared)
         return self._parts[index]
 
     def bare(self, index: int) -> bool:

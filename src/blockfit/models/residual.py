@@ -244,7 +244,9 @@ def inputs_of(block: nn.Module, name: str) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def find_writers(block: nn.Module, run: RunBlock, hidden: Tensor) -> list[Writer]:
+def find_writers(
+    block: nn.Module, run: RunBlock, hidden: Tensor, shared: Collection[int] = ()
+) -> list[Writer]:
     """Find the linear layers that write into the residual stream, in order of execution.
 
     By probing: a layer counts where the block's output is ``base + gain ∘ z`` of the layer's
@@ -257,6 +259,7 @@ def find_writers(block: nn.Module, run: RunBlock, hidden: Tensor) -> list[Writer
         block: the block.
         run: calls it as its model does.
         hidden: a hidden state that reaches it, shape (batch, tokens, width), at least two tokens.
+        shared: ids of parameters that something beside the block uses too; never solved.
 
     Returns:
         At most two writers: of the attention (first) and of the MLP (last).
@@ -269,7 +272,7 @@ def find_writers(block: nn.Module, run: RunBlock, hidden: Tensor) -> list[Writer
         def hook(module: nn.Linear, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.shape == hidden.shape:
                 order.append((name, output.detach().clone()))
-                if _solvable(module) and _is_product(module, args, output):
+                if _solvable(module, shared) and _is_product(module, args, output):
                     solvable.add(name)
 
         return hook
@@ -298,13 +301,26 @@ def find_writers(block: nn.Module, run: RunBlock, hidden: Tensor) -> list[Writer
     return found
 
 
-def _solvable(linear: nn.Linear) -> bool:
-    """Whether its weight is its own parameter, and of a rank that the block's size asks for.
+def owns(linear: nn.Linear, shared: Collection[int] = ()) -> bool:
+    """Whether weight and bias are the layer's own parameters, and no other's.
+
+    They are not where they are made at each call (weight norm, pruning masks) or tied.
+
+    Args:
+        linear: the layer.
+        shared: ids of parameters that are used elsewhere too.
+    """
+    names = ["weight"] if linear.bias is None else ["weight", "bias"]
+    return all(n in linear._parameters and id(linear._parameters[n]) not in shared for n in names)
+
+
+def _solvable(linear: nn.Linear, shared: Collection[int]) -> bool:
+    """Whether its weight is its own, and of a rank that the block's size asks for.
 
     The second factor of a low-rank correction (LoRA) adds to the hidden state, too, but the layer
     that it corrects is the one to solve.
     """
-    return "weight" in linear._parameters and 2 * linear.in_features >= linear.out_features
+    return owns(linear, shared) and 2 * linear.in_features >= linear.out_features
 
 
 def _is_product(linear: nn.Linear, args: tuple[Any, ...], output: Tensor) -> bool:

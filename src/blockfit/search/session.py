@@ -14,7 +14,7 @@ from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line
 from blockfit.fit.moments import Moments
-from blockfit.fit.plan import PARTS, Plan, Span, spans_up_to
+from blockfit.fit.plan import PARTS, Narrowing, Plan, Span, spans_up_to
 from blockfit.models.adapters import check_merged
 from blockfit.models.blocks import Batch, Blocks, find_blocks, named_blocks
 from blockfit.models.forward import FORWARD_ERRORS, evaluating, first_images, offloaded
@@ -146,6 +146,11 @@ def check_whole(whole: Iterable[int], depth: int) -> None:
 def _any(plan: Plan) -> bool:
     """Where no stock config has to say it."""
     return True
+
+
+def _laid_out(part: Narrowing) -> str:
+    layers = ", ".join(f"{rows.layer} from row {rows.start}" for rows in part.rows)
+    return f"{part.heads} × {part.size} in {layers}"
 
 
 class Session:
@@ -313,6 +318,7 @@ class Session:
         plan.check(self.setting.blocks.depth, self.protected)
         self._say(f"solving {plan}")
         if plan.narrowings:
+            self._check_parts(plan)
             return self.cuts.point(plan)
         options = self.recipe.options
         judge = PlanJudge(self.originals, self.held_out, options, self._progress, self.precision)
@@ -324,6 +330,24 @@ class Session:
             raise BlockfitError(
                 f"the model cannot be run with {plan}: {first_line(error)}; choose other spans"
             ) from error
+
+    def _check_parts(self, plan: Plan) -> None:
+        """Refuse a plan whose parts are not those that are found in the model's blocks."""
+        for cut in plan.narrowings:
+            parts = self.originals.probe.parts(cut.block)
+            found = parts.whole.get(cut.part)
+            if found is None:
+                why = parts.refused.get(cut.part, "it has none")
+                raise BlockfitError(
+                    f"block {cut.block}: the plan narrows its {cut.part}, which cannot be done in "
+                    f"this model: {why}"
+                )
+            if replace(cut, kept=cut.size) != found:
+                raise BlockfitError(
+                    f"block {cut.block}: the plan narrows {cut.part} of {_laid_out(cut)}, and the "
+                    f"model has {_laid_out(found)}; give the plan of a model of the same "
+                    "architecture"
+                )
 
     def reach(self, budget: Budget, judge: Judge | None = None) -> Point:
         """The plan of smallest held-out loss that meets ``budget``.
@@ -487,7 +511,7 @@ class Session:
     def _cut_words(self, point: Point) -> str:
         """What a plan does, for warnings."""
         if not point.solution.plan.narrowings:
-            return f"removing {point.removed} blocks"
+            return f"removing {point.removed} block{'' if point.removed == 1 else 's'}"
         return (
             f"leaving {self.sizes.fractions(point.solution.plan)['params']:.0%} of the parameters"
         )
