@@ -20,7 +20,7 @@ from common import MODEL, TEST, TRAIN, say
 
 import blockfit
 from blockfit.data.images import Images
-from blockfit.evaluation.evaluate import evaluate_many
+from blockfit.evaluation.paper.judge import Judge
 from blockfit.fit.closed_form import RIDGE, fit_map
 from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Blocks
@@ -176,13 +176,12 @@ def main() -> None:
     else:
         found = by_seed(args, model)
     test = blockfit.images(args.test, model, limit=args.test_limit, seed=0)
-    rows = evaluate_many(model, blocks, {"original": Solution(Plan(), ()), **found}, test)
+    rows = Judge(model, blocks, test).verdicts({"original": Solution(Plan(), ()), **found})
     say(f"\n{len(test)} test images\n\n| variant | top-1 | KL |\n|---|---|---|")
     for name, row in rows.items():
-        assert row.top1 is not None
-        say(f"| {name} | {row.top1:.2%} | {row.fidelity.kl:.4f} |")
+        say(f"| {name} | {row.top1:.2%} | {row.kl:.4f} |")
     if args.what == "seeds":
-        tops = [100 * (rows[name].top1 or 0) for name in found]
+        tops = [100 * rows[name].top1 for name in found]
         say(f"\nstandard deviation of top-1 over {len(tops)} draws: {statistics.stdev(tops):.2f}")
 
 

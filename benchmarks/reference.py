@@ -21,7 +21,7 @@ import torch
 from common import MODEL, SHARED, TEST, TRAIN, say
 
 import blockfit
-from blockfit.evaluation.evaluate import evaluate_many
+from blockfit.evaluation.paper.judge import Judge
 from blockfit.fit.closed_form import RIDGE, fit_map, identity_error
 from blockfit.fit.plan import Plan, Span
 from blockfit.search.calibrate import calibrate
@@ -51,7 +51,7 @@ def compare(model: torch.nn.Module, spans: list[Span], reference: dict) -> dict[
             plan = Plan.of([span], kind)
             solution = Solution(plan, (fit_map(plan.replacements[0], moments, 0.0),))
             found[f"{span} {kind}, plain, the reference's {FIT} images"] = solution
-    rows = evaluate_many(model, blocks, found, held_out)
+    rows = Judge(model, blocks, held_out).verdicts(found)
     say("| span | MSE | reference | KL of the linear map | reference | KL, affine |")
     say("|---|---|---|---|---|---|")
     theirs = {(row["start"], row["stop"]): row for row in reference["spans"]}
@@ -59,7 +59,7 @@ def compare(model: torch.nn.Module, spans: list[Span], reference: dict) -> dict[
         row = theirs[span.start, span.stop]
         mse = identity_error(moments.regression(span)) / blocks.width
         kl = {
-            kind: rows[f"{span} {kind}, plain, the reference's {FIT} images"].fidelity.kl
+            kind: rows[f"{span} {kind}, plain, the reference's {FIT} images"].kl
             for kind in ("linear", "affine")
         }
         say(
@@ -100,9 +100,9 @@ def main() -> None:
     right, same, done = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0), 0
     while done < len(test):
         part = replace(test, positions=test.positions[done : done + args.chunk])
-        for name, row in evaluate_many(model, blocks, rows, part).items():
-            right[name] += (row.top1 or 0) * len(part)
-            same[name] += (row.fidelity.agreement or 0) * len(part)
+        for name, row in Judge(model, blocks, part).verdicts(rows).items():
+            right[name] += row.top1 * len(part)
+            same[name] += (row.agreement or 0) * len(part)
         done += len(part)
         say(f"{done} test images")
     say("\n| row | top-1 | agreement |\n|---|---|---|")

@@ -12,9 +12,11 @@ from typing import Any
 from torch import nn
 
 from blockfit.arguments import checked, fitted
-from blockfit.calibration import LOSSES, Calibration, Held, by_hand
+from blockfit.calibration import LOSSES, Held, by_hand
+from blockfit.calibration import Calibration as Calibration
 from blockfit.checkpoint import Checkpoint
-from blockfit.data.images import Images, Prepare, images
+from blockfit.data.images import Images, Prepare
+from blockfit.data.images import images as images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError, tell
 from blockfit.evaluation import analysis
@@ -46,9 +48,9 @@ from blockfit.reports.runs import read_runs
 from blockfit.search import sweep as sweeps
 from blockfit.search.budget import Budget
 from blockfit.search.recipes import Recipe, recipe_for
-from blockfit.search.run import Result
+from blockfit.search.run import Result as Result
 from blockfit.search.session import HOLD_OUT
-from blockfit.search.sweep import sweep
+from blockfit.search.sweep import sweep as sweep
 
 OwnWriter.writers.update(WRITERS)
 
@@ -829,26 +831,3 @@ def _pictures(images: Any, saved: Saved) -> Images | None:
 
 
 Result.verbs.update(save=save, push_to_hub=push_to_hub, evaluate=evaluate)
-
-__all__ = [
-    "Calibration",
-    "Result",
-    "analyze",
-    "bench",
-    "calibrate",
-    "compare",
-    "compress",
-    "evaluate",
-    "export_hub",
-    "export_onnx",
-    "export_plain",
-    "export_program",
-    "from_sweep",
-    "images",
-    "load",
-    "push_to_hub",
-    "report",
-    "reproduce",
-    "save",
-    "sweep",
-]

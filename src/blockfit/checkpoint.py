@@ -23,6 +23,7 @@ from torch import Tensor
 from blockfit import processes as ranks
 from blockfit.errors import BlockfitError, first_line
 from blockfit.files import PARTIAL, check_kept, is_unfinished, kept_file, resolved, short_name
+from blockfit.units import seconds_set
 from blockfit.untrusted import open_tensors
 
 SAVE_EVERY_S = 20.0
@@ -73,7 +74,7 @@ class Checkpoint:
                 )
         self._own: set[Path] = set()
         self._run = json.loads(json.dumps({**run, "processes": ranks.count()}))
-        self._every = _every()
+        self._every = seconds_set(EVERY_NAME, SAVE_EVERY_S)
         self._saved = time.monotonic()
 
     def due(self) -> bool:
@@ -151,14 +152,3 @@ def _is_progress(path: Path) -> bool:
             return set(stored.metadata() or {}) == KEYS
     except BlockfitError:
         return False
-
-
-def _every() -> float:
-    text = os.environ.get(EVERY_NAME, str(SAVE_EVERY_S))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 1e9:
-        raise BlockfitError(f"{EVERY_NAME} must be a number of seconds, got {text!r}")
-    return seconds

@@ -15,7 +15,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,32 +159,8 @@ def new_folder(folder: str | Path, form: FolderForm, overwrite: bool = False) ->
             another run has written ``folder`` since the ``with`` began.
     """
     target = check_target(folder, form, overwrite)
-    made: list[Path] = []
-    partial: Path | None = None
-    try:
-        made = _make_parents(target)
-        before = _which(target)
-        partial = _hidden(target)
+    with _beside(folder, target, lambda partial: _take_name(partial, target, form)) as partial:
         yield partial
-        for entry in partial.iterdir():
-            _open_to_others(entry)
-        for entry in (*partial.iterdir(), partial):
-            _to_disk(entry)
-        with _alone(target.parent):
-            if _which(target) != before:
-                raise BlockfitError(
-                    f"another run has written {folder} meanwhile; nothing was saved, choose "
-                    "another folder"
-                )
-            _take_name(partial, target, form)
-        made = []
-        _to_disk(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise _cannot_write(folder, error) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)  # not there any more where all went well
-        _unmake(made)
 
 
 def check_file(path: str | Path, form: FileForm, overwrite: bool) -> Path:
@@ -234,34 +210,38 @@ def new_file(path: str | Path, form: FileForm, overwrite: bool = False) -> Itera
         BlockfitError: as ``check_file``; where the file system refuses, it says why.
     """
     target = check_file(path, form, overwrite)
+    with _beside(path, target, lambda hidden: _take_names(hidden, target)) as hidden:
+        yield hidden / target.name
+
+
+@contextmanager
+def _beside(told: str | Path, target: Path, take: Callable[[Path], None]) -> Iterator[Path]:
+    """A hidden folder beside ``target``; when all went well, ``take`` gives its content names."""
     made: list[Path] = []
     hidden: Path | None = None
     try:
         made = _make_parents(target)
         before = _which(target)
         hidden = _hidden(target)
-        yield hidden / target.name
-        entries = sorted(hidden.iterdir(), key=lambda entry: entry.name == target.name)
-        for entry in entries:
+        yield hidden
+        for entry in hidden.iterdir():
             _open_to_others(entry)
             _to_disk(entry)
+        _to_disk(hidden)
         with _alone(target.parent):
             if _which(target) != before:
                 raise BlockfitError(
-                    f"another run has written {path} meanwhile; nothing was saved, choose "
-                    "another name"
+                    f"another run has written {told} meanwhile; nothing was saved, choose another "
+                    "place"
                 )
-            for entry in entries:
-                if entry.name != target.name:
-                    _check_companion(target, target.with_name(entry.name))
-                entry.replace(target.with_name(entry.name))
+            take(hidden)
         made = []
         _to_disk(target.parent)
     except (OSError, SafetensorError) as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(told, error) from error
     finally:
         if hidden is not None:
-            shutil.rmtree(hidden, ignore_errors=True)
+            shutil.rmtree(hidden, ignore_errors=True)  # not there any more where it took a name
         _unmake(made)
 
 
@@ -508,6 +488,14 @@ def _take_name(partial: Path, target: Path, form: FolderForm) -> None:
                 entry.unlink()
         old.rmdir()
         aside.rmdir()
+
+
+def _take_names(hidden: Path, target: Path) -> None:
+    """The file itself comes last: what lies beside it is there when it appears."""
+    for entry in sorted(hidden.iterdir(), key=lambda entry: entry.name == target.name):
+        if entry.name != target.name:
+            _check_companion(target, target.with_name(entry.name))
+        entry.replace(target.with_name(entry.name))
 
 
 def _give_back(old: Path, target: Path) -> None:

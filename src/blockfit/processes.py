@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockfit.errors import BlockfitError
+from blockfit.units import seconds_set
 
 if TYPE_CHECKING:  # torch is imported where it is used: the command line asks for ranks without it
     import torch
@@ -112,10 +113,10 @@ def joined(timeout_s: float | None = None) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    wait = timedelta(seconds=_timeout() if timeout_s is None else timeout_s)
+    wait = seconds_set(TIMEOUT_NAME, TIMEOUT_S, 1e-3) if timeout_s is None else timeout_s
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _told_of_stops(), _reaching():
-        dist.init_process_group(backend, timeout=wait)
+        dist.init_process_group(backend, timeout=timedelta(seconds=wait))
     _joined = True
     try:
         with _told_of_stops():
@@ -220,17 +221,6 @@ def _share(tensor: Tensor) -> None:
 
     with _reaching():
         dist.broadcast(tensor, src=0)
-
-
-def _timeout() -> float:
-    text = os.environ.get(TIMEOUT_NAME, str(TIMEOUT_S))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e9:
-        raise BlockfitError(f"{TIMEOUT_NAME} must be a number of seconds, got {text!r}")
-    return seconds
 
 
 @contextmanager

@@ -1,9 +1,13 @@
-"""When, on what and with which versions a run was made: what a run writes down of itself."""
+"""What a run writes down of itself: its command line, when, on what and with which versions."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
@@ -39,3 +43,21 @@ def made(device: str | None = None) -> dict[str, Any]:
             **{name: found for name, found in installed_versions().items() if found is not None},
         },
     }
+
+
+_LINE: ContextVar[str | None] = ContextVar("blockfit_command_line", default=None)
+
+
+@contextmanager
+def started_with(words: Sequence[str]) -> Iterator[None]:
+    """Runs inside the ``with`` write these words down as their command."""
+    token = _LINE.set(shlex.join(words))
+    try:
+        yield
+    finally:
+        _LINE.reset(token)
+
+
+def command_line() -> str | None:
+    """As it was typed, ready for a shell; ``None`` for a run that Python started."""
+    return _LINE.get()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from blockfit.errors import BlockfitError
@@ -31,6 +32,22 @@ def bytes_of(text: str, name: str = "memory") -> int:
     if size < 1:
         raise BlockfitError(f"cannot read {text!r} as {name}; write it as 2GB or 500MB")
     return int(size)
+
+
+def seconds_set(name: str, usual: float, least: float = 0.0) -> float:
+    """The seconds that the environment variable ``name`` sets; ``usual`` where it is not there.
+
+    Raises:
+        BlockfitError: where it is no number, or one below ``least``.
+    """
+    text = os.environ.get(name, str(usual))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not least <= seconds < 1e9:
+        raise BlockfitError(f"{name} must be a number of seconds, got {text!r}")
+    return seconds
 
 
 def percent(value: float | None) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from blockfit.data.images import Images, images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import summaries
-from blockfit.evaluation.evaluate import evaluate, evaluate_many
+from blockfit.evaluation.evaluate import evaluate
 from blockfit.evaluation.summaries import evaluation
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
@@ -254,61 +254,6 @@ def known(fidelity: Fidelity | None) -> dict[str, float]:
     """What is not ``None``."""
     assert fidelity is not None
     return {key: value for key, value in asdict(fidelity).items() if value is not None}
-
-
-PLANS = {
-    "nothing": Plan(),
-    "first": Plan.of(["0:1"], "affine"),
-    "middle": Plan.of(["1:3"], "linear"),
-    "last": Plan.of(["3:4"], "identity"),
-    "two": PLAN,
-    "all but one": Plan.of(["0:2", "3:4"], "affine"),
-}
-
-
-@pytest.mark.parametrize("name", ["dinov2-classifier", "plain-in-place", "plain-tuple", "vit"])
-def test_many_solutions_in_one_pass_equal_each_model_on_its_own(name: str) -> None:
-    model = FAMILIES[name].build()
-    blocks = find_blocks(model, FAMILIES[name].images())
-    solutions = {key: solution_of(plan, blocks) for key, plan in PLANS.items()}
-    if name == "plain-in-place":
-        weight = model.get_parameter("transformer.3.norm1.weight")
-        repaired = {"transformer.3.norm1.weight": 1.5 * weight.data}
-        middle = solutions["middle"]
-        solutions["repaired"] = Solution(middle.plan, middle.maps, repaired)
-    data = some(name)
-    told: list[tuple[int, int]] = []
-    before = copy.deepcopy(model.state_dict())
-    rows = evaluate_many(model, blocks, solutions, data, lambda *now: told.append(now))
-    assert told[-1] == (10, 10)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert list(rows) == list(solutions)
-    for key, solution in solutions.items():
-        compressed = copy.deepcopy(model)
-        solution.apply(compressed, blocks)
-        alone = evaluate(compressed, data, against=model, blocks=blocks, measure=False)
-        row = rows[key]
-        assert row.top1 == alone.compressed.top1
-        assert known(row.fidelity) == pytest.approx(known(alone.fidelity), rel=1e-4, abs=1e-9)
-    assert rows["nothing"].fidelity.feature_relative_error == 0
-    assert rows["first"].fidelity.feature_relative_error > 1e-3
-
-
-def test_many_solutions_run_only_the_blocks_that_they_change() -> None:
-    """One pass for all: the stem runs per solution, a block only behind the first change."""
-    model: Any = FAMILIES["plain"].build()
-    blocks = find_blocks(model, FAMILIES["plain"].images())
-    ran = [0] * blocks.depth
-    for index, block in enumerate(model.transformer):
-        block.attention.register_forward_hook(
-            lambda *_, index=index: ran.__setitem__(index, ran[index] + 1)
-        )
-    solutions = {
-        "late": solution_of(Plan.of(["2:3"], "affine"), blocks),
-        "later": solution_of(Plan.of(["3:4"], "affine"), blocks),
-    }
-    evaluate_many(model, blocks, solutions, some("plain", count=4))
-    assert ran == [1, 1, 1, 2]
 
 
 def test_no_images_are_one_sentence() -> None:

@@ -15,8 +15,8 @@ from reports import made as made
 from reports import runs as runs
 
 import blockfit
-from blockfit.command_line import command_line, started_with
 from blockfit.errors import BlockfitError
+from blockfit.provenance import command_line, started_with
 from blockfit.reports.content import short_name
 from blockfit.reports.runs import read_run, read_runs
 

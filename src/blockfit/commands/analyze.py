@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands import outlook
@@ -30,7 +28,6 @@ def analyze(
     from blockfit.evaluation import summaries
     from blockfit.evaluation.analysis import check_folder
 
-    started = time.perf_counter()
     page = Reporter(report)
     state = running.state(output)
     if output is not None:
@@ -56,10 +53,4 @@ def analyze(
     if output is not None:
         out.line(f"all pairs of states: {', '.join(str(output / name) for name in result.files)}")
     page.tell(out)
-    out.result(
-        {
-            **result.to_json(),
-            "seconds": round(time.perf_counter() - started, 3),
-            "output": None if output is None else str(output),
-        }
-    )
+    out.result({**result.to_json(), "output": None if output is None else str(output)})

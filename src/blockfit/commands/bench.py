@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +67,6 @@ def bench(
     from blockfit.files import check_file, new_file
     from blockfit.reports import bench_page as page
 
-    started = time.perf_counter()
     for file, suffix in ((markdown_file, ".md"), (picture, ".png")):
         if file is not None:
             check_file(file, page.FORMS[suffix], overwrite)
@@ -98,17 +96,15 @@ def bench(
     out.table(page.cost_columns(result), page.cost_cells(result))
     for line in (*page.remark_lines(result), *result.skipped):
         out.line(line)
-    out.result({**result.to_json(), "seconds": round(time.perf_counter() - started, 3)})
+    out.result(result.to_json())
 
 
 def _opened(
     out: Output, names: list[str], code: opt.Code
 ) -> tuple[dict[str, nn.Module], dict[str, Blocks]]:
-    short = [Path(name).name for name in names]
-    shown = short if len(set(short)) == len(names) else names
     models: dict[str, nn.Module] = {}
     blocks = {}
-    for name, key in zip(names, shown, strict=True):
+    for name, key in opt.short_names(names).items():
         out.say(f"loading {name}")
         models[key], where = code.load_small(name)
         if where is not None:

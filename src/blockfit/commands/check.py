@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import blockfit
@@ -37,7 +36,6 @@ def check(
     """Compare a model in half precision with itself in float32."""
     from blockfit.evaluation.precision import HALVES, check_precision
 
-    started = time.perf_counter()
     for name in dtype or ():
         if name not in HALVES:
             raise BlockfitError(f"unknown dtype {name!r}; choose {' or '.join(HALVES)}")
@@ -54,12 +52,7 @@ def check(
             out.say(f"checking {name}")
             found.append(check_precision(model, where, pictures, name, out.count))
     _show(out, found)
-    out.result(
-        {
-            "checks": [one.to_json() for one in found],
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-    )
+    out.result({"checks": [one.to_json() for one in found]})
 
 
 def _show(out: Output, found: list[Precision]) -> None:

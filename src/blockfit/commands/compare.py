@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,26 +41,18 @@ def compare(
     from blockfit.data.paths import check_there
     from blockfit.evaluation.compare import compare as compare_models
 
-    started = time.perf_counter()
     names = list(dict.fromkeys([*models, *([] if against is None else [against])]))
     if len(names) < 2:
         raise BlockfitError("there is one model; give two or more to compare")
     check_there(images)
-    shown = short_names(names)
+    shown = opt.short_names(names)
     out.expect(outlook.of_pass("comparing"))
     with out.working():
         entrants = _entrants(out, shown, images, reading, loading)
         reference = None if against is None else shown[against]
         found = compare_models(entrants, reference, out.count)
     show(out, found.summary(out.verbose).parts)
-    seconds = round(time.perf_counter() - started, 3)
-    out.result({**found.to_json(), "seconds": seconds})
-
-
-def short_names(names: list[str]) -> Mapping[str, str]:
-    """What tables call each model: the last part of its path where that tells them apart."""
-    short = [Path(name).name or name for name in names]
-    return dict(zip(names, short if len(set(short)) == len(names) else names, strict=True))
+    out.result(found.to_json())
 
 
 def _entrants(

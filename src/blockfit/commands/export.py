@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +83,6 @@ def export(
     from blockfit.formats.onnx_file import OPSET
     from blockfit.formats.traced import Resolution
 
-    started = time.perf_counter()
     form = _form(plain=plain, onnx=onnx, pt2=pt2, hub=hub)
     traced = {"--resolution": resolution, "--fixed-batch": fixed_batch}
     if form in FOLDERS:
@@ -114,8 +112,7 @@ def export(
             how |= {"opset": OPSET if opset is None else opset, "compare_levels": compare_levels}
         done = _WRITE[form](saved, output, **how)
     _SHOW[form](out, done)
-    seconds = round(time.perf_counter() - started, 3)
-    out.result({"form": form, **done.to_json(), "seconds": seconds, "output": str(output)})
+    out.result({"form": form, **done.to_json(), "output": str(output)})
 
 
 _WRITE: dict[str, Callable[..., Any]] = {

@@ -10,8 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from blockfit.command_line import started_with
 from blockfit.commands.options import DATA, FORM, HOW, OUT, REMOVE, Rare, option
+from blockfit.provenance import started_with
 
 GROUPS = ("Start", "Look", "Deploy", "Research")
 PANELS = ("Arguments", FORM, DATA, REMOVE, HOW, OUT)

@@ -475,6 +475,12 @@ class Running:
         return place_beside(output) if self.resume and output is not None else None
 
 
+def short_names(names: list[str]) -> dict[str, str]:
+    """What tables call each model: the last part of its path where that tells them apart."""
+    short = [Path(name).name or name for name in names]
+    return dict(zip(names, short if len(set(short)) == len(names) else names, strict=True))
+
+
 def given(*groups: Any, **values: Any) -> dict[str, Any]:
     """Options by their names on the command line, those of groups among them."""
     merged = {name: value for group in groups for name, value in asdict(group).items()}

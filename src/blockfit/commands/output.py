@@ -206,13 +206,14 @@ class Output:
         """What was skipped, and the one JSON object on standard output where it was asked for.
 
         Under ``data`` it says for each set of images what was used, skipped and left out, and how
-        labels were matched.
+        labels were matched; under ``seconds`` what the command took, where ``value`` says nothing.
         """
         told = [images.description() for images in self._images]
         self.warn(line for one in told if (line := skipped_line(one)) is not None)
         if self.as_json:
             data = {"data": told} if told else {}
-            typer.echo(json.dumps({**value, **data}, allow_nan=False))
+            taken = {"seconds": round(time.monotonic() - self._started, 3)}
+            typer.echo(json.dumps({**taken, **value, **data}, allow_nan=False))
 
 
 def skipped_line(told: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,6 +62,8 @@ def quantize(
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Bring the weights of a compressed model to int8."""
+    import torch
+
     from blockfit.evaluation.stages import quantize as quantize_model
     from blockfit.evaluation.stages import stages
     from blockfit.files import resolved
@@ -71,7 +72,6 @@ def quantize(
     from blockfit.formats.quantize_onnx import ONNX_KINDS, quantize_onnx
     from blockfit.models.cost import parameters, size_bytes
 
-    started = time.perf_counter()
     _check(int8, output, overwrite, images, against, test)
     with out.working():
         out.say(f"loading {small}")
@@ -110,8 +110,7 @@ def quantize(
             "size_bytes": after,
             "original_float32_bytes": whole if found else None,
             "stages": [stage.to_json() for stage in found],
-            "threads": _threads(),
-            "seconds": round(time.perf_counter() - started, 3),
+            "threads": torch.get_num_threads(),
             "output": str(output),
         }
     )
@@ -148,12 +147,6 @@ def _check(
         raise BlockfitError(
             "--against and --test go together: give the original and images to compare on"
         )
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _save(tiny: Saved, output: Path, overwrite: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +62,6 @@ def report(
     from blockfit.reports.page import check_report, write_pictures, write_report
     from blockfit.reports.runs import read_runs
 
-    started = time.perf_counter()
     check_report(output)
     if pictures is not None:
         check_kept(pictures)
@@ -91,6 +89,5 @@ def report(
             "bytes": resolved(output).stat().st_size,
             "model": content.model,
             "pictures": [str(path) for path in files],
-            "seconds": round(time.perf_counter() - started, 3),
         }
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +72,6 @@ def sweep(
     from blockfit.search.sweep import POINTS
     from blockfit.search.sweep_file import check_sweep_folder
 
-    started = time.perf_counter()
     check_sweep_folder(output)
     page = Reporter(report)
     chosen = method.chosen()
@@ -109,14 +107,7 @@ def sweep(
     if processes.is_first() and (line := suggestion(output)) is not None:
         out.line(f"next: {line}")
     page.tell(out)
-    out.result(
-        {
-            "original": before,
-            "points": frontier.points,
-            "seconds": round(time.perf_counter() - started, 3),
-            "output": str(output),
-        }
-    )
+    out.result({"original": before, "points": frontier.points, "output": str(output)})
 
 
 def _finished(folder: Path) -> str:

@@ -15,7 +15,6 @@ from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import checked
 from blockfit.checkpoint import Checkpoint, settled
-from blockfit.command_line import command_line
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
@@ -29,7 +28,7 @@ from blockfit.models.forward import evaluating, first_images
 from blockfit.models.load import source_of
 from blockfit.models.tensors import fingerprint
 from blockfit.progress import Progress, Say, told
-from blockfit.provenance import made
+from blockfit.provenance import command_line, made
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate
 from blockfit.search.session import CALIBRATION_IMAGES, changing
 from blockfit.summary import Summary, frame

@@ -20,7 +20,6 @@ from blockfit.evaluation import summaries
 from blockfit.evaluation.answers import Answer, Answers, answers_of, answers_of_batch
 from blockfit.files import FileForm, new_file
 from blockfit.fit.intervals import CONFIDENCE, Interval, wilson
-from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Batch, Blocks, block_modules, find_blocks
 from blockfit.models.cost import (
     Timing,
@@ -32,16 +31,13 @@ from blockfit.models.cost import (
     size_bytes,
     speedup,
 )
-from blockfit.models.forward import evaluating, first_images, place, placed
+from blockfit.models.forward import first_images, place, placed
 from blockfit.models.head import Observation, observe, right_answers
 from blockfit.models.load import label_names
-from blockfit.models.trace import trace
 from blockfit.progress import Progress
 from blockfit.provenance import made
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.search.final import Final, Outcomes, final_of, finite, rows_of
-from blockfit.search.held_out import observe_solution
-from blockfit.search.solve import Solution
 from blockfit.summary import Summary, frame
 from blockfit.units import amount, percent, share
 
@@ -204,14 +200,6 @@ class Evaluation:
             partial.write_text(text + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One solution's accuracy (``None`` without labels or head) and fidelity to the original."""
-
-    top1: float | None
-    fidelity: Fidelity
-
-
 class Accuracy:
     """Adds up right answers over batches.
 
@@ -366,51 +354,6 @@ def _row(
     each = rows_of(seen["original"], seen["compressed"], known)
     answers = answers_of_batch(seen["original"], seen["compressed"], known, batch.names)
     return len(seen["compressed"].features), counts, sums, each, answers
-
-
-def evaluate_many(
-    model: nn.Module,
-    blocks: Blocks,
-    solutions: Mapping[str, Solution],
-    data: Images,
-    progress: Progress | None = None,
-) -> dict[str, Row]:
-    """Judge many solutions of one original in one pass over the images.
-
-    A batch goes through the original once; each solution then runs only the blocks after the
-    first that it touches. ``Solution(Plan(), ())`` gives the original's own row.
-
-    Args:
-        model: the original; left as it was.
-        blocks: where its blocks are.
-        solutions: by name.
-        data: the images.
-        progress: called after every batch.
-
-    Raises:
-        BlockfitError: no image, NaN or infinite hidden states, labels that the head does not have.
-    """
-    whole = Solution(Plan(), ())
-    keep = range(blocks.depth + 1)  # dense heads read more states than the first touched ones
-    meters = {name: FidelityMeter() for name in solutions}
-    accuracies = {name: Accuracy(data.matching.fits) for name in solutions}
-    done = 0
-    with evaluating(model):
-        for batch in data.batches():
-            states = trace(model, blocks, placed(model, batch.inputs), keep, batch.names)
-            original = observe_solution(model, blocks, states, whole)
-            for name, solution in solutions.items():
-                seen = finite(observe_solution(model, blocks, states, solution), name, batch.names)
-                meters[name].add(original, seen)
-                accuracies[name].add(seen, batch.labels)
-            done += len(original.features)
-            if progress is not None:
-                progress(done, len(data))
-    if done == 0:
-        raise BlockfitError(
-            "there are no images to evaluate on; give a folder or file that holds some"
-        )
-    return {name: Row(accuracies[name].top1, meters[name].result()) for name in solutions}
 
 
 def _figures(

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 from torch import nn
 
 from blockfit.checkpoint import Checkpoint, settled
-from blockfit.command_line import command_line
 from blockfit.data.images import Images
 from blockfit.fields import fields_written
 from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Blocks
 from blockfit.models.source import Source, attach
 from blockfit.models.tensors import fingerprint
+from blockfit.provenance import command_line
 from blockfit.search.budget import Budget
 from blockfit.search.final import Final, Parts
 from blockfit.search.loss_budget import Judge, beyond_bound

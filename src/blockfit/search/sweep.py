@@ -16,7 +16,6 @@ from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import forget
-from blockfit.command_line import command_line
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError, tell
@@ -31,7 +30,7 @@ from blockfit.models.head import Observation
 from blockfit.models.load import load_model, source_of
 from blockfit.models.tensors import fingerprint
 from blockfit.progress import Progress, Say, told
-from blockfit.provenance import made
+from blockfit.provenance import command_line, made
 from blockfit.search import summaries
 from blockfit.search.budget import Budget
 from blockfit.search.cuts import Share

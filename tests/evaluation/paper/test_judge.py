@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from families import CLASSES as FAMILY_CLASSES
+from families import FAMILIES
 from families import one_thread as one_thread
 from small import CLASSES, SmallViT, small_blocks, small_images, small_pictures, small_vit
 from torch import nn
@@ -16,10 +19,12 @@ from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.data.labels import Matching
 from blockfit.errors import BlockfitError
+from blockfit.evaluation.evaluate import evaluate
 from blockfit.evaluation.paper.judge import Judge, fitting_judge
 from blockfit.evaluation.protocols import Features, linear_probe_sgd
-from blockfit.fit.maps import Linear
-from blockfit.fit.plan import Plan
+from blockfit.fit.maps import Linear, empty_map
+from blockfit.fit.plan import Plan, Replacement, Span
+from blockfit.models.blocks import Blocks, find_blocks
 from blockfit.search.fidelity import kl_divergence
 from blockfit.search.solve import Solution
 
@@ -138,3 +143,72 @@ def test_a_head_judges_only_where_it_has_the_images_classes() -> None:
     assert fitting_judge(model, blocks, example, none) == "probe-new"
     model.head = nn.Identity()
     assert fitting_judge(model, blocks, example, data) == "probe-new"
+
+
+PLANS = {
+    "nothing": Plan(),
+    "first": Plan.of(["0:1"], "affine"),
+    "middle": Plan.of(["1:3"], "linear"),
+    "last": Plan.of(["3:4"], "identity"),
+    "two": Plan((Replacement(Span(1, 2), "affine"), Replacement(Span(3, 4), "identity"))),
+    "all but one": Plan.of(["0:2", "3:4"], "affine"),
+}
+
+
+def solution_of(plan: Plan, blocks: Blocks) -> Solution:
+    """Random maps near the identity."""
+    maps = [empty_map(entry, blocks.width, blocks.prefix_tokens) for entry in plan]
+    for parameter in (p for m in maps for p in m.parameters()):
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return Solution(plan, tuple(maps))
+
+
+def some(name: str, count: int = 10) -> Images:
+    pictures = FAMILIES[name].images(count, seed=5)
+    return open_images((pictures, torch.randint(FAMILY_CLASSES, (count,))), batch_size=4)
+
+
+@pytest.mark.parametrize("name", ["dinov2-classifier", "plain-in-place", "plain-tuple", "timm-vit"])
+def test_many_verdicts_in_one_pass_equal_each_model_on_its_own(name: str) -> None:
+    model = FAMILIES[name].build()
+    blocks = find_blocks(model, FAMILIES[name].images())
+    solutions = {key: solution_of(plan, blocks) for key, plan in PLANS.items()}
+    if name == "plain-in-place":
+        weight = model.get_parameter("transformer.3.norm1.weight")
+        repaired = {"transformer.3.norm1.weight": 1.5 * weight.data}
+        middle = solutions["middle"]
+        solutions["repaired"] = Solution(middle.plan, middle.maps, repaired)
+    data, told = some(name), list[tuple[int, int]]()
+    judge = Judge(model, blocks, data, progress=lambda *now: told.append(now))
+    verdicts = judge.verdicts(solutions)
+    assert told[-1] == (10, 10)
+    assert list(verdicts) == list(solutions)
+    for key, solution in solutions.items():
+        compressed = copy.deepcopy(model)
+        solution.apply(compressed, blocks)
+        alone = evaluate(compressed, data, against=model, blocks=blocks, measure=False)
+        found, fidelity = verdicts[key], alone.fidelity
+        assert fidelity is not None
+        assert found.top1 == alone.compressed.top1
+        assert (found.kl, found.agreement, found.feature_error) == pytest.approx(
+            (fidelity.kl, fidelity.agreement, fidelity.feature_relative_error), rel=1e-4, abs=1e-9
+        )
+    assert verdicts["nothing"].feature_error == 0
+    assert verdicts["first"].feature_error > 1e-3
+
+
+def test_many_verdicts_run_only_the_blocks_that_solutions_change() -> None:
+    """One pass for all: the stem runs per solution, a block only behind the first change."""
+    model: Any = FAMILIES["plain"].build()
+    blocks = find_blocks(model, FAMILIES["plain"].images())
+    ran = [0] * blocks.depth
+    for index, block in enumerate(model.transformer):
+        block.attention.register_forward_hook(
+            lambda *_, index=index: ran.__setitem__(index, ran[index] + 1)
+        )
+    solutions = {
+        "late": solution_of(Plan.of(["2:3"], "affine"), blocks),
+        "later": solution_of(Plan.of(["3:4"], "affine"), blocks),
+    }
+    Judge(model, blocks, some("plain", count=4)).verdicts(solutions)
+    assert ran == [1, 1, 1, 2]

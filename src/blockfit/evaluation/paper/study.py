@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blockfit.command_line import command_line
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.paper.charts import draw
 from blockfit.evaluation.paper.experiments import EXPERIMENTS, Experiment
@@ -17,6 +16,7 @@ from blockfit.evaluation.paper.lab import Lab, Row, stopwatch
 from blockfit.evaluation.paper.pages import as_csv, as_table, similarity_table
 from blockfit.evaluation.paper.writeup import finding
 from blockfit.files import check_kept, is_unfinished, kept_file, resolved
+from blockfit.provenance import command_line
 from blockfit.untrusted import read_json
 
 MARK = "reproduction.json"
