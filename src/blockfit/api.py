@@ -19,10 +19,9 @@ from blockfit.data.images import Images, Prepare
 from blockfit.data.images import images as images
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError, tell
-from blockfit.evaluation import analysis
 from blockfit.evaluation import bench as benchmark
 from blockfit.evaluation import evaluate as evaluation
-from blockfit.evaluation.analysis import Analysis
+from blockfit.evaluation.analysis import analyze as analyze
 from blockfit.evaluation.compare import Comparison, Entrant, preparing
 from blockfit.evaluation.compare import compare as compare_entrants
 from blockfit.evaluation.evaluate import Evaluation
@@ -43,7 +42,7 @@ from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.surgery import OwnWriter
 from blockfit.progress import Progress, Say, Teller, told
 from blockfit.provenance import installed_versions
-from blockfit.reports.page import check_report, write_pictures, write_report
+from blockfit.reports.page import check_report, write_report
 from blockfit.reports.runs import read_runs
 from blockfit.search import sweep as sweeps
 from blockfit.search.budget import Budget
@@ -206,8 +205,7 @@ def compress(
     )
     chosen = recipe_for(spans_given=spans is not None, **asked)
     plan = by_hand(spans, plan, budget, chosen, held)
-    if not isinstance(model, nn.Module):
-        model, inplace = load(model), True
+    model, inplace = store.module_of(model), inplace or not isinstance(model, nn.Module)
     with Teller(say, progress) as teller:
         calibration = Calibration(
             model,
@@ -252,23 +250,16 @@ def calibrate(
     ``calibration.compress(params="62%")`` gives what ``compress`` gives from the same images; the
     next budget takes only its search and its solution.
 
+    All parameters but ``judge`` are those of ``compress``.
+
     Args:
-        model: as in ``compress``; it is left as it is.
-        images: as in ``compress``.
-        recipe: as in ``compress``; what ``calibration.compress`` does that names no other.
-        cuts: as in ``compress``; likewise.
-        multiple_of: as in ``compress``.
-        protect: as in ``compress``.
-        whole: as in ``compress``.
-        blocks: as in ``compress``.
-        hold_out: as in ``compress``.
-        final: as in ``compress``.
+        model: it is left as it is.
+        images: of which the calibration draws.
+        recipe: what ``calibration.compress`` does that names no other.
+        cuts: likewise.
         judge: set images apart that budgets of loss (``max_kl``, ``max_drop``) are judged by.
-        seed: as in ``compress``.
-        preprocessing: as in ``compress``.
-        say: as in ``compress``; for all calls of the calibration.
-        progress: as in ``compress``; likewise.
-        max_memory: as in ``compress``.
+        say: for all calls of the calibration.
+        progress: likewise.
 
     Raises:
         BlockfitError: no blocks, too few images, a model that is compressed already.
@@ -343,15 +334,9 @@ def from_sweep(
 
     Args:
         folder: that ``sweep`` wrote.
-        budget: what has to be reached; or one of the budgets of ``compress``.
+        budget: what has to be reached; or by its name one of the budgets of ``compress``.
         model: the original; loaded by the name that the sweep wrote down where ``None``.
-        remove: as in ``compress``.
-        params: as in ``compress``.
-        flops: as in ``compress``.
-        latency: as in ``compress``; of plans that the sweep has timed.
-        max_kl: as in ``compress``.
-        max_drop: as in ``compress``.
-        force_budget: as in ``compress``.
+        latency: of plans that the sweep has timed.
 
     Raises:
         BlockfitError: no budget or two, no plan that meets it, another model than the sweep's.
@@ -465,27 +450,6 @@ def compare(
         for name, model in loaded.items()
     }
     return compare_entrants(entrants, against, progress)
-
-
-@checked
-def analyze(
-    model: nn.Module | str | Path, images: Any, folder: str | Path | None = None, **options: Any
-) -> Analysis:
-    """Compare the hidden states of all pairs of block boundaries.
-
-    Args:
-        model: any module with blocks, or its name.
-        images: ``Images``, or whatever ``blockfit.images`` takes; labels are not used.
-        folder: new or empty; tables and a picture are written there. Nothing where ``None``.
-        options: of ``blockfit.evaluation.analysis.analyze``: ``blocks``, ``seed``, ``overwrite``,
-            ``say``, ``progress``, ``resume``, ``max_memory``.
-
-    Raises:
-        BlockfitError: no blocks, no images, NaN or infinite hidden states, a folder that is taken.
-    """
-    if folder is not None:
-        analysis.check_folder(folder, bool(options.get("overwrite")))
-    return analysis.analyze(_module(model), images, folder, **options)
 
 
 @checked
@@ -684,9 +648,7 @@ def report(
     if pictures is not None:
         check_kept(pictures)
     content = read_runs([runs] if isinstance(runs, (str, Path)) else runs)
-    write_report(content, path)
-    if pictures is not None:
-        write_pictures(content, pictures)
+    write_report(content, path, pictures)
     return expanded(path)
 
 
@@ -781,7 +743,7 @@ def _module(model: Any) -> nn.Module:
     """The module of a result, of a name, or itself."""
     if isinstance(model, (Result, Saved)):
         return model.model
-    return model if isinstance(model, nn.Module) else load(model)
+    return store.module_of(model)
 
 
 def _has_blocks(model: Any) -> bool:

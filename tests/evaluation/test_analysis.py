@@ -18,6 +18,7 @@ from blockfit.data.images import images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import analysis
 from blockfit.evaluation.analysis import analyze
+from blockfit.files import check_target
 
 
 @pytest.fixture
@@ -115,11 +116,11 @@ def test_a_taken_folder_is_refused_before_any_image_is_read(
 def test_an_analysis_is_replaced_only_when_asked(model: torch.nn.Module, tmp_path: Path) -> None:
     result = dataclasses.replace(analyze(model, pictures()), files=())
     folder = tmp_path / "analysis"
-    analysis.check_folder(folder)
+    check_target(folder, analysis.FORM, False)
     analysis.write(result, folder)
     with pytest.raises(BlockfitError, match="overwrite"):
-        analysis.check_folder(folder)
-    analysis.check_folder(folder, overwrite=True)
+        check_target(folder, analysis.FORM, False)
+    check_target(folder, analysis.FORM, True)
     analysis.write(result, folder, overwrite=True)
 
 

@@ -26,12 +26,13 @@ def analyze(
     """Compare the hidden states of all blocks (MSE, cosine, CKA …)."""
     from blockfit.commands.reporter import Reporter
     from blockfit.evaluation import summaries
-    from blockfit.evaluation.analysis import check_folder
+    from blockfit.evaluation.analysis import FORM
+    from blockfit.files import check_target
 
     page = Reporter(report)
     state = running.state(output)
     if output is not None:
-        check_folder(output, overwrite)
+        check_target(output, FORM, overwrite)
     out.expect(outlook.ANALYSIS)
     with out.working():
         original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)

@@ -22,6 +22,7 @@ from blockfit.evaluation import summaries
 from blockfit.files import FolderForm, check_target, new_folder
 from blockfit.fit.plan import Span, spans_up_to
 from blockfit.fit.similarity import COLUMNS, Tables, merged, part
+from blockfit.formats.folder import module_of
 from blockfit.models.blocks import Blocks, call, find_blocks, record
 from blockfit.models.cost import runs_on
 from blockfit.models.forward import evaluating, first_images
@@ -132,19 +133,10 @@ class Analysis:
         write(self, folder, overwrite)
 
 
-def check_folder(folder: str | Path, overwrite: bool = False) -> None:
-    """Refuse now what ``analyze`` would refuse to write at the end.
-
-    Raises:
-        BlockfitError: where ``folder`` holds something that must not be replaced.
-    """
-    check_target(folder, FORM, overwrite)
-
-
 @checked
 @told
 def analyze(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     images: Any,
     folder: str | Path | None = None,
     *,
@@ -162,7 +154,7 @@ def analyze(
     where matplotlib is installed, ``similarity.png``: all of it or nothing.
 
     Args:
-        model: any module with blocks.
+        model: any module with blocks, or its name.
         images: ``Images``, or whatever ``blockfit.images`` takes; labels are not used.
         folder: new or empty; nothing is written where ``None``.
         blocks: dotted path of the list of blocks, where looking is not enough.
@@ -178,7 +170,8 @@ def analyze(
     """
     assert not isinstance(progress, bool)
     if folder is not None:
-        check_folder(folder, overwrite)
+        check_target(folder, FORM, overwrite)
+    model = module_of(model)
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
     images = images.draw(CALIBRATION_IMAGES, seed)
@@ -231,7 +224,7 @@ def analyze(
 
 
 def write(result: Analysis, folder: str | Path, overwrite: bool = False) -> Analysis:
-    """Write an analysis to a folder that ``check_folder`` allows; returns it with its files."""
+    """Write an analysis to a folder that ``check_target`` allows; returns it with its files."""
     with new_folder(folder, FORM, overwrite) as partial:
         result.tables.write_csv(partial / CSV)
         try:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -67,14 +66,6 @@ class Answers:
     classes: tuple[ClassFigures, ...] = ()
     flips: tuple[Flip, ...] = ()
     flipped: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {
-            "classes": [asdict(one) for one in self.classes],
-            "flips": [asdict(one) for one in self.flips],
-            "flipped": self.flipped,
-        }
 
 
 def answers_of_batch(

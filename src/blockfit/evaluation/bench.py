@@ -36,20 +36,10 @@ def bench(
     blocks: Mapping[str, Blocks] | None = None,
     say: Say | None = None,
 ) -> Bench:
-    """Time the original and compressed models in turn, A B A B, in every setting.
+    """``blockfit.bench`` of modules by name: all of them in turn, A B A B, in every setting.
 
-    The images are noise of the size that the original takes: values do not change the time.
-
-    Args:
-        original: what the models were made from; left as it is.
-        smalls: compressed models by name; left as they are.
-        settings: batch sizes, engines, dtypes, device, threads, rounds.
-        blocks: where the blocks of a compressed model are, by its name; with it a shortfall is
-            explained by the time that the removed blocks took.
-        say: called with one line on what is being done.
-
-    Raises:
-        BlockfitError: where a model does not say what images it takes, or cannot run.
+    The images are noise of the size that the original takes: values do not change the time. Where
+    ``blocks`` are known, a shortfall is explained by the time that the removed blocks took.
     """
     settings = settings or Settings()
     tell = say or (lambda line: None)

@@ -109,7 +109,7 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
-class Flip:
+class Disagreement:
     """One image on which some model does not do as the reference does.
 
     Args:
@@ -146,7 +146,7 @@ class Comparison:
     source: str
     models: dict[str, Compared]
     classes: tuple[ClassRow, ...]
-    flips: tuple[Flip, ...]
+    flips: tuple[Disagreement, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; fractions, but ``drop`` in points."""
@@ -193,19 +193,10 @@ def compare(
     against: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Run all models over the same images and tell them apart, each figure with its interval.
+    """``blockfit.compare`` of models with their images, each figure with its interval.
 
     Shares have Wilson's interval, paired drops Tango's, means a bootstrap's. In a run on several
     processes each takes its own batches.
-
-    Args:
-        entrants: two or more models by name.
-        against: the name of the reference; by default the model with most parameters.
-        progress: called after every batch.
-
-    Raises:
-        BlockfitError: fewer than two models, an unknown reference, no images, models with other
-            images, outputs that are not finite.
     """
     reference = _reference(entrants, against)
     examples = {name: _example(one) for name, one in entrants.items()}
@@ -450,7 +441,7 @@ def _class_row(
 
 def _flips(
     seen: Mapping[str, _Seen], tables: Mapping[str, np.ndarray], reference: str, order: list[int]
-) -> tuple[Flip, ...]:
+) -> tuple[Disagreement, ...]:
     """With labels the images that some model wins or loses; without, those it names otherwise."""
     first = tables[reference]
     labelled = bool((first[:, 0] > 0).any())
@@ -468,7 +459,7 @@ def _flips(
         name, label = seen[reference].rows[place][:2]
         answers = {n: seen[n].answer(int(table[row, 2])) for n, table in tables.items()}
         of_class = seen[reference].answer(label) if label >= 0 else None
-        found.append(Flip(name, of_class, answers, lost, gained))
+        found.append(Disagreement(name, of_class, answers, lost, gained))
     return tuple(sorted(found, key=lambda flip: (-len(flip.lost), len(flip.gained))))
 
 

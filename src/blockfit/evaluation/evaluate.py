@@ -18,6 +18,7 @@ from blockfit.data.images import Images, LabelledBatch
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import summaries
 from blockfit.evaluation.answers import Answer, Answers, answers_of, answers_of_batch
+from blockfit.fields import fields_written
 from blockfit.files import FileForm, new_file
 from blockfit.fit.intervals import CONFIDENCE, Interval, wilson
 from blockfit.models.blocks import Batch, Blocks, block_modules, find_blocks
@@ -137,7 +138,7 @@ class Evaluation:
                 "top1_after": None if self.top1 is None else asdict(self.top1),
                 "confidence": CONFIDENCE,
             },
-            **(self.answers or Answers()).to_json(),
+            **fields_written(self.answers or Answers()),
             "made": None if self.made is None else dict(self.made),
         }
 
@@ -252,24 +253,9 @@ def evaluate(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Evaluation:
-    """Run both models over the images once, and measure what they cost.
+    """``blockfit.evaluate`` of modules and ``Images``: both models over the images once.
 
-    Both get the same inputs, prepared as ``data`` prepares them, each on its own device and in
-    its own dtype. In a run on several processes each takes its own batches, and the first one
-    measures.
-
-    Args:
-        compressed: the small model.
-        data: the images; labels are used where there are any.
-        against: the original, for comparison.
-        blocks: where both models' blocks are; found by looking by default.
-        measure: time the models in turn and measure their memory, on the first batch.
-        progress: called after every batch.
-        checkpoint: where the sums of the batches are saved from time to time, and gone on from.
-
-    Raises:
-        BlockfitError: no image, outputs that are not finite or differ in shape, labels that the
-            head does not have, an original with other blocks than ``blocks``.
+    In a run on several processes each takes its own batches, and the first one measures.
     """
     if against is not None and blocks is not None:
         _check_original(against, blocks)

@@ -12,6 +12,7 @@ import torch
 from blockfit.arguments import check_fields
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.engines import DTYPES, ENGINES
+from blockfit.fields import fields_written
 from blockfit.models.cost import ROUNDS, Timing, paired_ratios
 
 BATCH_SIZES = (1, 32)
@@ -189,10 +190,4 @@ class Bench:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {
-            "machine": self.machine,
-            "rounds": self.rounds,
-            "models": self.models,
-            "rows": [row.to_json() for row in self.rows],
-            "skipped": list(self.skipped),
-        }
+        return fields_written(self)

@@ -108,14 +108,10 @@ class Tables:
         Raises:
             BlockfitError: where matplotlib is not installed.
         """
-        need("matplotlib.figure", "plots", "the picture")
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
         types, metrics = self.token_types, tuple(self.values)
         width, height = 3.4 * len(metrics), 3.0 * len(types) + 0.5
-        figure = Figure(figsize=(width, height))
-        FigureCanvasAgg(figure)
+        make = need("matplotlib.figure", "plots", "the picture").Figure
+        figure = make(figsize=(width, height))
         edges = {
             "left": 0.7 / width,
             "right": 0.98,

@@ -23,7 +23,7 @@ from blockfit.formats.int8 import put_int8
 from blockfit.formats.manifest import FLOATING, Manifest, dumps, read_manifest
 from blockfit.formats.rebuild import DIFFERS, check_outputs, settled
 from blockfit.models.blocks import Blocks
-from blockfit.models.load import attach, read_dtype, skeleton, source_of
+from blockfit.models.load import attach, load_model, read_dtype, skeleton, source_of
 from blockfit.models.source import Source
 from blockfit.models.surgery import apply_plan, removed_plan
 from blockfit.models.tensors import (
@@ -79,6 +79,13 @@ class Saved:
 def is_saved(folder: str | Path) -> bool:
     """Whether ``folder`` is one that ``save`` wrote."""
     return (expanded(folder) / MARK).is_file()
+
+
+def module_of(model: nn.Module | str | Path) -> nn.Module:
+    """A module as it is; of a name, the model that ``save`` wrote there or ``load_model`` finds."""
+    if isinstance(model, nn.Module):
+        return model
+    return load(model) if is_saved(model) else load_model(model)
 
 
 def check_folder(folder: str | Path, overwrite: bool = False) -> None:

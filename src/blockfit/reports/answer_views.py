@@ -16,7 +16,8 @@ MOST = 12
 
 def classes_view(answers: Answers) -> View:
     """All classes as rows, those that lose most first; the worst as bars."""
-    rows = sorted(answers.classes, key=lambda one: (_change(one), one.name))
+    classes = (one for one in answers.classes if one.images > 0)
+    rows = sorted(classes, key=lambda one: (_change(one), one.name))
     losing = [one for one in rows if _change(one) < 0]
     gaining = [one for one in rows if _change(one) > 0]
     words = (
@@ -43,13 +44,12 @@ def classes_view(answers: Answers) -> View:
                 _points(one),
             ]
             for one in rows
-            if one.images
         ],
     }
 
 
 def _change(one: ClassFigures) -> float:
-    return (one.after - one.before) / max(one.images, 1)
+    return (one.after - one.before) / one.images
 
 
 def _points(one: ClassFigures) -> str:

@@ -120,13 +120,9 @@ def draw(result: Bench, path: str | Path) -> None:
     Raises:
         BlockfitError: where matplotlib is not installed.
     """
-    need("matplotlib.figure", "plots", "the picture")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = result.rows
-    figure = Figure(figsize=(9, 1.6 + 0.32 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    make = need("matplotlib.figure", "plots", "the picture").Figure
+    figure = make(figsize=(9, 1.6 + 0.32 * len(rows)), layout="constrained")
     axis = figure.subplots()
     places = range(len(rows))
     measured = [row.measured for row in rows]

@@ -148,12 +148,8 @@ def _write(figure: Any, target: Any, kind: str, signed: bool = True) -> None:
 
 def _figure(palette: Palette, height: float, columns: int = 1) -> tuple[Any, Any]:
     """A figure and its axes, bare but for what helps to read them."""
-    need("matplotlib.figure", "report", "a report")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=palette.paper)
-    FigureCanvasAgg(figure)
+    make = need("matplotlib.figure", "report", "a report").Figure
+    figure = make(figsize=(WIDTH, height), layout="constrained", facecolor=palette.paper)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.set_facecolor("none")

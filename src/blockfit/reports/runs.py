@@ -16,10 +16,10 @@ from typing import Any
 from blockfit.data.decode import Unreadable, decode
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import analysis
-from blockfit.evaluation.answers import Answers, ClassFigures, Flip
+from blockfit.evaluation.answers import Answers
 from blockfit.evaluation.paper import study as reproduce
 from blockfit.evaluation.paper.pages import FRACTIONS, WORDS
-from blockfit.fields import Values, read_values
+from blockfit.fields import Values, read, read_values
 from blockfit.files import expanded
 from blockfit.fit.intervals import Interval
 from blockfit.fit.plan import MAP_KINDS, Plan, Span
@@ -88,9 +88,9 @@ def read_run(path: str | Path) -> Content:
     place = expanded(path)
     if place.is_file():
         return _evaluation(place)
-    for mark, read in READERS.items():
+    for mark, reader in READERS.items():
         if (place / mark).is_file():
-            return read(place)
+            return reader(place)
     what = "holds no run" if place.is_dir() else "does not exist"
     raise BlockfitError(
         f"{path} {what}; give a folder that compress, sweep, analyze or reproduce wrote, or a file "
@@ -370,38 +370,13 @@ def _answers(data: Values) -> Answers | None:
     """Top-1 by class and the flips; ``None`` where an older version wrote the file."""
     if "flipped" not in data:
         return None
-    classes = [
-        ClassFigures(
-            one.text("name") or "",
-            one.whole("images") or 0,
-            one.whole("before") or 0,
-            one.whole("after") or 0,
-        )
-        for one in data.several("classes")
-    ]
-    flips = [
-        Flip(
-            one.text("image") or "",
-            one.text("label"),
-            one.text("before") or "",
-            one.text("after") or "",
-            one.number("cost") or 0.0,
-        )
-        for one in data.several("flips")
-    ]
-    return Answers(tuple(classes), tuple(flips), data.whole("flipped") or 0)
+    return read(Answers, {one.name: data.raw(one.name) for one in fields(Answers)}, data.where)
 
 
 def _measured(data: Values) -> Measured:
     names = {field.name for field in fields(Measured)} - {"latency_ms"}
     latency = data.inner("latency_ms").number("median")
     return Measured(latency_ms=latency, **{name: data.number(name) for name in names})
-
-
-def _plan(data: Values, depth: int) -> Plan:
-    plan = Plan.from_json(data.raw("plan"), f"{data.where}: plan")
-    plan.check(depth)
-    return plan
 
 
 def _fidelity(data: Values) -> dict[str, float | None]:

@@ -78,6 +78,7 @@ def test_every_experiment_writes_its_table_its_numbers_and_its_picture(
     folder, done = whole
     told = done.json
     assert told.pop("output") == str(folder)
+    assert told.pop("seconds") > 0
     test, calibration = told.pop("data")
     assert (test["source"], test["used"]) == ("digits:test", 50)
     assert calibration["labels"]["by"] == "number"

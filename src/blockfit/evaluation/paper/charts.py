@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,11 @@ def draw(name: str, rows: Rows, path: Path, title: str) -> None:
     if name == "similarity":
         _similarity(rows).draw(path, title)
         return
-    need("matplotlib.figure", "plots", "the picture")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     parts = _per_span(rows) if name == "positions" else [rows]
     panels = [(panel, part) for panel in _PANELS[name] for part in parts]
     width = 6.4 if len(panels) < 3 else 4.6
-    figure = Figure(figsize=(width * len(panels), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    make = need("matplotlib.figure", "plots", "the picture").Figure
+    figure = make(figsize=(width * len(panels), 4.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (panel, part) in zip(axes, panels, strict=True):
         panel(axis, part)
@@ -64,10 +60,8 @@ def _similarity(rows: Rows) -> Tables:
 
 def _spans(axis: Any, rows: Rows) -> None:
     _original(axis, rows)
-    for number, removed in enumerate(_values(rows, "removed")):
-        here = [row for row in rows if row["removed"] == removed]
+    for number, (said, here) in enumerate(_by_removed(rows)):
         starts = [int(row["spans"].split(":")[0]) for row in here]
-        said = "1 block" if removed == 1 else f"{removed} blocks"
         _line(axis, starts, [row["top1"] for row in here], number, said)
     _percent(axis)
     axis.set_xlabel("first block of the span")
@@ -77,9 +71,7 @@ def _spans(axis: Any, rows: Rows) -> None:
 
 def _by_distance(axis: Any, rows: Rows) -> None:
     _original(axis, rows)
-    for number, removed in enumerate(_values(rows, "removed")):
-        here = [row for row in rows if row["removed"] == removed]
-        said = "1 block" if removed == 1 else f"{removed} blocks"
+    for number, (said, here) in enumerate(_by_removed(rows)):
         axis.scatter(
             [row["mse"] for row in here], [row["top1"] for row in here], label=said,
             color=COLOURS[number % 7], marker=MARKS[number % 7], s=28,
@@ -89,6 +81,13 @@ def _by_distance(axis: Any, rows: Rows) -> None:
     _percent(axis)
     axis.set_xlabel("MSE between the span's input and output")
     axis.legend(fontsize=8)
+
+
+def _by_removed(rows: Rows) -> Iterator[tuple[str, Rows]]:
+    """Rows by the number of blocks that go, in words."""
+    for removed in _values(rows, "removed"):
+        said = "1 block" if removed == 1 else f"{removed} blocks"
+        yield said, [row for row in rows if row["removed"] == removed]
 
 
 def _several(axis: Any, rows: Rows) -> None:
@@ -112,42 +111,20 @@ def _several(axis: Any, rows: Rows) -> None:
 
 
 def _translators(axis: Any, rows: Rows) -> None:
-    kinds = [kind for kind in _values(rows, "map") if kind != "original"]
-    spans = [span for span in _values(rows, "spans") if span]
-    width = 0.8 / len(kinds)
-    found = {(row["spans"], row["map"]): row for row in rows}
-    for number, kind in enumerate(kinds):
-        here = [found[span, kind] for span in spans]
-        trained = " (trained)" if here[0]["trained"] else ""
-        axis.bar(
-            [i + (number - (len(kinds) - 1) / 2) * width for i in range(len(spans))],
-            [row["top1"] for row in here], width, label=f"{kind}{trained}",
-            color=COLOURS[number % 7], hatch="//" if trained else None,
-            edgecolor="white", linewidth=0.5,
-        )  # fmt: skip
-    _original(axis, rows)
-    _percent(axis)
-    axis.set_ylim(0, 1.02)
-    axis.set_xticks(range(len(spans)), [f"blocks {span}" for span in spans])
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    trained = {row["map"] for row in rows if row["removed"] and row["trained"]}
+    kinds = {k: f"{k} (trained)" if k in trained else k for k in _values(rows, "map")}
+    _bars(axis, rows, "map", kinds, trained)
 
 
 def _samples(axis: Any, rows: Rows) -> None:
     _original(axis, rows)
-    for number, span in enumerate(span for span in _values(rows, "spans") if span):
-        here = [row for row in rows if row["spans"] == span]
-        _line(axis, [r["images"] for r in here], [r["top1"] for r in here], number, f"span {span}")
-    _images_axis(axis, rows)
+    _by_images(axis, rows, "spans", lambda span: f"span {span}")
 
 
 def _positions(axis: Any, rows: Rows) -> None:
     """One span; every panel has its own."""
     _original(axis, rows)
-    for number, way in enumerate(way for way in _values(rows, "per") if way):
-        here = [row for row in rows if row["per"] == way]
-        said = way if way == "all tokens" else f"one per {way}"
-        _line(axis, [r["images"] for r in here], [r["top1"] for r in here], number, said)
-    _images_axis(axis, rows)
+    _by_images(axis, rows, "per", lambda way: way if way == "all tokens" else f"one per {way}")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     span = _values(rows, "spans")[0]
     axis.set_title(f"blocks {span}", fontsize=10)
@@ -162,15 +139,23 @@ def _per_span(rows: Rows) -> list[Rows]:
 
 
 def _transfer(axis: Any, rows: Rows) -> None:
-    sources = [source for source in _values(rows, "source") if source]
-    spans = [span for span in _values(rows, "spans") if span]
-    found = {(row["spans"], row["source"]): row["top1"] for row in rows}
-    width = 0.8 / len(sources)
-    for number, source in enumerate(sources):
-        label = "none (identity)" if source == "none" else f"fitted on {source}"
+    sources = {source: f"fitted on {source}" for source in _values(rows, "source")}
+    if "none" in sources:
+        sources["none"] = "none (identity)"
+    _bars(axis, rows, "source", sources)
+
+
+def _bars(
+    axis: Any, rows: Rows, column: str, labels: dict[str, str], hatched: Collection[str] = ()
+) -> None:
+    """A group of bars per span, one for each value of ``column``, by its label."""
+    spans, width = _values(rows, "spans"), 0.8 / len(labels)
+    found = {(row["spans"], row[column]): row["top1"] for row in rows}
+    for number, (value, label) in enumerate(labels.items()):
         axis.bar(
-            [i + (number - (len(sources) - 1) / 2) * width for i in range(len(spans))],
-            [found[span, source] for span in spans], width, label=label, color=COLOURS[number % 7],
+            [i + (number - (len(labels) - 1) / 2) * width for i in range(len(spans))],
+            [found[span, value] for span in spans], width, label=label, color=COLOURS[number % 7],
+            hatch="//" if value in hatched else None, edgecolor="white", linewidth=0.5,
         )  # fmt: skip
     _original(axis, rows)
     _percent(axis)
@@ -236,7 +221,11 @@ def _percent(axis: Any) -> None:
     axis.set_ylabel("top-1 accuracy")
 
 
-def _images_axis(axis: Any, rows: Rows) -> None:
+def _by_images(axis: Any, rows: Rows, column: str, label: Callable[[str], str]) -> None:
+    """Accuracies by the number of images, a line per value of ``column``."""
+    for number, value in enumerate(_values(rows, column)):
+        here = [row for row in rows if row[column] == value]
+        _line(axis, [r["images"] for r in here], [r["top1"] for r in here], number, label(value))
     numbers = sorted({row["images"] for row in rows if row["removed"]})
     axis.set_xscale("log")
     axis.set_xticks(numbers, [str(number) for number in numbers])
