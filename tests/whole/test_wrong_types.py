@@ -86,7 +86,10 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "models": [None, 3, "x", [3], {"a": 3, "b": 3}], "data": [None, 3, object(), {}],
         "against": [3, "x", [1]], "progress": CODE,
     },
-    "analyze": {"model": NAME, "images": [None, 3, object(), {}], "folder": [3, b"x"]},
+    "analyze": {
+        "model": NAME, "images": [None, 3, object(), {}], "folder": [3, b"x"], "overwrite": FLAG,
+        **{k: COMMON[k] for k in ("blocks", "seed", "say", "progress", "resume", "max_memory")},
+    },
     "bench": {
         "original": NAME, "smalls": [None, 3, "x", [3]], "settings": [3, {}], "blocks": [3, []],
         "say": CODE,

@@ -13,7 +13,7 @@ from torch import nn
 
 from blockfit import drawing
 from blockfit import processes as ranks
-from blockfit.arguments import checked
+from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import Checkpoint, settled
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
@@ -169,6 +169,10 @@ def analyze(
         BlockfitError: no blocks, no images, NaN or infinite hidden states, a folder that is taken.
     """
     assert not isinstance(progress, bool)
+    at_least(0, seed=seed)
+    room = MOST_BYTES
+    if max_memory is not None:
+        room = bytes_of(str(max_memory), "max_memory") // 2
     if folder is not None:
         check_target(folder, FORM, overwrite)
     model = module_of(model)
@@ -181,7 +185,6 @@ def analyze(
     where = find_blocks(model, example, blocks)
     patches = _tokens(model, where, example) - where.prefix_tokens
     taken = min(TOKENS_PER_IMAGE, patches)
-    room = MOST_BYTES if max_memory is None else bytes_of(str(max_memory)) // 2
     groups = _groups(where, room)
     checkpoint = None
     if resume is not None:
