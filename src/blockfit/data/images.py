@@ -25,7 +25,7 @@ from blockfit.data.decode import Unreadable, decode
 from blockfit.data.labels import Matching, match
 from blockfit.data.loaders import Stream, stream_of
 from blockfit.data.paths import from_files, from_path
-from blockfit.data.records import Records, from_arrays, from_digits, from_items, paired
+from blockfit.data.records import Columns, Records, from_arrays, from_digits, from_items, paired
 from blockfit.data.streams import from_stream, from_transformed, is_streamed, is_transformed
 from blockfit.data.tables import from_dataset, one_split
 from blockfit.errors import BlockfitError
@@ -95,6 +95,19 @@ class Images:
 
     def __iter__(self) -> Iterator[Batch]:
         return (batch.inputs for batch in self.batches())
+
+    def first(self, purpose: str) -> Batch:
+        """The inputs of the first batch.
+
+        Raises:
+            BlockfitError: where there is none: "there are no images to" ``purpose``.
+        """
+        found = next(iter(self), None)
+        if found is None:
+            raise BlockfitError(
+                f"there are no images to {purpose}; give a folder or file that holds some"
+            )
+        return found
 
     @property
     def class_names(self) -> list[str] | None:
@@ -405,7 +418,7 @@ def images(
         raise BlockfitError(f'limit must be a number of images or "all", got {limit!r}')
     at_least(1, batch_size=batch_size, limit=count, max_pixels=max_pixels)
     at_least(0, workers=workers, seed=seed)
-    records = _records(source, image_column, label_column, split, count, seed)
+    records = _records(source, Columns(image_column, label_column, split), count, seed)
     if records.size == 0:
         raise BlockfitError(f"{records.source} holds no images; give one that holds some")
     prepare = _prepare(records, model, preprocessing)
@@ -446,19 +459,12 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
-def _records(
-    source: Any,
-    image_column: str | None,
-    label_column: str | None,
-    split: str | None,
-    limit: int | None,
-    seed: int,
-) -> Records | Stream:
+def _records(source: Any, asked: Columns, limit: int | None, seed: int) -> Records | Stream:
     kind = type(source).__name__
     if isinstance(source, str) and source in ("digits", "digits:test"):
         return from_digits(source)
     if isinstance(source, str | Path):
-        return from_path(str(source), image_column, label_column, split)
+        return from_path(str(source), asked)
     if isinstance(source, np.ndarray | Tensor):
         return from_arrays(source)
     if isinstance(source, Image.Image):
@@ -466,17 +472,17 @@ def _records(
     if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "shape"):
         return from_arrays(*source)
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], list):
-        return from_items(paired(*source), kind, image_column, label_column)
+        return from_items(paired(*source), kind, asked)
     if type(source).__module__.partition(".")[0] == "datasets":
-        table, kind = one_split(source, kind, split)
+        table, kind = one_split(source, kind, asked.split)
         if is_streamed(table):
-            return from_stream(table, kind, image_column, label_column, limit, seed)
+            return from_stream(table, kind, asked, limit, seed)
         if is_transformed(table):
-            return from_transformed(table, kind, image_column, label_column)
-        return from_dataset(table, kind, image_column, label_column)
+            return from_transformed(table, kind, asked)
+        return from_dataset(table, kind, asked)
     if isinstance(source, Sequence) and source and isinstance(source[0], str | Path):
-        return from_files(source, image_column, label_column, split)
-    return stream_of(source) or from_items(source, kind, image_column, label_column)
+        return from_files(source, asked)
+    return stream_of(source) or from_items(source, kind, asked)
 
 
 def _prepare(

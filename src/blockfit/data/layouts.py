@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from blockfit.data.records import Records, from_arrays
+from blockfit.data.records import Columns, Records, from_arrays
 from blockfit.errors import BlockfitError, first_line
 
 _FASHION = [
@@ -45,21 +45,18 @@ class _Layout:
     splits: Mapping[str, Sequence[Path]]
 
 
-def from_layout(
-    folder: Path, image_column: str | None, label_column: str | None, split: str | None
-) -> Records | None:
+def from_layout(folder: Path, asked: Columns) -> Records | None:
     """The data set in torchvision's root or in the set's own folder; ``None`` where none is.
 
     Args:
         folder: such as ``ROOT``, ``ROOT/MNIST``, ``ROOT/cifar-10-batches-py``.
-        image_column: must be ``None``, there is only one.
-        label_column: ``fine_label`` (the default) or ``coarse_label`` of CIFAR-100.
-        split: ``train`` or ``test``.
+        asked: no image column, for there is only one; the label ``fine_label`` (the default) or
+            ``coarse_label`` of CIFAR-100; the split ``train`` or ``test``.
 
     Raises:
         BlockfitError: where there are several, or a file is not what torchvision stores.
     """
-    found = _layouts(folder)
+    found, split = _layouts(folder), asked.split
     if not found:
         return None
     if len(found) > 1:
@@ -67,9 +64,9 @@ def from_layout(
         raise BlockfitError(f"{folder} holds several data sets, {places}; give one of them")
     (layout,) = found
     labels = {"label"} if layout.kind != "cifar100" else {"fine_label", "coarse_label"}
-    if image_column is not None or (label_column is not None and label_column not in labels):
+    if asked.image is not None or (asked.label is not None and asked.label not in labels):
         raise BlockfitError(
-            f"{layout.folder} has no column {image_column or label_column!r}; "
+            f"{layout.folder} has no column {asked.image or asked.label!r}; "
             f"its labels are {', '.join(sorted(labels))}"
         )
     if split is None and len(layout.splits) == 1:
@@ -83,7 +80,7 @@ def from_layout(
     source = f"{folder}:{split}"
     if layout.kind == "mnist":
         return _mnist(files[0], files[1], source, layout.folder)
-    return _cifar(files, layout, source, label_column or "fine_label")
+    return _cifar(files, layout, source, asked.label or "fine_label")
 
 
 def _layouts(root: Path) -> list[_Layout]:

@@ -15,10 +15,13 @@ from blockfit.data.decode import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from blockfit.data.records import (
     LABEL_NAMES,
     SPLIT_NAMES,
+    UNNAMED,
+    Columns,
     Picture,
     Records,
     from_arrays,
     from_pictures,
+    used,
 )
 from blockfit.errors import BlockfitError, first_line
 
@@ -63,9 +66,7 @@ def from_list(file: Path) -> Records:
     return from_pictures(paths, str(file), labels)
 
 
-def from_numpy(
-    file: Path, image_column: str | None, label_column: str | None, split: str | None
-) -> Records:
+def from_numpy(file: Path, asked: Columns) -> Records:
     """Pictures of uint8 in a ``.npy`` file, or in a ``.npz`` file with their labels.
 
     A ``.npy`` file is not read into memory as a whole.
@@ -75,8 +76,8 @@ def from_numpy(
     """
     try:
         if zipfile.is_zipfile(file):
-            return _from_npz(file, image_column, label_column, split)
-        if image_column is not None or label_column is not None or split is not None:
+            return _from_npz(file, asked)
+        if asked != UNNAMED:
             raise BlockfitError(
                 f"{file}: one array has neither columns nor splits; leave both away"
             )
@@ -114,18 +115,16 @@ def _number(text: str | None) -> int | str | None:
     return int(text) if text and re.fullmatch(r"-?\d{1,9}", text, re.ASCII) else text
 
 
-def _from_npz(
-    file: Path, image_column: str | None, label_column: str | None, split: str | None
-) -> Records:
+def _from_npz(file: Path, asked: Columns) -> Records:
     with np.load(file, allow_pickle=False) as archive:
         shapes = _shapes(file)
-        for given in (image_column, label_column):
+        for given in asked[:2]:
             if given is not None and given not in shapes:
                 raise BlockfitError(f"has no array {given!r}; it has {', '.join(shapes)}")
         pictures = [
             n for n, (shape, kind) in shapes.items() if len(shape) in (3, 4) and kind == "u1"
         ]
-        image = image_column or _the_one(pictures, split, shapes)
+        image = asked.image or _the_one(pictures, asked.split, shapes)
         count = shapes[image][0][:1]
         whole = [
             name
@@ -135,11 +134,10 @@ def _from_npz(
             and _split_of(name) == _split_of(image)
         ]
         usual = [name for name in whole if name in LABEL_NAMES]
-        label = label_column or next(iter(whole if len(whole) == 1 else usual), None)
+        label = asked.label or next(iter(whole if len(whole) == 1 else usual), None)
         labels = None if label is None else archive[label].reshape(-1).astype(np.int64)
         records = from_arrays(archive[image], labels)
-    columns = {"image": image, **({"label": label} if label else {})}
-    return replace(records, source=str(file), columns=columns)
+    return replace(records, source=str(file), columns=used(image, label))
 
 
 def _shapes(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:

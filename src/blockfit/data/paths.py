@@ -15,7 +15,7 @@ from blockfit.data.decode import is_picture, why_left_out
 from blockfit.data.layouts import from_layout
 from blockfit.data.lists import from_list, from_numpy
 from blockfit.data.ready import READY, from_ready
-from blockfit.data.records import SPLIT_NAMES, Records, from_pictures
+from blockfit.data.records import SPLIT_NAMES, UNNAMED, Columns, Records, from_pictures
 from blockfit.data.tables import from_hub, from_saved, from_tables
 from blockfit.data.tar_shards import from_shards, is_shard
 from blockfit.errors import BlockfitError
@@ -39,27 +39,24 @@ _MOST_FILES = 100_000  # that braces may stand for
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 """What a data set of the Hub may be called."""
 
-Columns = tuple[str | None, str | None, str | None]  # image column, label column, split
 
-
-def from_path(
-    source: str, image_column: str | None, label_column: str | None, split: str | None
-) -> Records:
+def from_path(source: str, asked: Columns = UNNAMED) -> Records:
     """A file, a folder, a pattern, a data set on disk, a ready name or a Hub data set id."""
     path = Path(source).expanduser()
-    if not path.exists() and split is None and re.search(r"[^:/\\]:[\w.-]+$", source):
+    if not path.exists() and asked.split is None and re.search(r"[^:/\\]:[\w.-]+$", source):
         source, _, split = source.rpartition(":")
+        asked = asked._replace(split=split)
         path = Path(source).expanduser()
     if path.is_dir():
-        return _from_folder(path, image_column, label_column, split)
+        return _from_folder(path, asked)
     if path.is_file():
-        return from_files([path], image_column, label_column, split)
+        return from_files([path], asked)
     if any(sign in source for sign in "*?[{"):
-        return from_files(_matching(str(path)), image_column, label_column, split)
+        return from_files(_matching(str(path)), asked)
     if source in READY:
-        return from_ready(source, image_column, label_column, split)
+        return from_ready(source, asked)
     if re.fullmatch(HUB_NAME, source):
-        return from_hub(source, image_column, label_column, split)
+        return from_hub(source, asked)
     raise BlockfitError(f"there is no file or folder {source}; check the path")
 
 
@@ -80,12 +77,7 @@ def check_there(source: str) -> None:
         raise BlockfitError(f"there is no file or folder {source}; check the path")
 
 
-def from_files(
-    paths: Sequence[str | Path],
-    image_column: str | None = None,
-    label_column: str | None = None,
-    split: str | None = None,
-) -> Records:
+def from_files(paths: Sequence[str | Path], asked: Columns = UNNAMED) -> Records:
     """Image files, parquet or arrow files or tar shards in their order, one list or NumPy file."""
     files = [Path(p).expanduser() for p in paths]
     source = str(files[0]) if len(files) == 1 else f"{files[0]} … ({len(files)} files)"
@@ -95,14 +87,14 @@ def from_files(
             if file.exists() and not file.is_file():
                 raise BlockfitError(f"{file} is no regular file; give files that lie on a disk")
     if len(files) == 1 and suffixes <= {".npy", ".npz"}:
-        return from_numpy(files[0], image_column, label_column, split)
-    if split is not None:
-        raise BlockfitError(f"{source}: files have no splits; leave {split!r} away")
+        return from_numpy(files[0], asked)
+    if asked.split is not None:
+        raise BlockfitError(f"{source}: files have no splits; leave {asked.split!r} away")
     if suffixes <= {".parquet", ".arrow"} and len(suffixes) == 1:
-        return from_tables(files, source, image_column, label_column)
+        return from_tables(files, source, asked)
     if all(is_shard(file) for file in files):
-        return from_shards(files, source, image_column, label_column)
-    if image_column is not None or label_column is not None:
+        return from_shards(files, source, asked)
+    if asked.named:
         raise BlockfitError(
             f"{source}: image files have neither columns nor splits; leave both away"
         )
@@ -121,23 +113,21 @@ def _one_kind(files: Sequence[Path], source: str) -> None:
             )
 
 
-def _from_folder(
-    folder: Path, image_column: str | None, label_column: str | None, split: str | None
-) -> Records:
-    columns = (image_column, label_column, split)
+def _from_folder(folder: Path, asked: Columns) -> Records:
+    split = asked.split
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return from_saved(folder, *columns)
-    known = from_layout(folder, *columns)
+        return from_saved(folder, asked)
+    known = from_layout(folder, asked)
     if known is not None:
         return known
     if split is not None and (folder / split).is_dir():
-        return _from_folder(folder / split, image_column, label_column, None)
+        return _from_folder(folder / split, asked._replace(split=None))
     found = _files_in(folder)
     pictures = [path for path in found if is_picture(path)]
     left_out = [(str(path), why) for path in found if (why := why_left_out(path)) is not None]
     if not pictures:
-        return _other_files(folder, found, columns, left_out)
-    if image_column is not None or label_column is not None:
+        return _other_files(folder, found, asked, left_out)
+    if asked.named:
         raise BlockfitError(f"{folder}: a folder of images has no columns; leave them away")
     inside = [path for path in pictures if path.parent != folder]
     classes = sorted({path.relative_to(folder).parts[0] for path in inside})
@@ -150,7 +140,7 @@ def _from_folder(
     if split is not None:
         raise BlockfitError(f"{folder}: a folder of images has no splits; leave {split!r} away")
     if stray == 0 and len(classes) == 1 and _split_word(classes[0]) in _TRAIN_AND_TEST:
-        only = _from_folder(folder / classes[0], *columns)
+        only = _from_folder(folder / classes[0], asked)
         return replace(only, left_out=[*only.left_out, *left_out])
     if len(classes) < 2 or stray > len(inside):
         return replace(from_pictures(pictures, str(folder)), left_out=left_out)
@@ -178,12 +168,12 @@ def _split_word(name: str) -> str | None:
 
 
 def _other_files(
-    folder: Path, found: Sequence[Path], columns: Columns, left_out: Sequence[tuple[str, str]]
+    folder: Path, found: Sequence[Path], asked: Columns, left_out: Sequence[tuple[str, str]]
 ) -> Records:
     """A folder without pictures: of tables, or of shards."""
-    image_column, label_column, split = columns
+    split = asked.split
     if any(path.suffix.lower() in (".parquet", ".arrow") for path in found):
-        return from_hub(str(folder), *columns)
+        return from_hub(str(folder), asked)
     shards = [path for path in found if is_shard(path)]
     if not shards and left_out:
         name, why = left_out[0]
@@ -209,7 +199,7 @@ def _other_files(
             f"{folder} holds no shards of the split {split!r}; choose one of {', '.join(names)}"
         )
     source = str(folder) if split is None else f"{folder}:{split}"
-    return from_shards(chosen, source, image_column, label_column)
+    return from_shards(chosen, source, asked)
 
 
 def _split_in(path: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockfit.data.records import Records
+from blockfit.data.records import Columns, Records
 from blockfit.data.tables import from_dataset, load_dataset, one_split
 from blockfit.errors import BlockfitError, first_line
 
@@ -36,16 +36,14 @@ READY: dict[str, Ready] = {
 }
 
 
-def from_ready(
-    name: str, image_column: str | None, label_column: str | None, split: str | None
-) -> Records:
+def from_ready(name: str, asked: Columns) -> Records:
     """One split of a data set in ``READY``.
 
     Raises:
         BlockfitError: where the split is not said, or the Hub cannot be reached and the cache of
             ``datasets`` does not hold it.
     """
-    ready = READY[name]
+    ready, split = READY[name], asked.split
     if split not in ready.splits:
         said = "say which" if split is None else f"there is no {split!r}"
         raise BlockfitError(
@@ -62,8 +60,8 @@ def from_ready(
         raise
     except Exception as error:  # datasets and the Hub's client share no base class of errors
         raise BlockfitError(_how_to_get(name, ready, split, first_line(error))) from error
-    column = label_column or ready.label_column
-    return from_dataset(*one_split(loaded, name, split), image_column, column)
+    columns = asked._replace(label=asked.label or ready.label_column)
+    return from_dataset(*one_split(loaded, name, split), columns)
 
 
 def _how_to_get(name: str, ready: Ready, split: str, why: str) -> str:

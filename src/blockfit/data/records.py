@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,34 @@ Picture = bytes | str | Path | Image.Image | np.ndarray | Tensor
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 _UNKNOWN = (None, -1, "", "-1", "nan", "NaN")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "cls")
+
+
+class Columns(NamedTuple):
+    """What to read of a table, an archive or shards; what is ``None`` is found.
+
+    Args:
+        image: column, array or ending of the pictures.
+        label: the same of their labels.
+        split: one of several parts.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    split: str | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether a column was named."""
+        return self.image is not None or self.label is not None
+
+
+UNNAMED = Columns()
+"""Everything is found."""
+
+
+def used(image: str, label: str | None) -> dict[str, str]:
+    """The columns that were read, as ``Records`` has them."""
+    return {"image": image, **({"label": label} if label else {})}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +183,10 @@ def from_arrays(images: np.ndarray | Tensor, labels: Any = None) -> Records:
     return Records(kind, len(images), read, prepared=isinstance(images, Tensor), labels=known)
 
 
-def from_items(
-    items: Any, source: str, image_key: str | None = None, label_key: str | None = None
-) -> Records:
+def from_items(items: Any, source: str, asked: Columns = UNNAMED) -> Records:
     """A sequence of pictures, (picture, label) pairs or dictionaries: lists, torchvision's sets."""
     names = class_names_of(items)
-    return Records(source, len(items), _Items(items, image_key, label_key, names), None, names)
+    return Records(source, len(items), _Items(items, asked.image, asked.label, names), None, names)
 
 
 def paired(items: Sequence[Any], labels: Any) -> list[tuple[Any, Any]]:

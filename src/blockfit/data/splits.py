@@ -6,6 +6,7 @@ from pathlib import Path
 
 from blockfit.data.paths import from_path
 from blockfit.data.ready import READY
+from blockfit.data.records import UNNAMED, Columns
 from blockfit.errors import BlockfitError
 
 TEST_NAMES = ("test", "validation", "val", "valid")
@@ -13,16 +14,13 @@ TEST_NAMES = ("test", "validation", "val", "valid")
 Source = str | list[str]
 
 
-def train_and_test(
-    data: str, image_column: str | None = None, label_column: str | None = None
-) -> tuple[Source, Source]:
+def train_and_test(data: str, asked: Columns = UNNAMED) -> tuple[Source, Source]:
     """Where the training and the test images of a data set are, as ``images`` takes them.
 
     Args:
         data: ``digits``, a name of the paper's data sets, a folder with ``train*.parquet`` and
             ``test*.parquet`` (also in ``data/``), or anything that has splits by name.
-        image_column: of a table.
-        label_column: of a table.
+        asked: columns of a table.
 
     Raises:
         BlockfitError: where one of the two is not found.
@@ -42,7 +40,7 @@ def train_and_test(
     for name in TEST_NAMES:
         try:
             for part in (f"{data}:train", f"{data}:{name}"):
-                from_path(part, image_column, label_column, None)
+                from_path(part, asked)
             return f"{data}:train", f"{data}:{name}"
         except BlockfitError as error:
             fault = fault or error

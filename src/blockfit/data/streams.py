@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from blockfit.data.decode import Unreadable
 from blockfit.data.loaders import Stream, stream_of
-from blockfit.data.records import LABEL_NAMES, Picture, Records, numbered, whole_number
+from blockfit.data.records import (
+    LABEL_NAMES,
+    Columns,
+    Picture,
+    Records,
+    numbered,
+    used,
+    whole_number,
+)
 from blockfit.errors import BlockfitError
 
 BUFFER = 1000
@@ -34,9 +42,7 @@ def is_transformed(dataset: Any) -> bool:
     return bool(dataset.format["type"] == "custom")
 
 
-def from_transformed(
-    dataset: Any, source: str, image_column: str | None, label_column: str | None
-) -> Records | Stream:
+def from_transformed(dataset: Any, source: str, asked: Columns) -> Records | Stream:
     """A data set as its transform shows it: prepared tensors, or pictures to be prepared.
 
     Where a row holds several tensors beside the label and the columns of the data set, all of them
@@ -46,7 +52,7 @@ def from_transformed(
         BlockfitError: where a row holds no image.
     """
     row = dataset[0]
-    image, label = _names_in(row, dataset.features, source, image_column, label_column)
+    image, label = _names_in(row, dataset.features, source, asked)
     names = _class_names(dataset.features, label)
     more = [
         k for k, v in row.items() if isinstance(v, Tensor) and v.ndim and k not in (image, label)
@@ -55,20 +61,12 @@ def from_transformed(
         made = stream_of(DataLoader(_Rows(dataset, [image, *more], label)))
         assert made is not None
         return Stream(source, made.size, made.items, True, names)
-    columns = {"image": image, **({"label": label} if label else {})}
     read = _Transformed(dataset, image, label)
     prepared = _is_prepared(row[image])
-    return Records(source, len(dataset), read, None, names, columns, prepared)
+    return Records(source, len(dataset), read, None, names, used(image, label), prepared)
 
 
-def from_stream(
-    dataset: Any,
-    source: str,
-    image_column: str | None,
-    label_column: str | None,
-    limit: int | None,
-    seed: int,
-) -> Records:
+def from_stream(dataset: Any, source: str, asked: Columns, limit: int | None, seed: int) -> Records:
     """A streamed data set, walked once to count it; pictures are read in their order.
 
     With a limit, that many rows are drawn by ``datasets``' own shuffling: shards in random order,
@@ -83,16 +81,15 @@ def from_stream(
     row = next(iter(dataset), None)
     if row is None:
         raise BlockfitError(f"{source} holds no rows; give a data set that has some")
-    image, label = _names_in(row, dataset.features, source, image_column, label_column)
+    image, label = _names_in(row, dataset.features, source, asked)
     prepared = _is_prepared(row[image])
     dataset = _undecoded(dataset.with_format(None), image)
     found = [one[label] if label else None for one in dataset]
     labels, texts = numbered([_label(one) for one in found])
     names = _class_names(dataset.features, label) or texts
-    columns = {"image": image, **({"label": label} if label else {})}
     return Records(
-        source, len(found), _InOrder(dataset, image, labels), None, names, columns, prepared,
-        labels=labels if label else None, own_numbers=texts is None, in_order=True,
+        source, len(found), _InOrder(dataset, image, labels), None, names, used(image, label),
+        prepared, labels=labels if label else None, own_numbers=texts is None, in_order=True,
     )  # fmt: skip
 
 
@@ -162,22 +159,22 @@ class _InOrder:
 
 
 def _names_in(
-    row: Mapping[str, Any], features: Any, source: str, image: str | None, label: str | None
+    row: Mapping[str, Any], features: Any, source: str, asked: Columns
 ) -> tuple[str, str | None]:
     """The keys of a row's image and label."""
-    for given in (image, label):
+    for given in asked[:2]:
         if given is not None and given not in row:
             raise BlockfitError(f"{source} has no column {given!r}; it has {', '.join(row)}")
     pictures = [key for key, value in row.items() if _is_picture(value)]
     usual = [key for key in _IMAGE_NAMES if key in pictures]
-    image = image or next(iter(usual or pictures), None)
+    image = asked.image or next(iter(usual or pictures), None)
     if image is None:
         raise BlockfitError(
             f"{source}: a row holds no image among {', '.join(row)}; name it with image_column="
         )
     named = [key for key in row if _class_names(features, key) is not None]
     usual = [key for key in LABEL_NAMES if key in (named or row)]
-    return image, label or next(iter(named if len(named) == 1 else usual), None)
+    return image, asked.label or next(iter(named if len(named) == 1 else usual), None)
 
 
 def _is_picture(value: Any) -> bool:

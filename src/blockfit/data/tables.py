@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from blockfit.data.decode import Unreadable
-from blockfit.data.records import LABEL_NAMES, Picture, Records, numbered
+from blockfit.data.records import LABEL_NAMES, Columns, Picture, Records, numbered, used
 from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models.hub import silent
 
@@ -28,12 +28,10 @@ class _Table:
         return _cell(row[self.image]), self.labels[position] if self.labels else None
 
 
-def from_dataset(
-    dataset: Any, source: str, image_column: str | None, label_column: str | None
-) -> Records:
+def from_dataset(dataset: Any, source: str, asked: Columns) -> Records:
     """A ``datasets.Dataset``; its image and label columns are found by their types."""
     library = need("datasets", "datasets")
-    image, label = _columns(dataset.features, source, image_column, label_column)
+    image, label = _columns(dataset.features, source, asked)
     dataset = dataset.with_format(None)
     labels, names, own_numbers = None, None, True
     if label:
@@ -41,11 +39,11 @@ def from_dataset(
     dataset = dataset.select_columns([image])
     if isinstance(dataset.features[image], library.Image):
         dataset = dataset.cast_column(image, library.Image(decode=False))
-    columns = {"image": image, **({"label": label} if label else {})}
     read = _Table(dataset, image, labels)
     return Records(
-        source, len(dataset), read, None, names, columns, labels=labels, own_numbers=own_numbers
-    )
+        source, len(dataset), read, None, names, used(image, label),
+        labels=labels, own_numbers=own_numbers,
+    )  # fmt: skip
 
 
 def _labels(
@@ -65,9 +63,7 @@ def _labels(
     return numbers, names, texts is None
 
 
-def from_tables(
-    files: Sequence[Path], source: str, image_column: str | None, label_column: str | None
-) -> Records:
+def from_tables(files: Sequence[Path], source: str, asked: Columns) -> Records:
     """Parquet files, or arrow files, one after the other."""
     library = need("datasets", "datasets")
     try:
@@ -81,15 +77,13 @@ def from_tables(
         raise BlockfitError(
             f"cannot read {source}: {first_line(cause)}; download or write it again"
         ) from error
-    return from_dataset(dataset, source, image_column, label_column)
+    return from_dataset(dataset, source, asked)
 
 
-def from_saved(
-    folder: Path, image_column: str | None, label_column: str | None, split: str | None
-) -> Records:
+def from_saved(folder: Path, asked: Columns) -> Records:
     """What ``save_to_disk`` of ``datasets`` wrote."""
     loaded = need("datasets", "datasets").load_from_disk(str(folder))
-    return from_dataset(*one_split(loaded, str(folder), split), image_column, label_column)
+    return from_dataset(*one_split(loaded, str(folder), asked.split), asked)
 
 
 def load_dataset(name: str, **options: Any) -> Any:
@@ -110,9 +104,7 @@ def load_dataset(name: str, **options: Any) -> Any:
         library.config.HF_HUB_OFFLINE = False
 
 
-def from_hub(
-    name: str, image_column: str | None, label_column: str | None, split: str | None
-) -> Records:
+def from_hub(name: str, asked: Columns) -> Records:
     """A folder that ``load_dataset`` reads, or a Hub id."""
     try:
         loaded = load_dataset(name)
@@ -126,7 +118,7 @@ def from_hub(
             f"({first_line(error)}); where there is no network, download it elsewhere "
             f"(hf download {name} --repo-type dataset --local-dir FOLDER) and give FOLDER"
         ) from error
-    return from_dataset(*one_split(loaded, name, split), image_column, label_column)
+    return from_dataset(*one_split(loaded, name, asked.split), asked)
 
 
 def one_split(loaded: Any, source: str, split: str | None) -> tuple[Any, str]:
@@ -146,17 +138,15 @@ def one_split(loaded: Any, source: str, split: str | None) -> tuple[Any, str]:
     return loaded[split], f"{source}:{split}"
 
 
-def _columns(
-    features: Mapping[str, Any], source: str, image_column: str | None, label_column: str | None
-) -> tuple[str, str | None]:
-    for given in (image_column, label_column):
+def _columns(features: Mapping[str, Any], source: str, asked: Columns) -> tuple[str, str | None]:
+    for given in asked[:2]:
         if given is not None and given not in features:
             raise BlockfitError(f"{source} has no column {given!r}; it has {', '.join(features)}")
     library = need("datasets", "datasets")
     images = [n for n, f in features.items() if isinstance(f, library.Image)] or [
         n for n, f in features.items() if _holds_bytes(f)
     ]
-    image = image_column or _preferred(images, ("image", "img", "jpg", "png"))
+    image = asked.image or _preferred(images, ("image", "img", "jpg", "png"))
     if image is None:
         said = f"several image columns, {', '.join(images)}" if images else "no image column"
         raise BlockfitError(
@@ -166,7 +156,7 @@ def _columns(
     labels = [n for n, f in features.items() if isinstance(f, library.ClassLabel)] or [
         n for n, f in features.items() if n in LABEL_NAMES and "int" in getattr(f, "dtype", "")
     ]
-    return image, label_column or _preferred(labels, LABEL_NAMES)
+    return image, asked.label or _preferred(labels, LABEL_NAMES)
 
 
 def _preferred(found: Sequence[str], names: Sequence[str]) -> str | None:

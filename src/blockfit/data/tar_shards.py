@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from blockfit.data.decode import Unreadable, is_picture, why_left_out
-from blockfit.data.records import LABEL_NAMES, Picture, Records, numbered
+from blockfit.data.records import LABEL_NAMES, UNNAMED, Columns, Picture, Records, numbered
 from blockfit.errors import BlockfitError, first_line
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -49,12 +49,7 @@ def is_shard(path: str | Path) -> bool:
     return str(path).lower().endswith(SHARD_SUFFIXES)
 
 
-def from_shards(
-    paths: Sequence[Path],
-    source: str,
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> Records:
+def from_shards(paths: Sequence[Path], source: str, asked: Columns = UNNAMED) -> Records:
     """Tar shards, one after the other.
 
     The members ``KEY.jpg`` (or another image ending) and ``KEY.cls`` or ``KEY.json`` belong
@@ -64,9 +59,8 @@ def from_shards(
         paths: of the shards; compressed ones are unpacked into a temporary file for the time of
             the run.
         source: where they come from, for people.
-        image_column: the ending of the pictures, such as ``jpg`` or ``left.png``, where a key has
-            several.
-        label_column: the key of the label in ``KEY.json``; one of the usual ones by default.
+        asked: the image is the ending of the pictures, such as ``jpg`` or ``left.png``, where a key
+            has several; the label the key of it in ``KEY.json``, a usual one by default.
 
     Raises:
         BlockfitError: where a shard cannot be read to its end, or a label is none.
@@ -79,18 +73,17 @@ def from_shards(
     for number, path in enumerate(paths):
         file = _plain_tar(path, read)
         read.files.append(str(file))
-        for sample in _samples(file, path, label_column, left_out):
-            for name, offset, size in sample.chosen(image_column):
+        for sample in _samples(file, path, asked.label, left_out):
+            for name, offset, size in sample.chosen(asked.image):
                 where.append((number, offset, size))
                 names.append(f"{path}/{_printable(name)}")
                 labels.append(sample.label)
-    if label_column is not None and not any(label is not None for label in labels):
-        raise BlockfitError(f"{source}: no .json of an image has the key {label_column!r}")
+    if asked.label is not None and not any(label is not None for label in labels):
+        raise BlockfitError(f"{source}: no .json of an image has the key {asked.label!r}")
     numbers, class_names = numbered(labels)
     read.where = np.array(where, dtype=np.int64).reshape(-1, 3)
     read.labels = numbers if any(n is not None for n in numbers) else None
-    columns = {"image": image_column} if image_column else {}
-    columns |= {"label": label_column} if label_column else {}
+    columns = {name: own for name, own in asked._asdict().items() if own and name != "split"}
     return Records(
         source, len(names), read, names, class_names, columns,
         labels=read.labels, own_numbers=class_names is None, left_out=left_out,

@@ -179,9 +179,7 @@ def analyze(
     if not isinstance(images, Images):
         images = open_images(images, model, seed=seed)
     images = images.draw(CALIBRATION_IMAGES, seed)
-    example = next(iter(images), None)
-    if example is None:
-        raise BlockfitError("there are no images to analyse; give a folder or file that holds some")
+    example = images.first("analyse")
     where = find_blocks(model, example, blocks)
     patches = _tokens(model, where, example) - where.prefix_tokens
     taken = min(TOKENS_PER_IMAGE, patches)

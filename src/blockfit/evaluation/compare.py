@@ -199,7 +199,7 @@ def compare(
     processes each takes its own batches.
     """
     reference = _reference(entrants, against)
-    examples = {name: _example(one) for name, one in entrants.items()}
+    examples = {name: one.images.first("compare on") for name, one in entrants.items()}
     walks = _walks(entrants)
     total = sum(len(entrants[names[0]].images) for names in walks)
     seen = {name: _Seen(one, examples[name]) for name, one in entrants.items()}
@@ -238,15 +238,6 @@ def _reference(entrants: Mapping[str, Entrant], against: str | None) -> str:
         if not np.array_equal(images.positions, first.positions):
             raise BlockfitError("the models have different images; give the same to all of them")
     return against or max(entrants, key=lambda name: parameters(entrants[name].model))
-
-
-def _example(one: Entrant) -> Any:
-    first = next(iter(one.images), None)
-    if first is None:
-        raise BlockfitError(
-            "there are no images to compare on; give a folder or file that holds some"
-        )
-    return first
 
 
 def _walks(entrants: Mapping[str, Entrant]) -> list[list[str]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from blockfit import processes as ranks
 from blockfit.data.images import Images
 from blockfit.data.paths import from_path
+from blockfit.data.records import Columns
 from blockfit.errors import BlockfitError
 from blockfit.files import expanded
 from blockfit.models.forward import call, evaluating
@@ -50,7 +51,7 @@ def open_masks(where: str, data: str | None = None, split: str | None = None) ->
     if data is None:
         raise BlockfitError(f"there is no folder {where} with masks; check the path")
     try:
-        records = from_path(data, where, None, split)
+        records = from_path(data, Columns(where, None, split))
     except BlockfitError as error:
         raise BlockfitError(
             f"masks={str(where)!r} is neither a folder nor a column of {data}: {error}"

@@ -259,11 +259,7 @@ def evaluate(
     """
     if against is not None and blocks is not None:
         _check_original(against, blocks)
-    first = next(iter(data), None)
-    if first is None:
-        raise BlockfitError(
-            "there are no images to evaluate on; give a folder or file that holds some"
-        )
+    first = data.first("evaluate on")
     models = {"compressed": compressed} if against is None else {
         "original": against, "compressed": compressed,
     }  # fmt: skip

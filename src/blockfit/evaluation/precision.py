@@ -136,6 +136,7 @@ def check_precision(
     if dtype not in HALVES:
         raise BlockfitError(f"unknown dtype {dtype!r}; choose {' or '.join(HALVES)}")
     check_no_int8(model, "checked in half precision")
+    data.first("check with")
     exact = copy.deepcopy(model).float()
     half = copy.deepcopy(model).to(getattr(torch, dtype))
     states = [_Sums() for _ in range(blocks.depth + 1)]
@@ -153,8 +154,6 @@ def check_precision(
         done += len(wanted)
         if progress is not None:
             progress(done, len(data))
-    if not done:
-        raise BlockfitError("there are no images to check with; give a folder or file with some")
     found = Precision(
         dtype,
         done,

@@ -175,6 +175,7 @@ def side_by_side(
     others: list[_Shown] = []
     seen, differing, has_head = 0, 0, True
     few = images if images.batch_size <= BATCH else replace(images, batch_size=BATCH)
+    few.first("compare on")
     with evaluating(original), evaluating(compressed), torch.no_grad():
         for batch in few.batches():
             shown = _compared(original, compressed, blocks, plan, batch, meter)
@@ -189,10 +190,6 @@ def side_by_side(
             different = sorted(different, key=lambda one: -(one.cost or 0.0))[: SHOWN // 2]
             if progress is not None:
                 progress(seen, len(images))
-    if not seen:
-        raise BlockfitError(
-            "there are no images to compare on; give a folder or file that holds some"
-        )
     kept = different + others[: SHOWN - len(different)]
     names = images.class_names or label_names(original)
     samples, explained = _drawn(kept, names, images.preprocessing)

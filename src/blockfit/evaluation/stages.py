@@ -117,11 +117,7 @@ def stages(
     Raises:
         BlockfitError: where there are no images or outputs differ in shape.
     """
-    first = next(iter(data), None)
-    if first is None:
-        raise BlockfitError(
-            "there are no images to compare on; give a folder or file that holds some"
-        )
+    first = data.first("compare on")
     classes = observe(saved.model, saved.blocks, placed(saved.model, first)).logits is not None
     tallies = {name: _Tally(data) for name in models}
     done = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from blockfit.drawing import LOSSES, METRIC_WORDS
@@ -359,48 +359,23 @@ def _similarity(tables: Tables) -> View:
 
 def missing(content: Content) -> list[Mapping[str, str]]:
     """What the page cannot show, in a word each, and the command that finds it out."""
-    model = content.model or "MODEL"
-    out = []
+    model = shlex.quote(content.model or "MODEL")
+    found: dict[str, str] = {}
     if content.chosen is None and not content.experiments:
-        out.append(_gap("No small model and no sweep is in these runs, only the original."))
+        found["No small model and no sweep is in these runs, only the original."] = ""
     if content.similarity is None:
-        out.append(
-            _gap(
-                "How alike the blocks are; report the analysis beside this run.",
-                ["blockfit", "analyze", model, "--images", "DATA", "-o", "analysis/"],
-            )
-        )
+        what = "How alike the blocks are; report the analysis beside this run."
+        found[what] = f"blockfit analyze {model} --images DATA -o analysis/"
     if content.chosen is not None and content.evaluation is None:
-        out.append(
-            _gap(
-                "Accuracy, speed and memory on test images; report the file beside this run.",
-                [
-                    "blockfit",
-                    "evaluate",
-                    "small/",
-                    "--against",
-                    model,
-                    "--images",
-                    "DATA",
-                    "--json",
-                ],
-                " > evaluation.json",
-            )
-        )
+        what = "Accuracy, speed and memory on test images; report the file beside this run."
+        line = f"blockfit evaluate small/ --against {model} --images DATA --json"
+        found[what] = f"{line} > evaluation.json"
     if content.chosen is not None and content.side is None:
-        out.append(
-            _gap(
-                "What both models say of single images, and what their patches see.",
-                ["blockfit", "report", "RUN", "--against", model, "--images", "DATA"],
-            )
-        )
+        what = "What both models say of single images, and what their patches see."
+        found[what] = f"blockfit report RUN --against {model} --images DATA"
     side = content.side
     if side is not None and not any(s.components for s in side.samples):
-        out.append(_gap("The patches as pictures: the patch tokens have no known grid."))
+        found["The patches as pictures: the patch tokens have no known grid."] = ""
     if not any(fact.name == "licence of the weights" for fact in content.facts):
-        out.append(_gap("The licence of the weights: the checkpoint does not say."))
-    return out
-
-
-def _gap(what: str, words: Sequence[str] = (), after: str = "") -> Mapping[str, str]:
-    return {"what": what, "line": shlex.join(words) + after if words else ""}
+        found["The licence of the weights: the checkpoint does not say."] = ""
+    return [{"what": what, "line": line} for what, line in found.items()]

@@ -200,11 +200,7 @@ class Lab:
 
         They lie on the CPU, and only as many boundaries at a time as ``MOST_BYTES`` has room for.
         """
-        example = next(iter(images), None)
-        if example is None:
-            raise BlockfitError(
-                "there are no calibration images; give a folder or file that holds some"
-            )
+        example = images.first("calibrate on")
         with self._recording() as recorded:
             call(self.model, first_images(example, 1))
             room = MOST_BYTES // max(1, recorded[0].nbytes * len(images))

@@ -11,6 +11,7 @@ from torch import nn
 
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
+from blockfit.data.records import Columns
 from blockfit.data.splits import Source, train_and_test
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.paper.judge import Judge, fitting_judge
@@ -80,7 +81,7 @@ class Sources:
             judged: Source = test
         elif data is not None and train is None and test is None:
             columns = (more["reading"].get(name) for name in ("image_column", "label_column"))
-            learn, judged = train_and_test(data, *columns)
+            learn, judged = train_and_test(data, Columns(*columns))
         else:
             raise BlockfitError(
                 "give labelled images with both parts, or a train and a test part by themselves"
