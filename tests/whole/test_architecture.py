@@ -1,7 +1,7 @@
 """The shape of the house: who may import whom, what no file may do, what an import leaves alone.
 
 The imports are read with ``ast``, those inside functions too. When this test fails, move the code
-to where it belongs; a new module gets its place in ``ROWS``.
+to where it belongs; a new package gets its place in ``FLOORS``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``blockfit compress``: redundant blocks replaced by closed-form maps."""
+"""``blockfit compress``: a model made smaller, and saved."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compress(
     report: opt.ReportFile = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Make a model smaller: redundant blocks become closed-form maps."""
+    """Make a model smaller: narrower blocks, and maps for whole ones."""
     from blockfit.checkpoint import forget
     from blockfit.commands.reporter import Reporter
     from blockfit.formats.folder import check_folder
@@ -62,7 +62,7 @@ def compress(
     if model is None or images is None:
         raise BlockfitError(
             "give a model and --images (or --from a sweep): "
-            "blockfit compress MODEL --images DATA --remove 3 -o OUTPUT"
+            "blockfit compress MODEL --images DATA --params 62% -o OUTPUT"
         )
     _check_what(span, amount, method, judging)
     how: dict[str, Any] = {

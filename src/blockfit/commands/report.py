@@ -78,7 +78,7 @@ def report(
             content = beside(out, content, original, small, blocks, shown)
         elif remove is not None:
             raise BlockfitError("--remove has no use without --against and --images; add them")
-        out.say("drawing")
+        out.say("drawing the report")
         write_report(content, output)
         files = [] if pictures is None else write_pictures(content, pictures)
     told = "" if pictures is None else f"; {len(files)} pictures in {pictures}"
