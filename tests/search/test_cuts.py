@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,22 @@ def test_the_plan_of_another_architecture_is_refused(part: str) -> None:
     assert blockfit.compress(own, pictures, plan=plan).plan == plan
     with pytest.raises(blockfit.BlockfitError, match=f"the plan narrows {part} of .* same arch"):
         blockfit.compress(other, pictures, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("budget", "cuts"), [("flops", "mlp"), ("params", "blocks,mlp"), ("points", "blocks,keys")]
+)
+def test_a_size_that_nothing_has_is_refused_before_effects_are_measured(
+    model: Any, images: Any, budget: str, cuts: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def measured(*args: Any, **how: Any) -> Any:
+        raise AssertionError("effects are measured")
+
+    monkeypatch.setattr("blockfit.search.cuts.curves", measured)
+    how: dict[str, Any] = {budget: [0.0005] if budget == "points" else 0.0005, "cuts": cuts}
+    run = partial(sweep, folder=tmp_path / "s") if budget == "points" else blockfit.compress
+    with pytest.raises(blockfit.BlockfitError, match=r"more than .* remains"):
+        run(model, images, **how)
 
 
 def test_an_impossible_budget_is_refused_with_what_remains(images: Any, model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,17 +33,25 @@ Points = Annotated[
 
 
 def shares(text: str) -> list[float]:
-    """``95,90,62`` as parts.
+    """``95,90,62``, ``95%,62%`` or ``0.95,0.62`` as parts.
 
     Raises:
-        BlockfitError: where something is no percentage.
+        BlockfitError: where something is no part, or may mean two.
     """
-    try:
-        found = [float(part.strip().removesuffix("%")) / 100 for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < share < 1 for share in found):
-        raise BlockfitError(f"cannot read --points {text!r}; write percentages, such as 95,78,62")
+    found = []
+    for part in text.split(","):
+        number, percent = part.strip().removesuffix("%"), "%" in part
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        # 0.62 is what --params reads as 62%; 1.5 may be a slip of either.
+        share = value if 0 < value < 1 and not percent else value / 100
+        if not 0 < share < 1 or (1 <= value < 2 and not percent):
+            raise BlockfitError(
+                f"cannot read --points {text!r}; write percentages, such as 95,78,62"
+            )
+        found.append(share)
     return found
 
 

@@ -198,6 +198,37 @@ class CutSearch:
             return 1 - saved
         return self.sizes.fractions(Plan((), cuts))[share.kind]
 
+    def check_reach(self, share: Share) -> None:
+        """Refuse a size that no plan can have, before effects are measured.
+
+        Raises:
+            BlockfitError: says how small the model can get at most.
+        """
+        if share.kind == "latency" or share.value >= 1:
+            return
+        gone = (self.sizes.fractions(self._most_of(index)) for index in range(self.depth))
+        least = 1 - sum(1 - left[share.kind] for left in gone)
+        if least > share.value:
+            raise BlockfitError(
+                f"{share.kind} {share.value:.1%} cannot be reached: with all gone that may go, "
+                f"more than {least:.1%} remains; ask for more, or allow more kinds of cuts"
+            )
+
+    def _most_of(self, index: int) -> Plan:
+        """All of one block that may go."""
+        if "blocks" in self.recipe.cuts and index not in self.protected:
+            return Plan.of([f"{index}:{index + 1}"], "identity")
+        if index in self.whole:
+            return Plan()
+        parts = {
+            name: part
+            for name, part in self.originals.probe.parts(index).whole.items()
+            if name in self.recipe.cuts
+        }
+        multiples = {"mlp": self._multiple}
+        widths = {name: widths_of(part, multiples.get(name)) for name, part in parts.items()}
+        return Plan((), tuple(replace(parts[n], kept=widths[n][-1]) for n in parts))
+
     def plan(self, share: Share, prices: Prices | None = None) -> Plan:
         """The plan of least added effect that meets a budget of size.
 

@@ -382,7 +382,9 @@ class Session:
         cuts = self.cuts
         if budget.kind in ("params", "flops"):
             self._check_flops(budget)
-            return cuts.best_point(Share(budget.kind, budget.value))
+            share = Share(budget.kind, budget.value)
+            cuts.check_reach(share)
+            return cuts.best_point(share)
         if budget.kind == "latency":
 
             def ratio(solution: Solution) -> float:

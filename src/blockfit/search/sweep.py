@@ -500,6 +500,7 @@ def _go_through_shares(frontier: Frontier, session: Session, looks: _Looks) -> N
     cuts, run = session.cuts, frontier.content.run
     _know_top1(frontier, session)
     cuts.restore(frontier.content.search)
+    cuts.check_reach(Share("params", max(run.shares or (1.0,))))
     smallest = cuts.smallest(Share("params", 1.0))
     shares = [share for share in run.shares or () if share > smallest]
     if not shares:
