@@ -97,11 +97,11 @@ def named_blocks(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
     Raises:
         BlockfitError: where the model does not hold ``blocks.depth`` blocks at ``blocks.path``.
     """
-    runs = lists_in(container_at(model, blocks.path))
-    for run in runs:
+    found = 0
+    for run in lists_in(container_at(model, blocks.path)):
         if len(run) == blocks.depth:
             return run
-    found = max(map(len, runs), default=0)
+        found = max(found, len(run))
     raise BlockfitError(
         f"expected {blocks.depth} blocks at {place(blocks.path)} and found {found}; "
         "the model has changed since its blocks were looked up, so find them again"

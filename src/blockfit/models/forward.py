@@ -253,15 +253,13 @@ def _touched(module: nn.Module) -> bool:
     return any(block_class(part) is not type(part) for part in module.modules())
 
 
-def lists_in(container: nn.Module) -> list[dict[str, nn.Module]]:
+def lists_in(container: nn.Module) -> Iterator[dict[str, nn.Module]]:
     """``runs_in``, and after each the blocks that its modules hold in their turn."""
-    found = []
     for run in runs_in(container):
         inner: dict[str, nn.Module] | None = run
         while inner is not None:
-            found.append(inner)
+            yield inner
             inner = held_by(inner)
-    return found
 
 
 def place(path: str) -> str:
@@ -275,9 +273,10 @@ def container_at(model: nn.Module, path: str) -> nn.Module:
     Raises:
         BlockfitError: where there is none; the message names paths that look alike.
     """
-    known = dict(model.named_modules(remove_duplicate=False))
-    if path in known:
-        return known[path]
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        known = dict(model.named_modules(remove_duplicate=False))
     lists = [name for name, module in known.items() if name and runs_in(module)]
     near = difflib.get_close_matches(path, lists, 3, 0.3) or sorted(lists, key=len)[:3]
     there = (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Narrowing, Rows
 from blockfit.models.narrowed import narrowed_block
-from blockfit.models.residual import RunBlock, Writer, inputs_of, owns
+from blockfit.models.residual import RunBlock, Writer, input_of, owns
 from blockfit.models.surgery import swapped
 
 TOLERANCE = 1e-4
@@ -127,9 +127,7 @@ class _Probe:
 
     def read(self, name: str) -> Tensor:
         """What a layer is given, shape (batch, tokens, inputs)."""
-        with inputs_of(self.block, name) as seen:
-            self.run(self.hidden)
-        return seen[0]
+        return input_of(self.block, name, self.run, self.hidden)
 
     def changed(self, reader: str, layer: str, row: int, before: Tensor) -> Tensor:
         """Which inputs of ``reader`` change with one output row of ``layer``, at every other token.

@@ -248,8 +248,8 @@ def _check_map(entry: Replacement, blocks: Blocks, map_module: nn.Module) -> Non
 @contextmanager
 def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Let the named parameters of ``model`` hold other values until the ``with`` ends."""
-    known = dict(model.named_parameters(remove_duplicate=False))
-    before = {name: known[name].data for name in weights}
+    known = {name: model.get_parameter(name) for name in weights}
+    before = {name: parameter.data for name, parameter in known.items()}
     try:
         for name, value in weights.items():
             known[name].data = value.to(known[name])

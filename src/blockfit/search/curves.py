@@ -280,7 +280,8 @@ def curves(
         held_out: the judge of effects.
         parts: kinds of parts that may be narrowed.
         whole_blocks: blocks that stay whole.
-        batches: of the held-out images, on which effects are measured; all by default.
+        batches: of the held-out images, on which effects are measured; by default all for MLPs and
+            the first half for values and keys.
         multiple: chosen widths of MLPs are multiples of it.
         progress: called with blocks done and blocks in all.
         failed: plans that the model cannot be run with, and why, are written into it.
@@ -329,7 +330,7 @@ def _block_curves(
             )
             for width in trials
         ]
-        scores = held_out.trials(solutions, failed, batches)
+        scores = held_out.trials(solutions, failed, _judging(name, held_out, batches))
         pairs = zip(trials, scores, strict=True)
         measured = {width: effect_of(score) for width, score in pairs if score is not None}
         if not measured:
@@ -338,6 +339,13 @@ def _block_curves(
         unit = unit_cost(sums.block, part, originals.probe.state.shape[1])
         out.append(Curve(part, widths, effects, *unit))
     return out
+
+
+def _judging(part: str, held_out: HeldOut, batches: Sequence[int] | None) -> Sequence[int] | None:
+    """The held-out batches for the trials of a part: of heads the first half, which do less."""
+    if batches is not None or part == "mlp":
+        return batches
+    return range((len(held_out.sizes) + 1) // 2)
 
 
 def _trial_widths(part: Narrowing, widths: Sequence[int]) -> list[int]:

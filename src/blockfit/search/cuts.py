@@ -335,10 +335,11 @@ class CutSearch:
             plan: the cuts; a map that is worse than identity is replaced by it.
             solution: of the plan on all images, where it is known.
         """
-        self._say("solving the plan on the fit images, judging it on the held-out ones")
+        self._say("solving the plan, judging it on the held-out images, solving it on all images")
+        if solution is None:
+            return self._judge.point_on_all(plan)
         judged = self._judge.point(plan)
-        if solution is None or judged.solution.plan != plan:
-            self._say("solving the plan on all images")
+        if judged.solution.plan != plan:
             solution = self.solve(judged.solution.plan)
         return replace(judged, solution=solution)
 

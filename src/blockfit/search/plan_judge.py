@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -10,7 +12,7 @@ from blockfit.fit.plan import Plan, Replacement
 from blockfit.progress import Progress
 from blockfit.search.fidelity import Fidelity
 from blockfit.search.held_out import HeldOut, MapError
-from blockfit.search.solve import Options, Solution, solve
+from blockfit.search.solve import Choices, Options, Solution, solve
 from blockfit.search.states import TracedImages
 
 
@@ -58,32 +60,52 @@ class PlanJudge:
         self.originals, self.held_out, self.options = originals, held_out, options
         self._progress, self._precision = progress, precision
 
-    def solve(self, plan: Plan) -> Solution:
-        """The plan solved on the fit images."""
-        return self._solved(self.originals, plan)
+    @cached_property
+    def _all(self) -> TracedImages:
+        """The fit images and the held-out ones."""
+        return self.originals.with_more(self.held_out.images)
 
-    def solve_on_all(self, plan: Plan) -> Solution:
+    def solve(self, plan: Plan, choices: Choices | None = None) -> Solution:
+        """The plan solved on the fit images; ``choices`` as in ``solve.solve``."""
+        return self._solved(self.originals, plan, choices)
+
+    def solve_on_all(self, plan: Plan, choices: Choices | None = None) -> Solution:
         """The plan solved on the fit images and the held-out ones."""
-        return self._solved(self.originals.with_more(self.held_out.images), plan)
+        return self._solved(self._all, plan, choices)
 
-    def _solved(self, images: TracedImages, plan: Plan) -> Solution:
-        return self.rounded(solve(images, plan, self.options, self._progress))
+    def _solved(self, images: TracedImages, plan: Plan, choices: Choices | None) -> Solution:
+        how: dict[str, Any] = {
+            "options": self.options,
+            "progress": self._progress,
+            "choices": choices,
+        }
+        return self.rounded(solve(images, plan, **how))
 
     def rounded(self, solution: Solution) -> Solution:
         """The solution in the precision of the model."""
         return solution if self._precision is None else solution.rounded(self._precision)
 
     def point(self, plan: Plan) -> Point:
-        """Solve a plan and judge it; maps worse than identity are replaced by it.
+        """Solve a plan on the fit images and judge it; maps worse than identity are replaced by it.
 
         What comes after a replaced map is solved and judged again.
         """
+        return self._judged(plan)[0]
+
+    def point_on_all(self, plan: Plan) -> Point:
+        """``point``, with the solution on all images; the figures stay those of the fit images."""
+        point, choices = self._judged(plan)
+        solution = self.solve_on_all(point.solution.plan, choices)
+        return replace(point, solution=solution)
+
+    def _judged(self, plan: Plan) -> tuple[Point, Choices]:
         while True:
-            solution = self.solve(plan)
+            choices = Choices()
+            solution = self.solve(plan, choices)
             fidelity, errors, top1 = self.held_out.judge(solution)
             worse = {e.span for e in errors if e.error > e.identity_error}
             if not worse:
-                return Point(solution, fidelity, tuple(errors), top1)
+                return Point(solution, fidelity, tuple(errors), top1), choices
             changed = [
                 Replacement(entry.span, "identity") if str(entry.span) in worse else entry
                 for entry in plan

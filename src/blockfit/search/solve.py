@@ -19,6 +19,7 @@ from blockfit.errors import BlockfitError
 from blockfit.fit.closed_form import RIDGE, choose_ridge, fit_affine, fit_map
 from blockfit.fit.maps import empty_map
 from blockfit.fit.moments import Moments, Regression, Spread
+from blockfit.fit.narrow import Basis, Kept
 from blockfit.fit.plan import Narrowing, Plan, Replacement
 from blockfit.models.blocks import Blocks, named_blocks
 from blockfit.models.forward import evaluating
@@ -35,6 +36,7 @@ from blockfit.models.residual import (
 from blockfit.models.surgery import apply_plan, swapped
 from blockfit.progress import Progress
 from blockfit.search.narrowing import (
+    Layers,
     Rewritten,
     centred,
     key_bases,
@@ -157,6 +159,7 @@ def solve(
     options: Options | None = None,
     progress: Progress | None = None,
     beginnings: Beginnings | None = None,
+    choices: Choices | None = None,
 ) -> Solution:
     """Fit a plan's maps one after the other and repair the kept blocks after the first span.
 
@@ -171,14 +174,34 @@ def solve(
         options: how to solve; defaults to ``Options()``.
         progress: called with (blocks done, blocks in all).
         beginnings: of plans refitted with the same originals and options; unused in repairs.
+        choices: of narrowed parts: taken from here where they are known, and put here where not.
     """
     plan.check(originals.blocks.depth)
     with evaluating(originals.model), torch.no_grad():
-        solution = _Walk(originals, plan, options or Options(), beginnings).solution(progress)
+        walk = _Walk(originals, plan, options or Options(), beginnings, choices)
+        solution = walk.solution(progress)
         # Equal sums give equal solutions, but machines of a run may round differently.
         ranks.share(p for module in solution.maps for p in module.parameters())
         ranks.share(solution.weights.values())
         return solution
+
+
+@dataclass
+class Choices:
+    """What stays of the narrowed parts of a plan, by block: the data's own choice.
+
+    It hardly depends on which images are drawn, so that a second solution of the same plan on more
+    images takes it over from the first, and solves only what stays: half the work.
+
+    Args:
+        neurons: of MLPs, with the rows by which they make up for the others.
+        values: bases of every head.
+        keys: bases of every head.
+    """
+
+    neurons: dict[int, Kept] = field(default_factory=dict)
+    values: dict[int, list[Basis]] = field(default_factory=dict)
+    keys: dict[int, list[Basis]] = field(default_factory=dict)
 
 
 class _Walk:
@@ -190,8 +213,10 @@ class _Walk:
         plan: Plan,
         options: Options,
         beginnings: Beginnings | None = None,
+        choices: Choices | None = None,
     ) -> None:
         self.originals, self.plan, self.options = originals, plan, options
+        self.choices = Choices() if choices is None else choices
         self.beginnings = beginnings if options.repair == "none" else None
         self.blocks, self.hold = originals.blocks, originals.hold
         self.by_start = {entry.span.start: entry for entry in plan}
@@ -290,7 +315,14 @@ class _Walk:
             # Before the weights are swapped: the targets may have to be computed again.
             boundary = folded.span.stop if folded else index + 1
             targets = self._targets(boundary)
-        with self._changed(index, [c for c in cuts.values() if c.part != "mlp"], solved):
+        narrower = dict(cuts)
+        if (cut := cuts.get("mlp")) is not None:
+            known = None if folded else self.choices.neurons.get(index)
+            if known is None or cut.kept == cut.size:
+                del narrower["mlp"]  # narrowed when the neurons are found
+            else:
+                solved |= _with_neurons(block, cut, known, writers[-1])
+        with self._changed(index, [*narrower.values()], solved):
             if solve_mlp:
                 solved |= self._solve_mlp(
                     index, writers[-1], targets, folded, what != "none", middles
@@ -316,6 +348,9 @@ class _Walk:
         """Queries and keys of the best low rank on what the compressed part before produces."""
         assert self.hidden is not None
         block, width = self.originals.modules[index], cut.heads * cut.size
+        if (known := self.choices.keys.get(index)) is not None:
+            put_keys(rewritten, block, cut, known)
+            return
         layers = {rows.layer for rows in cut.rows}
         sums = [Spread.zeros(cut.heads, cut.size) for _ in cut.rows]
         for seen, hidden in zip(self.originals.traces, self.hidden, strict=True):
@@ -324,7 +359,8 @@ class _Walk:
             more = (Spread.of(pair[0], cut.heads), Spread.of(centred(pair[1]), cut.heads))
             sums = [one + other for one, other in zip(sums, more, strict=True)]
         queries, keys = (one.over_ranks() for one in sums)
-        put_keys(rewritten, block, cut, key_bases(queries, keys))
+        bases = self.choices.keys[index] = key_bases(queries, keys)
+        put_keys(rewritten, block, cut, bases)
 
     def _repair_attention(
         self,
@@ -362,7 +398,7 @@ class _Walk:
         solved: dict[str, Tensor] = {}
         prior, ridge = attention.effective(block), self.options.repair_ridge
         if (cut := cuts.get("values")) is not None:
-            read, prior = self._narrow_values(block, attention, cut, read, rewritten)
+            read, prior = self._narrow_values(attention, cut, read, rewritten)
             solved = rewritten.layers()
             ridge = self.options.narrow_ridge
         draw = self._draw(prior[0].shape[1], bool(cuts))
@@ -382,20 +418,17 @@ class _Walk:
             ]
 
     def _narrow_values(
-        self,
-        block: nn.Module,
-        attention: Writer,
-        cut: Narrowing,
-        read: list[Tensor],
-        rewritten: Rewritten,
+        self, attention: Writer, cut: Narrowing, read: list[Tensor], rewritten: Rewritten
     ) -> tuple[list[Tensor], tuple[Tensor, Tensor | None]]:
         """What the narrower projection reads, and its weights to start from."""
+        block = self.originals.modules[cut.block]
         weight, bias = attention.effective(block)
-        mixed = Spread.zeros(cut.heads, cut.size)
-        for x in read:
-            mixed = mixed + Spread.of(x, cut.heads)
-        mixed = mixed.over_ranks()
-        bases = value_bases(mixed, weight)
+        bases = self.choices.values.get(cut.block)
+        if bases is None:
+            mixed = Spread.zeros(cut.heads, cut.size)
+            for x in read:
+                mixed = mixed + Spread.of(x, cut.heads)
+            bases = self.choices.values[cut.block] = value_bases(mixed.over_ranks(), weight)
         put_values(rewritten, block, cut, bases)
         prior = values_prior(cut, bases), bias
         return [self.hold(narrowed_values(cut, bases, x)) for x in read], prior
@@ -416,6 +449,44 @@ class _Walk:
         assert self.hidden is not None
         block, cut = self.originals.modules[index], self.plan.at(index).get("mlp")
         weight, bias = mlp.effective(block)
+        bases, regressors = self._mlp_inputs(index, mlp, middles)
+        prior = (weight, bias)
+        if folded:
+            prior = self._fold(targets, weight, bias, bases, regressors)
+        solved: dict[str, Tensor] = {}
+        if repair:
+            draw = self._draw(weight.shape[1] if cut is None else cut.size, cut is not None)
+            sums = self._repair_sums(weight)
+            for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
+                places = self.originals.places(b)
+                gap = draw.take(targets[b], places) - draw.take(base, places)
+                sums.add(draw.take(x, places), gap, self._weights(draw, base))
+            problem, ridge = sums.total(), self.options.repair_ridge
+            if cut is not None:
+                ridge = self.options.narrow_ridge
+                kept = self._neurons(index, cut, problem, prior[0])
+                prior = (kept.weight.double().T, prior[1])
+                if weight.shape[1] == cut.size:
+                    problem = of_some(problem, kept.neurons)
+                    regressors = [self.hold(x[..., kept.neurons.to(x.device)]) for x in regressors]
+                    solved = _with_neurons(block, cut, kept, mlp)
+            solved |= self._solved(block, mlp, problem, prior, ridge)
+        else:
+            solved = mlp.stored(block, *prior)
+        writes = {n: v for n, v in solved.items() if n.startswith(mlp.name + ".")}
+        with swapped(block, writes):
+            self.hidden = [
+                self.hold(base + mlp.contribution(block, x))
+                for base, x in zip(bases, regressors, strict=True)
+            ]
+        return solved
+
+    def _mlp_inputs(
+        self, index: int, mlp: Writer, middles: list[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Batch by batch, the states before the MLP's contribution, and what its writer reads."""
+        assert self.hidden is not None
+        block = self.originals.modules[index]
         bases, regressors = [], []
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
             if middles is None:
@@ -428,36 +499,15 @@ class _Walk:
                 given = hidden if skip is None else middles[b]
                 with left_out(block, skip):
                     regressors.append(self.hold(input_of(block, mlp.name, run, given)))
-        prior = (weight, bias)
-        if folded:
-            prior = self._fold(targets, weight, bias, bases, regressors)
-        solved: dict[str, Tensor] = {}
-        if repair:
-            draw = self._draw(weight.shape[1], cut is not None)
-            sums = self._repair_sums(weight)
-            for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
-                places = self.originals.places(b)
-                gap = draw.take(targets[b], places) - draw.take(base, places)
-                sums.add(draw.take(x, places), gap, self._weights(draw, base))
-            problem, ridge = sums.total(), self.options.repair_ridge
-            if cut is not None:
-                kept = neurons_removed(problem, prior[0], [cut.kept]).kept[cut.kept]
-                problem, ridge = of_some(problem, kept.neurons), self.options.narrow_ridge
-                prior = (kept.weight.T, prior[1])
-                rewritten = Rewritten(block)
-                put_neurons(rewritten, block, cut, kept)
-                solved = rewritten.layers()
-                regressors = [self.hold(x[..., kept.neurons.to(x.device)]) for x in regressors]
-            solved |= self._solved(block, mlp, problem, prior, ridge)
-        else:
-            solved = mlp.stored(block, *prior)
-        writes = {n: v for n, v in solved.items() if n.startswith(mlp.name + ".")}
-        with swapped(block, writes):
-            self.hidden = [
-                self.hold(base + mlp.contribution(block, x))
-                for base, x in zip(bases, regressors, strict=True)
-            ]
-        return solved
+        return bases, regressors
+
+    def _neurons(self, index: int, cut: Narrowing, problem: Regression, weight: Tensor) -> Kept:
+        """Those of an MLP that stay, from its sums where they are not known."""
+        if problem.xx.shape[0] == cut.kept < cut.size:
+            return self.choices.neurons[index]
+        kept = neurons_removed(problem, weight, [cut.kept]).kept[cut.kept]
+        self.choices.neurons[index] = Kept(kept.neurons, self.hold(kept.weight.float()))
+        return kept
 
     def _fold(
         self,
@@ -509,3 +559,11 @@ class _Walk:
         weight, bias = prior
         fitted = fit_affine(problem, ridge, prior=weight, bias=bias is not None)
         return writer.stored(block, fitted.weight, fitted.bias)
+
+
+def _with_neurons(block: nn.Module, cut: Narrowing, kept: Kept, mlp: Writer) -> Layers:
+    """An MLP's layers with some of its neurons: those that make them, and its output weights."""
+    rewritten = Rewritten(block)
+    put_neurons(rewritten, block, cut, kept)
+    _, bias = mlp.effective(block)
+    return rewritten.layers() | mlp.stored(block, kept.weight.T, bias)

@@ -66,7 +66,8 @@ class TracedImages:
         self.owners: dict[int, int] | None = None
         self._tokens: dict[int, int] = {}
         self._whole: set[int] = set()
-        self._middles: dict[tuple[int, Draw], list[Tensor]] = {}
+        self._middles: dict[tuple[int, int, Draw], Tensor] = {}
+        self._spent = 0
         self._held, self._limit, self._shelf = 0, limit_bytes, shelf
 
     @classmethod
@@ -215,7 +216,7 @@ class TracedImages:
     def _only(self, renumbered: dict[int, int]) -> TracedImages:
         """Some of the batches, under other numbers."""
         few = copy.copy(self)
-        few._middles = {}
+        few._middles, few._spent = {}, 0
         few.sizes = {new: self.sizes[n] for n, new in renumbered.items()}
         few._tokens = {new: self._tokens[n] for n, new in renumbered.items()}
         few._whole = {new for n, new in renumbered.items() if n in self._whole}
@@ -233,7 +234,7 @@ class TracedImages:
         assert self.owners is not None
         assert others.owners is None
         more = copy.copy(self)
-        more._middles = {}
+        more._middles, more._spent = {}, 0
         first = max(self.sizes) + 1
         more.sizes = self.sizes | {first + n: size for n, size in others.sizes.items()}
         more._tokens = self._tokens | {first + n: size for n, size in others._tokens.items()}
@@ -269,17 +270,14 @@ class TracedImages:
 
         On the original's input; shape (images, drawn tokens, width).
         """
-        key = (index, draw)
-        if key not in self._middles:
-            out = [
-                self.hold(draw.take(self._middle(number, index), self.places(number)))
-                for number in range(len(self.traces))
-            ]
-            known = sum(s.nbytes for rows in self._middles.values() for s in rows)
-            if known + sum(s.nbytes for s in out) > self._limit // MIDDLES_SHARE:
-                self._middles.clear()
-            self._middles[key] = out
-        return self._middles[key][batch]
+        key = (batch, index, draw)
+        if (known := self._middles.get(key)) is not None:
+            return known
+        middle = self.hold(draw.take(self._middle(batch, index), self.places(batch)))
+        if self._spent + middle.nbytes <= self._limit // MIDDLES_SHARE:
+            self._middles[key] = middle
+            self._spent += middle.nbytes
+        return middle
 
     def _middle(self, batch: int, index: int) -> Tensor:
         seen, block = self.traces[batch], self.modules[index]
