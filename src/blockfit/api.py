@@ -250,16 +250,23 @@ def calibrate(
     ``calibration.compress(params="62%")`` gives what ``compress`` gives from the same images; the
     next budget takes only its search and its solution.
 
-    All parameters but ``judge`` are those of ``compress``.
-
     Args:
-        model: it is left as it is.
-        images: of which the calibration draws.
-        recipe: what ``calibration.compress`` does that names no other.
-        cuts: likewise.
+        model: as in ``compress``; it is left as it is.
+        images: as in ``compress``.
+        recipe: as in ``compress``; what ``calibration.compress`` does that names no other.
+        cuts: as in ``compress``; likewise.
+        multiple_of: as in ``compress``.
+        protect: as in ``compress``.
+        whole: as in ``compress``.
+        blocks: as in ``compress``.
+        hold_out: as in ``compress``.
+        final: as in ``compress``.
         judge: set images apart that budgets of loss (``max_kl``, ``max_drop``) are judged by.
-        say: for all calls of the calibration.
-        progress: likewise.
+        seed: as in ``compress``.
+        preprocessing: as in ``compress``.
+        say: as in ``compress``; for all calls of the calibration.
+        progress: as in ``compress``; likewise.
+        max_memory: as in ``compress``.
 
     Raises:
         BlockfitError: no blocks, too few images, a model that is compressed already.
@@ -336,7 +343,13 @@ def from_sweep(
         folder: that ``sweep`` wrote.
         budget: what has to be reached; or by its name one of the budgets of ``compress``.
         model: the original; loaded by the name that the sweep wrote down where ``None``.
-        latency: of plans that the sweep has timed.
+        remove: as in ``compress``.
+        params: as in ``compress``.
+        flops: as in ``compress``.
+        latency: as in ``compress``; of plans that the sweep has timed.
+        max_kl: as in ``compress``.
+        max_drop: as in ``compress``.
+        force_budget: as in ``compress``.
 
     Raises:
         BlockfitError: no budget or two, no plan that meets it, another model than the sweep's.

@@ -32,25 +32,19 @@ Train = Annotated[
     str | None, opt.option("--train", "Labelled, for --protocol to learn from.", opt.DATA, "DATA")
 ]
 TrainLimit = Annotated[
-    int | None, opt.option("--train-limit", "Draw so many of --train.", opt.DATA, "N", rare=True)
+    int | None, opt.rare("--train-limit", "Draw so many of --train.", opt.DATA, "N")
 ]
 Classes = Annotated[
     Path | None,
-    opt.option(
-        "--classes", "Class names for zero-shot, one per line.", opt.DATA, "FILE", rare=True
-    ),
+    opt.rare("--classes", "Class names for zero-shot, one per line.", opt.DATA, "FILE"),
 ]
 Prompts = Annotated[
     list[str] | None,
-    opt.option(
-        "--prompt", "For zero-shot, {} is the class name. Repeatable.", opt.HOW, "TEXT", rare=True
-    ),
+    opt.rare("--prompt", "For zero-shot, {} is the class name. Repeatable.", opt.HOW, "TEXT"),
 ]
 Masks = Annotated[
     str | None,
-    opt.option(
-        "--masks", "For dense: a folder, or a column of --images.", opt.DATA, "NAME", rare=True
-    ),
+    opt.rare("--masks", "For dense: a folder, or a column of --images.", opt.DATA, "NAME"),
 ]
 
 

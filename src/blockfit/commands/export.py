@@ -26,9 +26,7 @@ PlainCheckpoint = Annotated[
 Onnx = Annotated[bool, opt.option("--onnx", "An ONNX file.", opt.FORM)]
 Pt2 = Annotated[bool, opt.option("--pt2", "A torch.export program (.pt2).", opt.FORM)]
 Hub = Annotated[bool, opt.option("--hub", "A transformers folder with its own code.", opt.FORM)]
-Target = Annotated[
-    Path, opt.option("--output", "Folder or file to write.", opt.OUT, "PATH", short="-o")
-]
+Target = Annotated[Path, opt.option("--output", "Folder or file to write.", opt.OUT, "PATH", "-o")]
 ResolutionText = Annotated[
     str | None,
     opt.option(

@@ -41,19 +41,17 @@ class Rare(str):
 
 
 def option(
-    name: str,
-    help: str,
-    panel: str = OUT,
-    metavar: str | None = None,
-    *,
-    short: str | None = None,
-    rare: bool = False,
-    **more: Any,
+    name: str, help: str, panel: str = OUT, metavar: str | None = None, *short: str, **more: Any
 ) -> Any:
-    """An option in one of the panels of ``--help``; a rare one shows with ``--help-all`` only."""
-    names = [name] if short is None else [name, short]
-    shown = Rare(panel) if rare else panel
-    return typer.Option(*names, help=help, rich_help_panel=shown, metavar=metavar, **more)
+    """An option, with its short name if it has one, in one of the panels of ``--help``."""
+    return typer.Option(name, *short, help=help, rich_help_panel=panel, metavar=metavar, **more)
+
+
+def rare(
+    name: str, help: str, panel: str = OUT, metavar: str | None = None, *short: str, **more: Any
+) -> Any:
+    """An option that ``--help-all`` alone shows."""
+    return option(name, help, Rare(panel), metavar, *short, **more)
 
 
 # -- models and images --------------------------------------------------------------------------
@@ -86,29 +84,11 @@ def how_many(text: str | int) -> int | str:
 Limit = Annotated[
     Any, option("--limit", "Draw so many over the whole set.", DATA, "N|all", parser=how_many)
 ]
-Seed = Annotated[int, option("--seed", "Of every draw.", DATA, "N", rare=True)]
-BatchSize = Annotated[int, option("--batch-size", "Images per forward.", DATA, "N", rare=True)]
-ImageColumn = Annotated[
-    str | None, option("--image-column", "Of a table; found by its type.", DATA, "NAME", rare=True)
-]
-LabelColumn = Annotated[
-    str | None, option("--label-column", "Of a table; found by its type.", DATA, "NAME", rare=True)
-]
-Workers = Annotated[
-    int, option("--workers", "Processes that decode; 0: this one.", DATA, "N", rare=True)
-]
-MaxPixels = Annotated[
-    int | None,
-    option("--max-pixels", "Pictures of more are unreadable; 178956970.", DATA, "N", rare=True),
-]
-Device = Annotated[str, option("--device", "auto (cuda, mps, cpu), cuda:1, …", DATA, "NAME")]
-TrustRemoteCode = Annotated[
-    bool,
-    option("--trust-remote-code", "Run code that comes with a Hub checkpoint.", DATA, rare=True),
-]
+Seed = Annotated[int, rare("--seed", "Of every draw.", DATA, "N")]
+BatchSize = Annotated[int, rare("--batch-size", "Images per forward.", DATA, "N")]
 BlocksPath = Annotated[
     str | None,
-    option("--blocks", "Dotted path of the list of blocks; else found.", DATA, "PATH", rare=True),
+    rare("--blocks", "Dotted path of the list of blocks; else found.", DATA, "PATH"),
 ]
 
 # -- what to remove, and how --------------------------------------------------------------------
@@ -117,124 +97,27 @@ Params = Annotated[
     str | None, option("--params", "Keep at most this part: 62% or 0.62.", REMOVE, "PART")
 ]
 Remove = Annotated[int | None, option("--remove", "Remove so many blocks.", REMOVE, "N")]
-Flops = Annotated[
-    str | None, option("--flops", "Keep at most this part of them.", REMOVE, "PART", rare=True)
-]
-Latency = Annotated[
-    str | None, option("--latency", "At most this part of it, on this machine.", REMOVE, "PART")
-]
-MaxDrop = Annotated[
-    float | None, option("--max-drop", "Lose at most so many points of top-1.", REMOVE, "X")
-]
-MaxKl = Annotated[
-    float | None, option("--max-kl", "At most this KL divergence, in nats.", REMOVE, "X", rare=True)
-]
 FromSweep = Annotated[
     Path | None, option("--from", "A sweep; needs a budget, no images.", REMOVE, "FOLDER")
 ]
 Spans = Annotated[
     list[str] | None,
-    option("--span", "By hand: 9:11 removes blocks 9, 10. Repeatable.", REMOVE, "A:B", rare=True),
-]
-RecipeName = Annotated[
-    str | None,
-    option(
-        "--recipe",
-        "default, paper, plain, identity, corp, vbp, magnitude.",
-        HOW,
-        "NAME",
-        rare=True,
-        show_default=False,
-    ),
-]
-Plain = Annotated[
-    bool, option("--plain", "As --recipe plain: a stock checkpoint can hold it.", HOW, rare=True)
-]
-Uniform = Annotated[
-    bool, option("--uniform", "One width for all MLPs, and no maps.", HOW, rare=True)
-]
-Map = Annotated[str | None, option("--map", f"{', '.join(MAP_KINDS)}.", HOW, "KIND", rare=True)]
-Rank = Annotated[int | None, option("--rank", "Of low-rank maps.", HOW, "N", rare=True)]
-Repair = Annotated[
-    str | None, option("--repair", "none, mlp, mlp+attention.", HOW, "WHAT", rare=True)
-]
-Ridge = Annotated[
-    str | None, option("--ridge", "λ of the maps (0: least squares) or auto.", HOW, "X", rare=True)
-]
-RepairRidge = Annotated[
-    float | None,
-    option(
-        "--repair-ridge", "λ of the repairs, towards the original weights.", HOW, "X", rare=True
-    ),
-]
-PrefixWeight = Annotated[
-    float | None,
-    option("--prefix-weight", "Of a prefix token in fits; patch tokens: 1.", HOW, "X", rare=True),
-]
-PerTokenType = Annotated[
-    bool, option("--per-token-type", "One map for prefix, one for patch tokens.", HOW, rare=True)
-]
-Select = Annotated[
-    str | None,
-    option(
-        "--select",
-        "Choose spans by effect, mse, angular, first, last, random.",
-        HOW,
-        "HOW",
-        rare=True,
-    ),
-]
-Contiguous = Annotated[bool, option("--contiguous", "One span only.", HOW, rare=True)]
-Protect = Annotated[
-    str | None, option("--protect", "Blocks that must stay, such as 3,6,9.", HOW, "LIST", rare=True)
-]
-Whole = Annotated[
-    str | None, option("--whole", "Blocks that nothing may cut.", HOW, "LIST", rare=True)
-]
-Cuts = Annotated[
-    str | None,
-    option("--cuts", "What may go, of blocks,mlp,values,keys.  [default: all]", HOW, "LIST"),
-]
-MultipleOf = Annotated[
-    int | None,
-    option(
-        "--multiple-of", "Widths of MLPs are multiples of it.  [default: 32]", HOW, "N", rare=True
-    ),
-]
-HoldOut = Annotated[
-    float | None,
-    option("--hold-out", "Part of the images that chooses the plan: 0.2.", HOW, "PART", rare=True),
-]
-Final = Annotated[
-    int | None,
-    option("--final", "Images for the final figures alone: 1000, or a fifth.", HOW, "N", rare=True),
-]
-ForceBudget = Annotated[
-    bool,
-    option(
-        "--force-budget", "Go by what --max-… measures, not by what is sure.", REMOVE, rare=True
-    ),
-]
-MaxMemory = Annotated[
-    str | None,
-    option("--max-memory", "For sums and states above the model: 2GB.", HOW, "SIZE", rare=True),
+    rare("--span", "By hand: 9:11 removes blocks 9, 10. Repeatable.", REMOVE, "A:B"),
 ]
 
 # -- what is written and said -------------------------------------------------------------------
 
-Folder = Annotated[Path, option("--output", "Folder to write.", OUT, "FOLDER", short="-o")]
-MaybeFolder = Annotated[
-    Path | None, option("--output", "Folder to write.", OUT, "FOLDER", short="-o")
-]
+Folder = Annotated[Path, option("--output", "Folder to write.", OUT, "FOLDER", "-o")]
+MaybeFolder = Annotated[Path | None, option("--output", "Folder to write.", OUT, "FOLDER", "-o")]
 Overwrite = Annotated[bool, option("--overwrite", "Replace what an earlier run wrote.", OUT)]
 ReportFile = Annotated[
     Path | None, option("--report", "Explain the run on one HTML page.", OUT, "FILE")
 ]
-Resume = Annotated[bool, option("--resume", "Save progress, and go on from it.", OUT, rare=True)]
+Resume = Annotated[bool, rare("--resume", "Save progress, and go on from it.", OUT)]
 Json = Annotated[bool, option("--json", "One JSON object on standard output.", OUT)]
-Quiet = Annotated[bool, option("--quiet", "Errors only.", OUT, short="-q", rare=True)]
-Verbose = Annotated[bool, option("--verbose", "Log what is done; more tables.", OUT, short="-v")]
-Debug = Annotated[bool, option("--debug", "Show tracebacks.", OUT, rare=True)]
+Quiet = Annotated[bool, rare("--quiet", "Errors only.", OUT, None, "-q")]
+Verbose = Annotated[bool, option("--verbose", "Log what is done; more tables.", OUT, None, "-v")]
+Debug = Annotated[bool, rare("--debug", "Show tracebacks.", OUT)]
 
 
 # -- groups: a parameter of such a type becomes the options of its fields --------------------------
@@ -247,10 +130,16 @@ class Reading:
     limit: Limit = None
     seed: Seed = 0
     batch_size: BatchSize = 32
-    image_column: ImageColumn = None
-    label_column: LabelColumn = None
-    workers: Workers = 0
-    max_pixels: MaxPixels = None
+    image_column: Annotated[
+        str | None, rare("--image-column", "Of a table; found by its type.", DATA, "NAME")
+    ] = None
+    label_column: Annotated[
+        str | None, rare("--label-column", "Of a table; found by its type.", DATA, "NAME")
+    ] = None
+    workers: Annotated[int, rare("--workers", "Processes that decode; 0: this one.", DATA, "N")] = 0
+    max_pixels: Annotated[
+        int | None, rare("--max-pixels", "Pictures of more are unreadable; 178956970.", DATA, "N")
+    ] = None
 
     def check(self) -> None:
         """Refuse before any work what ``blockfit.images`` would refuse."""
@@ -267,37 +156,36 @@ class Reading:
 class Code:
     """Whether code of a checkpoint may run; for commands that have no choice of device."""
 
-    trust_remote_code: TrustRemoteCode = False
+    trust_remote_code: Annotated[
+        bool, rare("--trust-remote-code", "Run code that comes with a Hub checkpoint.", DATA)
+    ] = False
 
-    def load(self, name: str, device: str | None = None) -> nn.Module:
+    def place(self) -> str | None:
+        """The torch device; ``None`` where a model stays where it is loaded."""
+        return None
+
+    def load(self, name: str) -> nn.Module:
         """The model of that name; what is not asked for is not passed on."""
         options: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
-        return blockfit.load(name, device=device, **options)
+        return blockfit.load(name, device=self.place(), **options)
 
-    def load_small(self, name: str, device: str | None = None) -> tuple[nn.Module, Blocks | None]:
+    def load_small(self, name: str) -> tuple[nn.Module, Blocks | None]:
         """A model, and where its blocks are, where it was saved by blockfit."""
         from blockfit.formats.folder import is_saved, load_saved
 
         if is_saved(name):
-            saved = load_saved(name, device=device)
+            saved = load_saved(name, device=self.place())
             return saved.model, saved.blocks
-        return self.load(name, device), None
+        return self.load(name), None
 
 
 @dataclass(frozen=True)
-class Loading:
+class Loading(Code):
     """How a model is loaded."""
 
-    device: Device = "auto"
-    trust_remote_code: TrustRemoteCode = False
-
-    def load(self, name: str) -> nn.Module:
-        """The model of that name, on the device."""
-        return Code(self.trust_remote_code).load(name, self.place())
-
-    def load_small(self, name: str) -> tuple[nn.Module, Blocks | None]:
-        """A model, and where its blocks are, where it was saved by blockfit."""
-        return Code(self.trust_remote_code).load_small(name, self.place())
+    device: Annotated[str, option("--device", "auto (cuda, mps, cpu), cuda:1, …", DATA, "NAME")] = (
+        "auto"
+    )
 
     def place(self) -> str:
         """The torch device, which is there.
@@ -331,11 +219,21 @@ class Amount:
 
     remove: Remove = None
     params: Params = None
-    flops: Flops = None
-    latency: Latency = None
-    max_kl: MaxKl = None
-    max_drop: MaxDrop = None
-    force_budget: ForceBudget = False
+    flops: Annotated[
+        str | None, rare("--flops", "Keep at most this part of them.", REMOVE, "PART")
+    ] = None
+    latency: Annotated[
+        str | None, option("--latency", "At most this part of it, on this machine.", REMOVE, "PART")
+    ] = None
+    max_kl: Annotated[
+        float | None, rare("--max-kl", "At most this KL divergence, in nats.", REMOVE, "X")
+    ] = None
+    max_drop: Annotated[
+        float | None, option("--max-drop", "Lose at most so many points of top-1.", REMOVE, "X")
+    ] = None
+    force_budget: Annotated[
+        bool, rare("--force-budget", "Go by what --max-… measures, not by what is sure.", REMOVE)
+    ] = False
 
     def budget(self) -> Budget | None:
         """The one that was given."""
@@ -351,19 +249,46 @@ class Amount:
 class Method:
     """Which spans go and what is fitted in their place."""
 
-    recipe: RecipeName = None
-    plain: Plain = False
-    map: Map = None
-    rank: Rank = None
-    per_token_type: PerTokenType = False
-    ridge: Ridge = None
-    prefix_weight: PrefixWeight = None
-    repair: Repair = None
-    repair_ridge: RepairRidge = None
-    select: Select = None
-    contiguous: Contiguous = False
-    cuts: Cuts = None
-    uniform: Uniform = False
+    recipe: Annotated[
+        str | None,
+        rare(
+            "--recipe",
+            "default, paper, plain, identity, corp, vbp, magnitude.",
+            HOW,
+            "NAME",
+            show_default=False,
+        ),
+    ] = None
+    plain: Annotated[
+        bool, rare("--plain", "As --recipe plain: a stock checkpoint can hold it.", HOW)
+    ] = False
+    map: Annotated[str | None, rare("--map", f"{', '.join(MAP_KINDS)}.", HOW, "KIND")] = None
+    rank: Annotated[int | None, rare("--rank", "Of low-rank maps.", HOW, "N")] = None
+    per_token_type: Annotated[
+        bool, rare("--per-token-type", "One map for prefix, one for patch tokens.", HOW)
+    ] = False
+    ridge: Annotated[
+        str | None, rare("--ridge", "λ of the maps (0: least squares) or auto.", HOW, "X")
+    ] = None
+    prefix_weight: Annotated[
+        float | None,
+        rare("--prefix-weight", "Of a prefix token in fits; patch tokens: 1.", HOW, "X"),
+    ] = None
+    repair: Annotated[str | None, rare("--repair", "none, mlp, mlp+attention.", HOW, "WHAT")] = None
+    repair_ridge: Annotated[
+        float | None,
+        rare("--repair-ridge", "λ of the repairs, towards the original weights.", HOW, "X"),
+    ] = None
+    select: Annotated[
+        str | None,
+        rare("--select", "Choose spans by effect, mse, angular, first, last, random.", HOW, "HOW"),
+    ] = None
+    contiguous: Annotated[bool, rare("--contiguous", "One span only.", HOW)] = False
+    cuts: Annotated[
+        str | None,
+        option("--cuts", "What may go, of blocks,mlp,values,keys.  [default: all]", HOW, "LIST"),
+    ] = None
+    uniform: Annotated[bool, rare("--uniform", "One width for all MLPs, and no maps.", HOW)] = False
 
     def check(self) -> None:
         """Refuse before any work what is no recipe."""
@@ -411,11 +336,24 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...]:
 class Judging:
     """What the search must leave alone, and what it judges by."""
 
-    protect: Protect = None
-    whole: Whole = None
-    multiple_of: MultipleOf = None
-    hold_out: HoldOut = None
-    final: Final = None
+    protect: Annotated[
+        str | None, rare("--protect", "Blocks that must stay, such as 3,6,9.", HOW, "LIST")
+    ] = None
+    whole: Annotated[str | None, rare("--whole", "Blocks that nothing may cut.", HOW, "LIST")] = (
+        None
+    )
+    multiple_of: Annotated[
+        int | None,
+        rare("--multiple-of", "Widths of MLPs are multiples of it.  [default: 32]", HOW, "N"),
+    ] = None
+    hold_out: Annotated[
+        float | None,
+        rare("--hold-out", "Part of the images that chooses the plan: 0.2.", HOW, "PART"),
+    ] = None
+    final: Annotated[
+        int | None,
+        rare("--final", "Images for the final figures alone: 1000, or a fifth.", HOW, "N"),
+    ] = None
 
     def check(self) -> None:
         """Refuse before any work what is no part and no number."""
@@ -455,7 +393,9 @@ class Running:
     """What a long run keeps while it runs."""
 
     resume: Resume = False
-    max_memory: MaxMemory = None
+    max_memory: Annotated[
+        str | None, rare("--max-memory", "For sums and states above the model: 2GB.", HOW, "SIZE")
+    ] = None
 
     def check(self) -> None:
         """Refuse before any work what is no memory."""

@@ -34,13 +34,13 @@ Int8 = Annotated[
     str, opt.option("--int8", "weight-only, dynamic, onnx-dynamic, onnx-static.", opt.HOW, "KIND")
 ]
 Target = Annotated[
-    Path, opt.option("--output", "Folder, or ONNX file, to write.", opt.OUT, "PATH", short="-o")
+    Path, opt.option("--output", "Folder, or ONNX file, to write.", opt.OUT, "PATH", "-o")
 ]
 Calibration = Annotated[
     str | None, opt.option("--images", "For onnx-static; else those of compress.", opt.DATA, "DATA")
 ]
 CalibrationLimit = Annotated[
-    int | None, opt.option("--images-limit", "Draw so many of --images.", opt.DATA, "N", rare=True)
+    int | None, opt.rare("--images-limit", "Draw so many of --images.", opt.DATA, "N")
 ]
 TestData = Annotated[
     str | None, opt.option("--test", "Images to compare all stages on.", opt.DATA, "DATA")

@@ -19,7 +19,7 @@ Runs = Annotated[
         help="Folders of compress, sweep, analyze, reproduce; files of evaluate --json."
     ),
 ]
-Page = Annotated[Path, opt.option("--output", "File to write.", opt.OUT, "FILE", short="-o")]
+Page = Annotated[Path, opt.option("--output", "File to write.", opt.OUT, "FILE", "-o")]
 Against = Annotated[
     str | None,
     opt.option("--against", "The original, to show images side by side.", opt.DATA, "MODEL"),

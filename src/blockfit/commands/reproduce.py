@@ -25,10 +25,10 @@ Transfer = Annotated[
 ]
 TrainLimit = Annotated[
     int | None,
-    opt.option("--train-limit", "Draw so many images for probes.", opt.DATA, "N", rare=True),
+    opt.rare("--train-limit", "Draw so many images for probes.", opt.DATA, "N"),
 ]
 TestLimit = Annotated[
-    int | None, opt.option("--test-limit", "Draw so many test images.", opt.DATA, "N", rare=True)
+    int | None, opt.rare("--test-limit", "Draw so many test images.", opt.DATA, "N")
 ]
 Names = Annotated[
     str | None,
@@ -47,12 +47,10 @@ JudgeName = Annotated[
 Calibration = Annotated[int | None, opt.option("--limit", "Calibration images: 500.", opt.HOW, "N")]
 Samples = Annotated[
     str | None,
-    opt.option("--samples", "Numbers of images to compare: 50,500.", opt.HOW, "LIST", rare=True),
+    opt.rare("--samples", "Numbers of images to compare: 50,500.", opt.HOW, "LIST"),
 ]
-Seeds = Annotated[
-    int | None, opt.option("--seeds", "Draws to average over: 3.", opt.HOW, "N", rare=True)
-]
-Output_ = Annotated[Path, opt.option("--output", "Folder to write.", opt.OUT, "FOLDER", short="-o")]
+Seeds = Annotated[int | None, opt.rare("--seeds", "Draws to average over: 3.", opt.HOW, "N")]
+Output_ = Annotated[Path, opt.option("--output", "Folder to write.", opt.OUT, "FOLDER", "-o")]
 
 
 @dataclass(frozen=True)
