@@ -32,7 +32,7 @@ def test_the_chain_shows_what_is_left_of_every_part() -> None:
     assert bars == [("mlp 96 of 384", "25.0"), ("values whole", "100.0"), ("keys 8 of 16", "50.0")]
     words = "2 of 4 blocks are kept. Replaced: blocks 0–1 by an affine map. Narrowed: block 3 (mlp "
     assert words + "96 of 384, keys 8 of 16)." in page
-    assert "Of 4 blocks, 2 replaced and 1 narrowed" in page
+    assert "60% of the parameters; of 4 blocks, 2 replaced and 1 narrowed" in page
     assert headline(CANDIDATE, None)[0]["note"] == "50.0% remain, 1 of them narrowed"
 
 

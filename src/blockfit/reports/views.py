@@ -111,7 +111,8 @@ def _subtitle(content: Content, chosen: Candidate | None) -> str:
         first, last = content.frontier[0], content.frontier[-1]
         return f"A sweep of {len(content.frontier)} plans: {first.name} to {last.name}"
     if chosen.plan.narrowings:
-        return chosen.plan.changed(chosen.depth).capitalize()
+        changed, part = chosen.plan.changed(chosen.depth), chosen.share("parameters")
+        return changed.capitalize() if part is None else f"{part:.0%} of the parameters; {changed}"
     return f"{_blocks(chosen.removed)} of {chosen.depth} replaced: {chosen.plan}"
 
 
