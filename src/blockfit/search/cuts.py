@@ -335,12 +335,11 @@ class CutSearch:
             plan: the cuts; a map that is worse than identity is replaced by it.
             solution: of the plan on all images, where it is known.
         """
-        self._say("solving the plan, judging it on the held-out images, solving it on all images")
-        if solution is None:
-            return self._judge.point_on_all(plan)
-        judged = self._judge.point(plan)
-        if judged.solution.plan != plan:
-            solution = self.solve(judged.solution.plan)
+        self._say("solving the plan on the fit images, judging it on the held-out ones")
+        judged, choices = self._judge.judged(plan)
+        if solution is None or judged.solution.plan != plan:
+            self._say("solving the plan on all images")
+            solution = self._judge.solve_on_all(judged.solution.plan, choices)
         return replace(judged, solution=solution)
 
     def best_point(self, share: Share) -> Point:
@@ -348,13 +347,14 @@ class CutSearch:
         plans = self.plans(share)
         if len(plans) == 1:
             return self.point(plans[0])
-        points = []
+        judged = []
         for number, plan in enumerate(plans, 1):
             self._say(f"judging plan {number} of {len(plans)}: {plan}")
-            points.append(self._judge.point(plan))
-        best = min(points, key=lambda point: point.fidelity.loss)
+            judged.append(self._judge.judged(plan))
+        best, choices = min(judged, key=lambda pair: pair[0].fidelity.loss)
         self._say("solving the best plan on all images")
-        return replace(best, solution=self.solve(best.solution.plan))
+        solution = self._judge.solve_on_all(best.solution.plan, choices)
+        return replace(best, solution=solution)
 
     def latency_prices(self, ratio: Callable[[Solution], float]) -> Prices:
         """What narrowing and spans save in latency, measured.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -90,15 +90,10 @@ class PlanJudge:
 
         What comes after a replaced map is solved and judged again.
         """
-        return self._judged(plan)[0]
+        return self.judged(plan)[0]
 
-    def point_on_all(self, plan: Plan) -> Point:
-        """``point``, with the solution on all images; the figures stay those of the fit images."""
-        point, choices = self._judged(plan)
-        solution = self.solve_on_all(point.solution.plan, choices)
-        return replace(point, solution=solution)
-
-    def _judged(self, plan: Plan) -> tuple[Point, Choices]:
+    def judged(self, plan: Plan) -> tuple[Point, Choices]:
+        """``point``, and what the solution chose, for one on more images."""
         while True:
             choices = Choices()
             solution = self.solve(plan, choices)
