@@ -15,9 +15,8 @@ from blockfit.arguments import checked, fitted
 from blockfit.calibration import LOSSES, Held, by_hand
 from blockfit.calibration import Calibration as Calibration
 from blockfit.checkpoint import Checkpoint
-from blockfit.data.images import Images, Prepare
+from blockfit.data.images import Images, Prepare, prepared_images
 from blockfit.data.images import images as images
-from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError, tell
 from blockfit.evaluation import bench as benchmark
 from blockfit.evaluation import evaluate as evaluation
@@ -209,7 +208,7 @@ def compress(
     with Teller(say, progress) as teller:
         calibration = Calibration(
             model,
-            _prepared(images, model, preprocessing, seed),
+            prepared_images(images, model, preprocessing, seed),
             chosen,
             asked,
             held,
@@ -283,7 +282,7 @@ def calibrate(
     chosen = recipe_for(**asked)
     chosen.check_use("params=", protect=held.protect, whole=held.whole, multiple_of=multiple_of)
     module = _module(model)
-    teller, pictures = Teller(say, progress), _prepared(images, module, preprocessing, seed)
+    teller, pictures = Teller(say, progress), prepared_images(images, module, preprocessing, seed)
     how: dict[str, Any] = {"blocks": blocks, "final": final, "judging": judge, "teller": teller}
     return Calibration(module, pictures, chosen, asked, held, **how).run()
 
@@ -409,7 +408,7 @@ def evaluate(
     own = source_of(model).preprocessing is not None or original is None
     return evaluation.evaluate(
         model,
-        _prepared(data, model if own else original, preprocessing, 0),
+        prepared_images(data, model if own else original, preprocessing, 0),
         against=original,
         blocks=where,
         measure=measure,
@@ -782,23 +781,7 @@ def as_saved(model: Any) -> Saved:
 
 
 def _images(images: Any, model: nn.Module | None) -> Images:
-    return _prepared(images, model, None, 0)
-
-
-def _prepared(images: Any, model: nn.Module | None, preprocessing: Any, seed: int) -> Images:
-    """Images from whatever was given.
-
-    Raises:
-        BlockfitError: for a preprocessing of images that have theirs already.
-    """
-    if not isinstance(images, Images):
-        return open_images(images, model, seed=seed, preprocessing=preprocessing)
-    if preprocessing is not None:
-        raise BlockfitError(
-            "the images have their preprocessing already; give preprocessing= to blockfit.images, "
-            "or what the images were made from"
-        )
-    return images
+    return prepared_images(images, model, None, 0)
 
 
 def _pictures(images: Any, saved: Saved) -> Images | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,3 +138,24 @@ def test_a_function_prepares_images_for_a_model_that_does_not_say_how() -> None:
         blockfit.compress(model, small_images(16), preprocessing=prepare, **how)
     with pytest.raises(blockfit.BlockfitError, match="prepared already"):
         blockfit.compress(model, small_pictures(16), preprocessing=prepare, **how)
+
+
+def test_sweeps_and_analyses_take_a_function_that_prepares_images(tmp_path: Path) -> None:
+    model = small_vit(depth=4)
+    pictures = [Image.new("RGB", (12, 12), (7 * i, 9, 0)) for i in range(16)]
+
+    def prepare(picture: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(picture, dtype=np.float32)).permute(2, 0, 1) / 255
+
+    made = torch.stack([prepare(picture) for picture in pictures])
+    how: dict[str, Any] = {"points": [0.8], "final": 0}
+    one = blockfit.sweep(model, pictures, tmp_path / "one", preprocessing=prepare, **how)
+    other = blockfit.sweep(model, made, tmp_path / "other", **how)
+    assert one.entries[0].plan == other.entries[0].plan
+    assert one.entries[0].held_out == other.entries[0].held_out
+    tables = blockfit.analyze(model, pictures, preprocessing=prepare).tables
+    assert tables == blockfit.analyze(model, made).tables
+    with pytest.raises(blockfit.BlockfitError, match="have their preprocessing already"):
+        blockfit.analyze(model, small_images(16), preprocessing=prepare)
+    with pytest.raises(blockfit.BlockfitError, match="have their preprocessing already"):
+        blockfit.sweep(model, small_images(16), tmp_path / "third", preprocessing=prepare, **how)

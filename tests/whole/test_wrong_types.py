@@ -71,7 +71,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "sweep": COMMON | CUTS | {
         "points": [3, "a", [2.5], ["a"], [], [0]], "folder": PATH,
-        "latency_images": [2.5, "a", [3], 0, -1],
+        "latency_images": [2.5, "a", [3], 0, -1], "preprocessing": CODE,
     },
     "from_sweep": BUDGETS | {
         "folder": PATH, "budget": ["remove", 3, object()], "model": [3, object(), [1], int],
@@ -88,6 +88,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "analyze": {
         "model": NAME, "images": [None, 3, object(), {}], "folder": [3, b"x"], "overwrite": FLAG,
+        "preprocessing": CODE,
         **{k: COMMON[k] for k in ("blocks", "seed", "say", "progress", "resume", "max_memory")},
     },
     "bench": {

@@ -438,6 +438,24 @@ def images(
     return made
 
 
+def prepared_images(
+    images_: Any, model: nn.Module | None, preprocessing: Preprocessing | Prepare | None, seed: int
+) -> Images:
+    """``Images`` of whatever a verb was given.
+
+    Raises:
+        BlockfitError: for a preprocessing of images that have theirs already.
+    """
+    if not isinstance(images_, Images):
+        return images(images_, model, seed=seed, preprocessing=preprocessing)
+    if preprocessing is not None:
+        raise BlockfitError(
+            "the images have their preprocessing already; give preprocessing= to blockfit.images, "
+            "or what the images were made from"
+        )
+    return images_
+
+
 def _in_order(records: Records | Stream, positions: np.ndarray) -> np.ndarray:
     """Sorted, where pictures are best read so."""
     sequential = isinstance(records, Records) and records.in_order

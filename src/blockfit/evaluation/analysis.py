@@ -15,8 +15,7 @@ from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import Checkpoint, settled
-from blockfit.data.images import Images
-from blockfit.data.images import images as open_images
+from blockfit.data.images import Prepare, prepared_images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import summaries
 from blockfit.files import FolderForm, check_target, new_folder
@@ -27,6 +26,7 @@ from blockfit.models.blocks import Blocks, call, find_blocks, record
 from blockfit.models.cost import runs_on
 from blockfit.models.forward import evaluating, first_images
 from blockfit.models.load import source_of
+from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.tensors import fingerprint
 from blockfit.progress import Progress, Say, told
 from blockfit.provenance import command_line, made
@@ -143,6 +143,7 @@ def analyze(
     blocks: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    preprocessing: Preprocessing | Prepare | None = None,
     say: Say | None = None,
     progress: Progress | bool | None = None,
     resume: str | Path | None = None,
@@ -160,6 +161,7 @@ def analyze(
         blocks: dotted path of the list of blocks, where looking is not enough.
         seed: of the draw of patch tokens.
         overwrite: replace a folder that an analysis wrote.
+        preprocessing: as in ``compress``.
         say: called with one line on what is being done.
         progress: called with images done and images in all; or whether there is a bar.
         resume: a folder in which the sums are saved from time to time, and gone on from.
@@ -176,9 +178,7 @@ def analyze(
     if folder is not None:
         check_target(folder, FORM, overwrite)
     model = module_of(model)
-    if not isinstance(images, Images):
-        images = open_images(images, model, seed=seed)
-    images = images.draw(CALIBRATION_IMAGES, seed)
+    images = prepared_images(images, model, preprocessing, seed).draw(CALIBRATION_IMAGES, seed)
     example = images.first("analyse")
     where = find_blocks(model, example, blocks)
     patches = _tokens(model, where, example) - where.prefix_tokens

@@ -16,8 +16,7 @@ from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import forget
-from blockfit.data.images import Images
-from blockfit.data.images import images as open_images
+from blockfit.data.images import Images, Prepare, prepared_images
 from blockfit.errors import BlockfitError, tell
 from blockfit.fields import fields_written, read, written
 from blockfit.files import expanded
@@ -28,6 +27,7 @@ from blockfit.models.cost import runs_on
 from blockfit.models.forward import first_images
 from blockfit.models.head import Observation
 from blockfit.models.load import load_model, source_of
+from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.tensors import fingerprint
 from blockfit.progress import Progress, Say, told
 from blockfit.provenance import command_line, made
@@ -303,6 +303,7 @@ def sweep(
     hold_out: float = HOLD_OUT,
     final: int | None = None,
     seed: int = 0,
+    preprocessing: Preprocessing | Prepare | None = None,
     say: Say | None = None,
     progress: Progress | bool | None = None,
     resume: str | Path | None = None,
@@ -331,6 +332,7 @@ def sweep(
         hold_out: part of the images that chooses the plans.
         final: as in ``compress``; every plan has its final figures.
         seed: of every draw.
+        preprocessing: as in ``compress``.
         say: called with one line on what is being done.
         progress: called with how many of how many (images, blocks) are done of what was said last;
             or whether there is a bar, as in ``compress``.
@@ -353,9 +355,8 @@ def sweep(
     chosen.check_use("a sweep")
     if not isinstance(model, nn.Module):
         model = load_model(model)
-    if not isinstance(images, Images):
-        images = open_images(images, model, seed=seed)
-    parts = parts_of_sweep(images.draw(CALIBRATION_IMAGES, seed), final, seed)
+    images = prepared_images(images, model, preprocessing, seed).draw(CALIBRATION_IMAGES, seed)
+    parts = parts_of_sweep(images, final, seed)
     run = run_json(model, parts, chosen, protect, hold_out, seed)
     if chosen.narrows:
         run |= {"whole": sorted(set(whole)), "multiple_of": multiple_of, "shares": shares}
