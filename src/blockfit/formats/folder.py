@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
 from blockfit.formats.int8 import put_int8
 from blockfit.formats.manifest import FLOATING, Manifest, dumps, read_manifest
-from blockfit.formats.rebuild import DIFFERS, check_outputs, settled
+from blockfit.formats.own_model import RECORD, check_record, record
+from blockfit.formats.rebuild import DIFFERS, check_outputs, example_outputs, settled
 from blockfit.models.blocks import Blocks
 from blockfit.models.load import attach, load_model, read_dtype, skeleton, source_of
 from blockfit.models.source import Source
@@ -35,6 +36,7 @@ from blockfit.models.tensors import (
     held,
     int8_kind,
     int8_parts,
+    kept_apart,
     meta_copy,
     named_tensors,
     storable,
@@ -146,6 +148,9 @@ def save(
             f"(blockfit.load(folder, model=...)): {why}",
             stacklevel=2,
         )
+    if source.library == "module":
+        told = {**source.arguments, RECORD: record(model, example_outputs)}
+        source = replace(source, arguments=told)
     manifest = _manifest(tensors, blocks, plan, source, report)
     texts = {MARK: manifest.dumps(), **_library_files(source)}
     values = {
@@ -215,6 +220,7 @@ def load_saved(
     fill(bare, values | {name: dequantized(*pair) for name, pair in parts.items()})
     if manifest.int8_kind is not None:
         put_int8(bare, parts, manifest.int8_kind)
+    check_record(bare, source.arguments.get(RECORD), example_outputs, str(mark))
     attach(bare, source)
     bare.__dict__["blockfit_report"] = manifest.report
     return Saved(bare.eval(), blocks, plan, manifest.report, source, manifest.versions)
@@ -345,9 +351,10 @@ def _read(
     try:
         with open_tensors(path) as file:
             _check_names(path, expected, set(file.keys()), manifest)
+            apart = kept_apart(bare)
             for name in file.keys():  # noqa: SIM118
                 entry = file.get_slice(name)
-                _check_tensor(path, name, entry, expected[name], manifest)
+                _check_tensor(path, name, entry, expected[name], manifest, name in apart)
             dtypes = {name: _dtype(name, tensor, manifest) for name, tensor in expected.items()}
             # Copies in memory of torch's own alignment: the file's would change sums' last bits.
             values = {
@@ -414,9 +421,12 @@ def _dtype(name: str, expected: Tensor, manifest: Manifest) -> torch.dtype:
     return FLOATING[manifest.other_dtypes.get(name, manifest.dtype)]
 
 
-def _check_tensor(path: Path, name: str, entry: Any, expected: Tensor, manifest: Manifest) -> None:
+def _check_tensor(
+    path: Path, name: str, entry: Any, expected: Tensor, manifest: Manifest, any_shape: bool
+) -> None:
     shape = tuple(entry.get_shape())
-    if shape != tuple(expected.shape):
+    fits = len(shape) == expected.ndim if any_shape else shape == tuple(expected.shape)
+    if not fits:
         raise BlockfitError(
             f"{path}: tensor {name!r} has shape {shape}, expected {tuple(expected.shape)}; "
             "save the model again"

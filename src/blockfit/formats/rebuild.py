@@ -20,6 +20,7 @@ from blockfit.models.tensors import (
     fill,
     int8_kind,
     int8_parts,
+    kept_apart,
     named_tensors,
     tied,
     valueless,
@@ -92,6 +93,9 @@ def _difference(model: nn.Module, tensors: Mapping[str, Tensor], bare: nn.Module
     """Why a rebuilt model is not the model; ``None`` where it is."""
     expected = {name: tuple(tensor.shape) for name, tensor in named_tensors(bare).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in kept_apart(bare) & expected.keys() & found.keys():
+        if len(found[name]) == len(expected[name]):
+            expected[name] = found[name]
     for name in dict.fromkeys((*found, *expected)):
         if expected.get(name) != found.get(name):
             shape, rebuilt = found.get(name, "none"), expected.get(name, "none")
@@ -158,6 +162,12 @@ def _example(model: nn.Module) -> tuple[Any, list[Tensor]] | None:
             return batch, _tensors(call(model, batch))
     except (BlockfitError, RuntimeError, ValueError, TypeError, AttributeError):
         return None
+
+
+def example_outputs(model: nn.Module) -> list[Tensor] | None:
+    """The model's outputs for the example that it says it takes; ``None`` where it does not say."""
+    example = _example(model)
+    return None if example is None else example[1]
 
 
 def _cause(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import re
 import types
@@ -180,6 +181,79 @@ def _config(values: Any) -> Any:
             if not _CONFIG_NOISE.fullmatch(str(key))
         }
     return [_config(value) for value in values] if isinstance(values, (list, tuple)) else values
+
+
+def recorded(model: nn.Module) -> list[dict[str, Any]]:
+    """What of a model is no tensor, as JSON values: classes and attributes of its modules.
+
+    Returns:
+        An entry for all modules that are alike: ``class``, ``attributes`` (name → text), ``paths``.
+    """
+    alike: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for path, module in model.named_modules():
+        alike.setdefault((_name(module), tuple(_texts(module).items())), []).append(path)
+    return [
+        {"class": name, "attributes": dict(texts), "paths": paths}
+        for (name, texts), paths in alike.items()
+    ]
+
+
+def first_unlike(record: object, model: nn.Module) -> str | None:
+    """The first class or attribute that a model has otherwise than ``recorded`` told.
+
+    What one of both lacks is left out: libraries add attributes with time.
+
+    Returns:
+        ``"blocks.3.norm1.eps is 1e-06, saved 0.001"``; ``None`` where nothing differs.
+    """
+    modules = dict(model.named_modules())
+    for entry in record if isinstance(record, list) else []:
+        told = entry if isinstance(entry, dict) else {}
+        paths, texts, name = told.get("paths"), told.get("attributes"), told.get("class")
+        for path in paths if isinstance(paths, list) else []:
+            if not isinstance(path, str) or (module := modules.get(path)) is None:
+                continue
+            inside = f"{path}." if path else ""
+            if _name(module) != name and not (_name(module) in _IDLE and name in _IDLE):
+                return f"{path or 'the model'} is {_name(module)}, saved {name}"
+            now = _texts(module)
+            for key, text in texts.items() if isinstance(texts, dict) else []:
+                if key in now and now[key] != text:
+                    return f"{inside}{key} is {now[key]}, saved {text}"
+    return None
+
+
+def _texts(module: nn.Module) -> dict[str, str]:
+    """Attributes of one module as short texts; those that no text can tell are left out."""
+    out = {}
+    for name in _attributes(module):
+        value = module.__dict__[name]
+        parts = {name: value}
+        if hasattr(value, "to_dict") and not isinstance(value, type):
+            parts = {f"{name}.{key}": part for key, part in _config(value.to_dict()).items()}
+        for key, part in parts.items():
+            if (text := _text(part, 0)) is not None:
+                digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+                out[key] = text if len(text) <= 80 else f"of SHA-256 {digest[:16]}"
+    return out
+
+
+def _text(value: Any, depth: int) -> str | None:
+    if depth > _DEEPEST or isinstance(value, (nn.Module, Tensor, torch.device)):
+        return None
+    if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
+        return repr(value)
+    if isinstance(value, type):
+        return value.__qualname__
+    if isinstance(value, Mapping):
+        texts = {str(key): _text(part, depth + 1) for key, part in value.items()}
+        return None if None in texts.values() else repr(sorted(texts.items()))
+    if isinstance(value, (list, tuple)):
+        items = [_text(part, depth + 1) for part in value]
+        return None if None in items else f"[{', '.join(str(item) for item in items)}]"
+    if isinstance(value, functools.partial):
+        return _text((value.func, value.args, value.keywords), depth + 1)
+    return getattr(value, "__qualname__", None) if callable(value) else None
 
 
 def _name(module: nn.Module) -> str:

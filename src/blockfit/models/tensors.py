@@ -48,6 +48,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def kept_apart(model: nn.Module) -> set[str]:
+    """Names of buffers outside the state dict: what modules work out, perhaps of the inputs' size.
+
+    Their shape may change with the first forward.
+    """
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+
+
 def every_tensor(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and tensors that modules keep as plain attributes."""
     yield from named_tensors(model).values()
