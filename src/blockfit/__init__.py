@@ -101,7 +101,7 @@ _ELSEWHERE = {
     "Recipe": "search.recipes",
     "Replacement": "fit.plan",
     "Span": "fit.plan",
-    "find_blocks": "models.blocks",
+    "find_blocks": "models.stages",
 }
 """Modules of the public names that are not in ``api``."""
 

@@ -35,9 +35,10 @@ from blockfit.formats.folder import Saved
 from blockfit.formats.onnx_file import ExportedOnnx
 from blockfit.formats.pretrained import WRITERS
 from blockfit.formats.program import Exported
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks
 from blockfit.models.load import load_model, source_of
 from blockfit.models.preprocessing import Preprocessing
+from blockfit.models.stages import find_blocks
 from blockfit.models.surgery import OwnWriter
 from blockfit.progress import Progress, Say, Teller, told
 from blockfit.provenance import installed_versions

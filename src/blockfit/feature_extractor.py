@@ -16,9 +16,10 @@ from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.protocols import vectors
 from blockfit.formats.folder import Saved
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks
 from blockfit.models.forward import placed
 from blockfit.models.head import observe
+from blockfit.models.stages import find_blocks
 from blockfit.search.run import Result
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -57,7 +56,8 @@ def towers_example() -> dict[str, Tensor]:
 def test_blocks_are_plain_values(model: nn.Module) -> None:
     blocks = find_blocks(model)
     assert blocks == Blocks("transformer", DEPTH, WIDTH, 1, "x", 0)
-    assert Blocks(**json.loads(json.dumps(asdict(blocks)))) == blocks
+    assert Blocks.from_json(json.loads(json.dumps(blocks.to_json()))) == blocks
+    assert "stages" not in blocks.to_json()
 
 
 def test_two_towers_of_the_same_depth_are_both_named() -> None:

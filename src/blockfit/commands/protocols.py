@@ -15,8 +15,9 @@ from blockfit.errors import BlockfitError
 from blockfit.evaluation.dense import confusion, open_masks, scores
 from blockfit.evaluation.protocols import LEARNING, Features, check_protocols, extract, judge
 from blockfit.evaluation.zeroshot import PROMPT, class_embeddings, read_names, zero_shot
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks
 from blockfit.models.load import source_of
+from blockfit.models.stages import find_blocks
 from blockfit.models.text_tower import tokenizer
 
 

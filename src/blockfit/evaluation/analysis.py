@@ -70,7 +70,7 @@ class Analysis:
         return {
             "format": 1,
             **self.report,
-            "blocks": dataclasses.asdict(self.blocks),
+            "blocks": self.blocks.to_json(),
             "similarity": self.tables.to_json(),
             "warnings": list(self.warnings),
         }
@@ -188,7 +188,7 @@ def analyze(
     if resume is not None:
         told = settled(images.description())
         run = {"model": fingerprint(model), "calibration": told, "seed": seed}
-        how = {"batch_size": images.batch_size, "blocks": dataclasses.asdict(where)}
+        how = {"batch_size": images.batch_size, "blocks": where.to_json()}
         checkpoint = Checkpoint(resume, {**run, **how})
     parts = []
     for number, spans in enumerate(groups):

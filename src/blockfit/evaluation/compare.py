@@ -20,12 +20,13 @@ from blockfit.errors import BlockfitError
 from blockfit.evaluation.summaries import comparison
 from blockfit.fit.intervals import CONFIDENCE, Interval, mean_interval, paired_drop, wilson
 from blockfit.fit.numerics import exact
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks
 from blockfit.models.cost import flops, parameters, size_bytes
 from blockfit.models.forward import first_images, placed
 from blockfit.models.head import Observation, observe
 from blockfit.models.load import label_names, source_of
 from blockfit.models.preprocessing import Preprocessing
+from blockfit.models.stages import find_blocks
 from blockfit.progress import Progress
 from blockfit.search.fidelity import kl_divergence
 from blockfit.search.final import finite

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from blockfit.formats.folder import Saved
 from blockfit.formats.onnx_file import Session, export_onnx
-from blockfit.models.blocks import find_blocks
 from blockfit.models.cost import measuring, peak_memory, wait
 from blockfit.models.forward import (
     Batch,
@@ -28,6 +27,7 @@ from blockfit.models.forward import (
     placed,
 )
 from blockfit.models.load import source_of
+from blockfit.models.stages import find_blocks
 from blockfit.models.surgery import removed_plan
 from blockfit.provenance import installed_versions
 

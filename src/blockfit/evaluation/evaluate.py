@@ -21,7 +21,7 @@ from blockfit.evaluation.answers import Answer, Answers, answers_of, answers_of_
 from blockfit.fields import fields_written
 from blockfit.files import FileForm, new_file
 from blockfit.fit.intervals import CONFIDENCE, Interval, wilson
-from blockfit.models.blocks import Batch, Blocks, block_modules, find_blocks
+from blockfit.models.blocks import Batch, Blocks, block_modules
 from blockfit.models.cost import (
     Timing,
     alternate,
@@ -35,6 +35,7 @@ from blockfit.models.cost import (
 from blockfit.models.forward import first_images, place, placed
 from blockfit.models.head import Observation, observe, right_answers
 from blockfit.models.load import label_names
+from blockfit.models.stages import find_blocks
 from blockfit.progress import Progress
 from blockfit.provenance import made
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Manifest:
             "format": 1,
             "versions": self.versions,
             "base": self.source.to_json(),
-            "blocks": asdict(self.blocks),
+            "blocks": self.blocks.to_json(),
             "plan": self.plan.to_json(),
             "dtype": self.dtype,
             "other_dtypes": self.other_dtypes,

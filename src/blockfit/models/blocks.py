@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, permutations
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blockfit.arguments import checked
 from blockfit.errors import BlockfitError
-from blockfit.fields import read
+from blockfit.fields import LEFT_OUT, fields_written, read
 from blockfit.models.forward import (
     Batch,
     block_class,
@@ -58,6 +58,9 @@ class Blocks:
         input_name: keyword under which a block takes the hidden state when not positional.
         output_items: 0 where a block returns the hidden state itself; n where it returns a tuple
             of n items that begins with it.
+        stages: dotted paths of the blocks where they are no chain at ``path``: in order, in runs of
+            which each block reads what the one before it returned. Such blocks may differ in
+            class, width, tokens and layout, and may be narrowed, but not replaced.
     """
 
     path: str
@@ -66,6 +69,41 @@ class Blocks:
     prefix_tokens: int
     input_name: str
     output_items: int
+    stages: tuple[tuple[str, ...], ...] = field(default=(), metadata=LEFT_OUT)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The last blocks of all stages but the last: the model does something after them."""
+        ends, at = [], 0
+        for stage in self.stages:
+            at += len(stage)
+            ends.append(at - 1)
+        return tuple(ends[:-1])
+
+    @property
+    def where(self) -> str:
+        """Where the blocks are, for messages."""
+        if not self.stages:
+            return place(self.path)
+        return f"{self.stages[0][0]!r} … {self.stages[-1][-1]!r}"
+
+    def need_chain(self, what: str) -> None:
+        """Refuse what only a chain of blocks of one width can have.
+
+        Raises:
+            BlockfitError: where the blocks are in stages.
+        """
+        if self.stages:
+            raise BlockfitError(
+                f"{what} needs one chain of blocks with one number of tokens and one width; the "
+                f"{self.depth} blocks of this model ({self.where}) are in {len(self.stages)} "
+                "stages, in which MLPs and attentions can be narrowed, but no block removed; ask "
+                "for params, flops or latency"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return fields_written(self)
 
     def hidden_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """The hidden state among the arguments of a block's call."""
@@ -74,11 +112,19 @@ class Blocks:
 
     def hidden_out(self, output: Any) -> Tensor:
         """The hidden state in what a block returned."""
-        hidden: Tensor = output[0] if self.output_items else output
+        several = isinstance(output, tuple) if self.stages else bool(self.output_items)
+        hidden: Tensor = output[0] if several else output
         return hidden
 
-    def as_output(self, hidden: Tensor) -> Any:
-        """``hidden`` in the form in which the blocks return it; other items become ``None``."""
+    def as_output(self, hidden: Tensor, rest: tuple[Any, ...] | None = None) -> Any:
+        """``hidden`` in the form in which the blocks return it; other items become ``None``.
+
+        Args:
+            hidden: the state.
+            rest: what a block in a stage returned beside its state; ``None`` where nothing.
+        """
+        if self.stages:
+            return hidden if rest is None else (hidden, *rest)
         return (hidden, *[None] * (self.output_items - 1)) if self.output_items else hidden
 
     @classmethod
@@ -88,6 +134,9 @@ class Blocks:
         for name, least in {"depth": 1, "width": 1, "prefix_tokens": 0, "output_items": 0}.items():
             if (entry := getattr(found, name)) < least:
                 raise BlockfitError(f"{where}: {name} must be at least {least}, got {entry}")
+        count = sum(map(len, found.stages))
+        if found.stages and (count != found.depth or not all(found.stages)):
+            raise BlockfitError(f"{where}: stages hold {count} blocks, and depth is {found.depth}")
         return found
 
 
@@ -97,6 +146,8 @@ def named_blocks(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
     Raises:
         BlockfitError: where the model does not hold ``blocks.depth`` blocks at ``blocks.path``.
     """
+    if blocks.stages:
+        return {name: _block_at(model, name) for stage in blocks.stages for name in stage}
     found = 0
     for run in lists_in(container_at(model, blocks.path)):
         if len(run) == blocks.depth:
@@ -106,6 +157,16 @@ def named_blocks(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
         f"expected {blocks.depth} blocks at {place(blocks.path)} and found {found}; "
         "the model has changed since its blocks were looked up, so find them again"
     )
+
+
+def _block_at(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise BlockfitError(
+            f"the model has no block {name!r}; it has changed since its blocks were looked up, so "
+            "find them again"
+        ) from None
 
 
 def block_modules(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
@@ -140,11 +201,15 @@ def record(model: nn.Module, blocks: Blocks) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def overridden(
-    model: nn.Module, blocks: Blocks, functions: Mapping[int, Callable[[Tensor], Tensor]]
+    model: nn.Module,
+    blocks: Blocks,
+    functions: Mapping[int, Callable[[Tensor], Tensor]],
+    rests: Mapping[int, tuple[Any, ...] | None] | None = None,
 ) -> Iterator[None]:
     """Let block i compute ``functions[i](hidden)`` instead of itself until the ``with`` ends.
 
-    Parameters, hooks and the form of the block's output stay as they are.
+    Parameters, hooks and the form of the block's output stay as they are. ``rests`` are what blocks
+    in stages return beside their states.
 
     Raises:
         BlockfitError: where there is no block i.
@@ -154,15 +219,17 @@ def overridden(
         if not 0 <= index < blocks.depth:
             raise BlockfitError(f"there is no block {index}; the blocks are 0–{blocks.depth - 1}")
 
-    def stand_in(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def stand_in(index: int, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        rest = None if rests is None else rests.get(index)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return blocks.as_output(function(blocks.hidden_in(args, kwargs)))
+            return blocks.as_output(function(blocks.hidden_in(args, kwargs)), rest)
 
         return forward
 
     with ExitStack() as undo:
         for index, function in functions.items():
-            undo.enter_context(forward_as(modules[index], stand_in(function)))
+            undo.enter_context(forward_as(modules[index], stand_in(index, function)))
         yield
 
 

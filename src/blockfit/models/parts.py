@@ -76,7 +76,7 @@ def find_parts(
             return Parts({}, dict.fromkeys(("mlp", "values", "keys"), why))
         look("mlp", lambda: _mlp(probe, writers[-1]))
         if len(writers) < 2:
-            why = "the attention's output projection is not a linear layer that is called as such"
+            why = "it has no attention, or one whose output projection is not called as a layer"
             refused |= dict.fromkeys(("values", "keys"), why)
         else:
             look("values", lambda: _values(probe, writers[0]))
@@ -153,7 +153,8 @@ class _Probe:
 
     def same(self, found: Tensor, expected: Tensor) -> bool:
         """Whether two outputs are equal but for rounding."""
-        scale = (expected - self.hidden).abs().max().clamp_min(1e-6)
+        base = self.hidden if expected.shape == self.hidden.shape else 0.0
+        scale = (expected - base).abs().max().clamp_min(1e-6)
         return bool((found - expected).abs().max() <= self.tolerance * scale)
 
     def feeders(self, reader: str) -> list[_Segment]:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from blockfit.models.blocks import Batch, Blocks, block_modules
 from blockfit.models.forward import first_images
 from blockfit.models.parts import Parts, find_parts
-from blockfit.models.residual import Skip, Writer, find_attention, find_writers, written
+from blockfit.models.residual import (
+    Skip,
+    Writer,
+    find_attention,
+    find_placed_writers,
+    find_writers,
+    input_of,
+    written,
+)
 from blockfit.models.trace import trace
 
 PROBE_IMAGES = 4
@@ -36,12 +44,13 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks, inputs: Batch) -> None:
-        self._modules = block_modules(model, blocks)
+        self._modules, self._blocks = block_modules(model, blocks), blocks
         few = first_images(inputs, PROBE_IMAGES)
         self._trace = trace(model, blocks, few, range(blocks.depth))
         self._writers: dict[int, list[Writer]] = {}
         self._parts: dict[int, Parts] = {}
         self._bare: dict[int, bool] = {}
+        self._tokens: dict[int, int] = {}
         self._shared = shared_parameters(model, self._modules)
         self._skips: dict[int, Skip | None] = {}
 
@@ -55,7 +64,8 @@ class Probe:
         if index not in self._writers:
             block, hidden = self._modules[index], self._trace.states[index]
             run = self._trace.runner(block, index)
-            self._writers[index] = find_writers(block, run, hidden, self._shared)
+            find = find_placed_writers if self._blocks.stages else find_writers
+            self._writers[index] = find(block, run, hidden, self._shared)
         return self._writers[index]
 
     def parts(self, index: int) -> Parts:
@@ -67,8 +77,25 @@ class Probe:
             self._parts[index] = find_parts(block, index, writers, run, hidden, self._shared)
         return self._parts[index]
 
+    def tokens(self, index: int) -> int:
+        """Tokens of one image in block ``index``, as its MLP sees them."""
+        if not self._blocks.stages:
+            return self.state.shape[1]
+        if index not in self._tokens:
+            block, hidden = self._modules[index], self._trace.states[index]
+            writer = self.writers(index)[-1]
+            run = self._trace.runner(block, index)
+            read = input_of(block, writer.name, run, hidden)
+            self._tokens[index] = writer.rows(read, len(hidden)).shape[1]
+        return self._tokens[index]
+
     def bare(self, index: int) -> bool:
-        """Whether block ``index`` with its two writers silenced returns its input unchanged."""
+        """Whether block ``index`` with its two writers silenced returns its input unchanged.
+
+        Not asked of blocks in stages, whose states have layouts of their own.
+        """
+        if self._blocks.stages:
+            return False
         if index not in self._bare:
             block, hidden = self._modules[index], self._trace.states[index]
             with written(block, {writer.name: 0.0 for writer in self.writers(index)}):

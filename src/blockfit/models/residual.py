@@ -25,16 +25,53 @@ class Writer:
     Args:
         name: dotted path inside the block (``mlp.fc2``).
         gain: shape (width,); LayerScale's factors, ones where there is none.
+        channels: the dimension of the block's hidden states that holds the channels.
+        order: for every token of a hidden state the row of z that is added to it, of one image,
+            shape (tokens,); ``None`` where z has the tokens in their order. The rows of windows,
+            shifted or padded, have another.
     """
 
     name: str
     gain: Tensor
+    channels: int = -1
+    order: Tensor | None = None
 
     def linear(self, block: nn.Module) -> nn.Linear:
         """The layer in ``block``."""
         found = block.get_submodule(self.name)
         assert isinstance(found, nn.Linear)
         return found
+
+    def tokens(self, hidden: Tensor) -> Tensor:
+        """A hidden state of the block's layout as (images, tokens, width)."""
+        if self.channels != -1:
+            hidden = hidden.movedim(self.channels, -1)
+        return hidden if hidden.ndim == 3 else hidden.flatten(1, -2)
+
+    def layout(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        """(images, tokens, width) as a hidden state of a shape in the block's layout."""
+        if self.channels == -1:
+            return tokens.reshape(shape)
+        last = [*shape]
+        last.append(last.pop(self.channels))
+        return tokens.reshape(last).movedim(-1, self.channels).contiguous()
+
+    def rows(self, x: Tensor, images: int) -> Tensor:
+        """What the layer reads or returns by tokens, shape (images, tokens, inputs or width).
+
+        Raises:
+            BlockfitError: where the images have another size than those that were looked at.
+        """
+        if x.ndim != 3 or len(x) != images:
+            x = x.reshape(images, -1, x.shape[-1])
+        if self.order is None:
+            return x
+        if int(self.order.max()) >= x.shape[1]:
+            raise BlockfitError(
+                f"{self.name} works on windows of one size of image, and these images have "
+                "another; give images of one size"
+            )
+        return x[:, self.order.to(x.device)]
 
     def effective(self, block: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Weight (width, inputs) and bias (width,) with the gain multiplied in, float64, CPU."""
@@ -299,6 +336,116 @@ def find_writers(
             if len(found) == 2:
                 break
     return found
+
+
+def find_placed_writers(
+    block: nn.Module, run: RunBlock, hidden: Tensor, shared: Collection[int] = ()
+) -> list[Writer]:
+    """``find_writers`` for a block of any layout: its hidden states may be maps, and the layers
+    may work on windows of them, shifted, padded or in another order.
+
+    Args:
+        block: the block.
+        run: calls it as its model does.
+        hidden: shape (batch, …), the channels last or first of the rest.
+        shared: ids of parameters that something beside the block uses too; never solved.
+    """
+    seen: list[tuple[str, Tensor, bool]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Linear, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                good = _solvable(module, shared) and _is_product(module, args, output)
+                seen.append((name, output.detach().clone(), good))
+
+        return hook
+
+    linears = [name for name, module in block.named_modules() if type(module) is nn.Linear]
+    with ExitStack() as undo, torch.no_grad():
+        for name in linears:
+            undo.callback(block.get_submodule(name).register_forward_hook(note(name)).remove)
+        run(hidden)
+    names = [name for name, _, _ in seen]
+    silenced: dict[str, Tensor | float] = {}
+    found: list[Writer] = []
+    for name, output, good in reversed(seen):
+        writer = _placed(block, run, hidden, name, output, silenced)
+        if names.count(name) != 1 or writer is None:
+            continue
+        silenced[name] = 0.0
+        found = [writer, *found] if good else found
+        if len(found) == 2:
+            break
+    return found
+
+
+DIGITS = 32
+"""Rows of a layer are told apart by numbers that are written into them, a digit at a time."""
+
+
+def _placed(
+    block: nn.Module,
+    run: RunBlock,
+    hidden: Tensor,
+    name: str,
+    output: Tensor,
+    silenced: Mapping[str, Tensor | float],
+) -> Writer | None:
+    """The writer that a layer is, with the place of its rows; ``None`` where it is none."""
+
+    def out(value: Tensor | float) -> Tensor:
+        with torch.no_grad(), written(block, {**silenced, name: value}):
+            return exact(run(hidden))
+
+    base, width, images = out(0.0), output.shape[-1], len(hidden)
+    if len(base) != images or output.numel() % (images * width) or base.ndim < 3:
+        return None
+    unit = float(base.abs().max().clamp_min(1.0))
+    slope, change = (out(unit) - base) / unit, out(output) - base
+    scale = change.abs().max()
+    if not torch.isfinite(scale) or scale == 0:
+        return None
+    tolerance = 2e-3 if hidden.dtype == torch.float32 else 5e-2
+    for channels in (-1, 1):
+        if base.shape[channels] != width or (channels == 1 and base.ndim < 4):
+            continue
+        writer = Writer(name, torch.ones(width), channels)
+        each = writer.tokens(slope)
+        gain = each.mean(dim=(0, 1))
+        if (each - gain).abs().max() > tolerance * gain.abs().max():
+            continue
+        rows, wrote = exact(output).reshape(images, -1, width), writer.tokens(change)
+        one = (gain - 1).abs().max() < 1e-4
+        factors = (torch.ones_like(gain) if one else gain).float()
+        for ordered in (False, True):
+            order = _order(out, base, output, writer, gain, unit) if ordered else None
+            taken = rows if order is None else rows[:, order]
+            fits = taken.shape == wrote.shape and (order is not None) == ordered
+            if fits and (gain * taken - wrote).abs().max() <= tolerance * scale:
+                return Writer(name, factors, channels, order)
+    return None
+
+
+def _order(
+    out: RunBlock, base: Tensor, output: Tensor, writer: Writer, gain: Tensor, unit: float
+) -> Tensor | None:
+    """Which row of a layer's output reaches every token, of one image; ``None`` if none does."""
+    rows = output.numel() // (len(base) * output.shape[-1])
+    channel = int(gain.abs().argmax())
+    number = torch.arange(rows).repeat(len(base))
+    total, power = None, 1
+    while power < rows or power == 1:
+        digit = number // power % DIGITS
+        value = (unit * digit / DIGITS).to(output).reshape(*output.shape[:-1], 1)
+        moved = writer.tokens(out(value.expand_as(output)) - base)[..., channel]
+        found = moved / gain[channel] / unit * DIGITS
+        if (found - found.round()).abs().max() > 0.25:
+            return None
+        place = found.round().long() * power
+        total, power = place if total is None else total + place, power * DIGITS
+    assert total is not None
+    same = bool((total == total[0]).all()) and int(total.min()) >= 0 and int(total.max()) < rows
+    return total[0].cpu() if same else None
 
 
 def owns(linear: nn.Linear, shared: Collection[int] = ()) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
-from blockfit.models.blocks import Batch, Blocks, block_modules, call
+from blockfit.models.blocks import Batch, Blocks, block_modules, call, overridden
+
+
+class _Enough(Exception):
+    """Ends a model's forward as soon as what was looked for has been seen."""
 
 
 @dataclass
@@ -22,13 +26,53 @@ class Trace:
         inputs: the batch that the model was called with.
         calls: per block, the arguments beside the hidden state (masks, position embeddings), and
             whether the hidden state came first among the positional ones.
-        states: l → h[l], shape (batch, tokens, width), for the boundaries that were kept.
+        states: l → h[l], shape (batch, tokens, width), for the boundaries that were kept: what
+            block l was given, and what the last block returned.
+        outputs: of blocks in stages: what the last of a stage returned.
+        rests: of blocks in stages: what each returned beside its state; ``None`` for nothing.
     """
 
     blocks: Blocks
     inputs: Batch
     calls: list[tuple[tuple[Any, ...], dict[str, Any], bool]]
     states: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    rests: dict[int, tuple[Any, ...] | None] = field(default_factory=dict)
+
+    def after(self, index: int) -> Tensor | None:
+        """What block ``index`` returned, where it was kept."""
+        known = self.outputs.get(index)
+        return self.states.get(index + 1) if known is None else known
+
+    def given(
+        self,
+        model: nn.Module,
+        index: int,
+        functions: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
+        """What the model gives to block ``index``; blocks before it may compute something else.
+
+        Args:
+            model: in eval mode.
+            index: a block.
+            functions: what stands in for blocks before it.
+        """
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(self.blocks.hidden_in(args, kwargs).detach().clone())
+            raise _Enough
+
+        block = block_modules(model, self.blocks)[index]
+        handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with torch.no_grad(), overridden(model, self.blocks, functions or {}, self.rests):
+                call(model, self.inputs)
+        except _Enough:
+            return seen[0]
+        finally:
+            handle.remove()
+        raise BlockfitError(f"the model did not run its block {index}")
 
     def run(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Run ``module`` as block ``index`` was run, on another hidden state."""
@@ -81,8 +125,20 @@ def trace(
             own = hidden.detach().clone()
             out.states[index] = own if hold is None else hold(own)
 
-    modules = block_modules(model, blocks)
+    def in_stage(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            several = isinstance(output, tuple)
+            out.rests[index] = tuple(output[1:]) if several else None
+            if index in ends and wanted:
+                own = blocks.hidden_out(output).detach().clone()
+                out.outputs[index] = own if hold is None else hold(own)
+
+        return hook
+
+    modules, ends = block_modules(model, blocks), blocks.ends
     with ExitStack() as undo, torch.no_grad():
+        for index, module in enumerate(modules if blocks.stages else ()):
+            undo.callback(module.register_forward_hook(in_stage(index)).remove)
         for index, module in enumerate(modules):
             handle = module.register_forward_pre_hook(before(index), with_kwargs=True)
             undo.callback(handle.remove)

@@ -126,7 +126,7 @@ class PartSums:
     """
 
     def __init__(self, originals: TracedImages, index: int) -> None:
-        self.block = originals.modules[index]
+        self.block, self.index = originals.modules[index], index
         self.writers = originals.probe.writers(index)
         self.parts = dict(originals.probe.parts(index).whole)
         self.sums = {
@@ -171,12 +171,13 @@ class PartSums:
     def _add(self, originals: TracedImages, taken: dict[str, Tensor], places: range) -> None:
         found: dict[str, Spread] = {}
         if (mlp := self.parts.get("mlp")) is not None:
-            rows = taken[f"> {mlp.reader}"]
-            prefix = originals.blocks.prefix_tokens
-            draw = Draw.limited(prefix, originals.tokens, mlp.size, CURVE_INPUTS)
+            rows = self.writers[-1].rows(taken[f"> {mlp.reader}"], len(places))
+            prefix, tokens = originals.blocks.prefix_tokens, originals.tokens_of(self.index)
+            draw = Draw.limited(prefix, tokens, mlp.size, CURVE_INPUTS)
             found["mlp"] = Spread.of(draw.take(rows, places), 1, torch.float32)
         if (values := self.parts.get("values")) is not None:
-            found["values"] = Spread.of(taken[f"> {values.reader}"], values.heads)
+            mixed = self.writers[0].rows(taken[f"> {values.reader}"], len(places))
+            found["values"] = Spread.of(mixed, values.heads)
         if (keys := self.parts.get("keys")) is not None:
             width = keys.heads * keys.size
             pair = [taken[r.layer][..., r.start : r.start + width] for r in keys.rows]
@@ -336,7 +337,7 @@ def _block_curves(
         if not measured:
             continue  # the model does not run with a narrower part: it stays whole
         effects = interpolated(widths, errors, measured)
-        unit = unit_cost(sums.block, part, originals.probe.state.shape[1])
+        unit = unit_cost(sums.block, part, originals.probe.tokens(index))
         out.append(Curve(part, widths, effects, *unit))
     return out
 

@@ -149,7 +149,7 @@ class CutSearch:
         """Plans of one short span each, with their effects; measured at the first call."""
         if self._spans is None:
             self._spans = []
-            if "blocks" in self.recipe.cuts:
+            if "blocks" in self.recipe.cuts and not self.originals.blocks.stages:
                 some = spans_up_to(self.depth, min(LONGEST_SPAN, self.depth - 2), self.protected)
                 self._spans = self._scored(some)
         return self._spans

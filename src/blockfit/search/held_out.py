@@ -247,10 +247,12 @@ def observe_solution(
     functions: dict[int, Callable[[Tensor], Tensor]] = {}
     start = seen.states[first]
     for index in range(first - 1):
-        functions[index] = partial(_known, seen.states.get(index + 1))
+        functions[index] = partial(_known, seen.after(index))
     if first > 0:
+        before = seen.after(first - 1)
+        assert before is not None, "the state before the first block that is touched was kept"
         # A copy: the block that reads it may write into its input.
-        functions[first - 1] = lambda hidden: start.clone()
+        functions[first - 1] = lambda hidden: before.clone()
     for entry, module in zip(solution.plan, solution.maps, strict=True):
         for index in range(entry.span.start, entry.span.stop - 1):
             functions[index] = _same
@@ -267,7 +269,7 @@ def observe_solution(
     with (
         narrowed(model, blocks, solution.plan.narrowings),
         swapped(model, solution.weights),
-        overridden(model, blocks, functions),
+        overridden(model, blocks, functions, seen.rests),
     ):
         return observe(model, blocks, seen.inputs)
 

@@ -184,6 +184,6 @@ def of_some(problem: Regression, inputs: Tensor) -> Regression:
 def centred(keys: Tensor) -> Tensor:
     """Keys about their mean over each image: what all have in common cancels in the softmax.
 
-    Shape (images, tokens, heads · m).
+    Shape (images or windows, tokens, heads · m); the tokens may be a map.
     """
-    return keys - keys.mean(dim=1, keepdim=True)
+    return keys - keys.mean(dim=tuple(range(1, keys.ndim - 1)), keepdim=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -234,5 +233,5 @@ def checkpoint_of(
     """Where a run saves its progress; ``None`` without a folder."""
     if folder is None:
         return None
-    how = {"batch_size": images.batch_size, "blocks": dataclasses.asdict(blocks)}
+    how = {"batch_size": images.batch_size, "blocks": blocks.to_json()}
     return Checkpoint(folder, {**run, **how})

@@ -16,9 +16,10 @@ from blockfit.errors import BlockfitError, first_line
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import PARTS, Narrowing, Plan, Span, spans_up_to
 from blockfit.models.adapters import check_merged
-from blockfit.models.blocks import Batch, Blocks, find_blocks, named_blocks
+from blockfit.models.blocks import Batch, Blocks, named_blocks
 from blockfit.models.forward import FORWARD_ERRORS, evaluating, first_images, offloaded
 from blockfit.models.load import source_of
+from blockfit.models.stages import find_blocks
 from blockfit.models.stock import Stock
 from blockfit.models.surgery import removed_plan
 from blockfit.models.tensors import narrowest
@@ -316,6 +317,8 @@ class Session:
     def by_hand(self, plan: Plan) -> Point:
         """Solve a plan that the user wrote."""
         plan.check(self.setting.blocks.depth, self.protected)
+        if plan.replacements:
+            self.setting.blocks.need_chain("removing spans of blocks")
         self._say(f"solving {plan}")
         if plan.narrowings:
             self._check_parts(plan)
@@ -363,6 +366,7 @@ class Session:
         if self.recipe.baseline is not None:
             return self._reach_baseline(budget, self.recipe.baseline)
         if budget.kind == "remove":
+            self.setting.blocks.need_chain("removing blocks")
             size = int(budget.value)
             longest = size if self.recipe.contiguous else None
             search = self.search(longest)
@@ -371,12 +375,23 @@ class Session:
             return point
         if self.narrows():
             return self._reach_by_cuts(budget, judge)
+        self._check_chain()
         if budget.kind in ("params", "flops"):
             return self._reach_size(budget)
         if budget.kind == "latency":
             return self._reach_latency(budget)
         assert judge is not None, "a budget of loss needs a judge"
         return self._reach_loss(judge)
+
+    def _check_chain(self) -> None:
+        """Refuse spans alone where the blocks are in stages; say why nothing can be narrowed."""
+        if self.setting.blocks.stages and self.recipe.narrows:
+            why = "; ".join(f"{part}: {reason}" for part, reason in self.cuts.refused().items())
+            raise BlockfitError(
+                f"nothing in this model can be cut: its blocks are in stages, of which no span can "
+                f"be removed, and nothing in them can be narrowed ({why or 'no kind of cut'})"
+            )
+        self.setting.blocks.need_chain("removing spans of blocks")
 
     def _reach_by_cuts(self, budget: Budget, judge: Judge | None) -> Point:
         cuts = self.cuts

@@ -33,6 +33,7 @@ from blockfit.models.residual import (
     outputs_of,
     written,
 )
+from blockfit.models.stages import crossed
 from blockfit.models.surgery import apply_plan, swapped
 from blockfit.progress import Progress
 from blockfit.search.narrowing import (
@@ -224,6 +225,8 @@ class _Walk:
         self.maps: dict[Replacement, nn.Module] = {}
         self.weights: dict[str, Tensor] = {}
         self.hidden: list[Tensor] | None = None
+        self.ends: dict[int, list[Tensor]] = {}
+        """What the last blocks of the stages so far return, batch by batch."""
 
     def solution(self, progress: Progress | None) -> Solution:
         if not self.plan:
@@ -250,6 +253,9 @@ class _Walk:
         """Go on after the longest cached prefix of the plan, or at block ``first``."""
         found = self.beginnings and self.beginnings.longest(self.plan)
         if not found:
+            for end in (end for end in self.blocks.ends if end < first):
+                batches = range(len(self.originals.traces))
+                self.ends[end] = [self.originals.returned(b, end) for b in batches]
             self.hidden = self._targets(first)
             return first
         entries, known = found
@@ -313,8 +319,8 @@ class _Walk:
         targets: list[Tensor] = []
         if solve_mlp:
             # Before the weights are swapped: the targets may have to be computed again.
-            boundary = folded.span.stop if folded else index + 1
-            targets = self._targets(boundary)
+            last = folded.span.stop - 1 if folded else index
+            targets = [self.originals.returned(b, last) for b in range(len(self.originals.traces))]
         narrower = dict(cuts)
         if (cut := cuts.get("mlp")) is not None:
             known = None if folded else self.choices.neurons.get(index)
@@ -334,6 +340,18 @@ class _Walk:
                 ]
         prefix = ".".join(filter(None, (self.blocks.path, self.names[index])))
         self.weights.update({f"{prefix}.{name}": value for name, value in solved.items()})
+        if index in self.blocks.ends:
+            self._cross(index)
+
+    def _cross(self, index: int) -> None:
+        """From what the last block of a stage returns to what the model gives to the next block."""
+        assert self.hidden is not None
+        model, crossed_states = self.originals.model, []
+        self.ends[index] = self.hidden
+        for b, seen in enumerate(self.originals.traces):
+            ends = {end: states[b] for end, states in self.ends.items()}
+            crossed_states.append(self.hold(crossed(model, self.blocks, seen, ends, index)))
+        self.hidden = crossed_states
 
     @contextmanager
     def _changed(
@@ -389,11 +407,12 @@ class _Walk:
         with self._changed(index, narrower, rewritten.layers()):
             for seen, hidden in zip(self.originals.traces, self.hidden, strict=True):
                 run = seen.runner(block, index)
-                read.append(self.hold(input_of(block, attention.name, run, hidden)))
+                x = input_of(block, attention.name, run, hidden)
+                read.append(self.hold(attention.rows(x, len(hidden))))
                 base = hidden
                 if not bare:
                     with written(block, silent):
-                        base = run(hidden)
+                        base = attention.tokens(run(hidden))
                 bases.append(base)
         solved: dict[str, Tensor] = {}
         prior, ridge = attention.effective(block), self.options.repair_ridge
@@ -401,7 +420,7 @@ class _Walk:
             read, prior = self._narrow_values(attention, cut, read, rewritten)
             solved = rewritten.layers()
             ridge = self.options.narrow_ridge
-        draw = self._draw(prior[0].shape[1], bool(cuts))
+        draw = self._draw(index, prior[0].shape[1], bool(cuts))
         sums = self._repair_sums(prior[0])
         for b, (x, base) in enumerate(zip(read, bases, strict=True)):
             places = self.originals.places(b)
@@ -455,11 +474,12 @@ class _Walk:
             prior = self._fold(targets, weight, bias, bases, regressors)
         solved: dict[str, Tensor] = {}
         if repair:
-            draw = self._draw(weight.shape[1] if cut is None else cut.size, cut is not None)
+            whole = weight.shape[1] if cut is None else cut.size
+            draw = self._draw(index, whole, cut is not None)
             sums = self._repair_sums(weight)
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
                 places = self.originals.places(b)
-                gap = draw.take(targets[b], places) - draw.take(base, places)
+                gap = draw.take(mlp.tokens(targets[b]), places) - draw.take(base, places)
                 sums.add(draw.take(x, places), gap, self._weights(draw, base))
             problem, ridge = sums.total(), self.options.repair_ridge
             if cut is not None:
@@ -476,8 +496,8 @@ class _Walk:
         writes = {n: v for n, v in solved.items() if n.startswith(mlp.name + ".")}
         with swapped(block, writes):
             self.hidden = [
-                self.hold(base + mlp.contribution(block, x))
-                for base, x in zip(bases, regressors, strict=True)
+                self.hold(mlp.layout(base + mlp.contribution(block, x), target.shape))
+                for base, x, target in zip(bases, regressors, targets, strict=True)
             ]
         return solved
 
@@ -491,8 +511,9 @@ class _Walk:
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
             if middles is None:
                 with inputs_of(block, mlp.name) as inputs, written(block, {mlp.name: 0.0}):
-                    bases.append(self.hold(seen.run(block, index, hidden)))
-                regressors.append(self.hold(inputs[0]))
+                    base = seen.run(block, index, hidden)
+                bases.append(self.hold(mlp.tokens(base)))
+                regressors.append(self.hold(mlp.rows(inputs[0], len(hidden))))
             else:
                 bases.append(middles[b])
                 run, skip = seen.runner(block, index), self.originals.probe.skip(index)
@@ -535,9 +556,10 @@ class _Walk:
             bias = fitted.weight @ bias + fitted.bias
         return fitted.weight @ weight, bias
 
-    def _draw(self, inputs: int, narrowed: bool) -> Draw:
+    def _draw(self, index: int, inputs: int, narrowed: bool) -> Draw:
         rows = NARROW_ROWS_PER_INPUT if narrowed else None
-        return Draw.limited(self.blocks.prefix_tokens, self.originals.tokens, inputs, rows)
+        tokens = self.originals.tokens_of(index)
+        return Draw.limited(self.blocks.prefix_tokens, tokens, inputs, rows)
 
     def _weights(self, draw: Draw, states: Tensor) -> Tensor | None:
         """Of the tokens drawn of each of states (images, tokens, width)."""

@@ -141,11 +141,11 @@ class TracedImages:
     def _trace(self, batch: LabelledBatch) -> None:
         boundaries = range(self.blocks.depth + 1)
         seen = trace(self.model, self.blocks, batch.inputs, boundaries, batch.names, self.hold)
-        size = sum(state.nbytes for state in seen.states.values())
+        size = sum(s.nbytes for kept in (seen.states, seen.outputs) for s in kept.values())
         if self._shelf is not None:
             seen.inputs = self._shelf.hold_batch(seen.inputs)
         elif self._held + size > self._limit:
-            seen.states = {0: seen.states[0]}
+            seen.states, seen.outputs = {0: seen.states[0]}, {}
         else:
             self._held += size
         self.traces.append(seen)
@@ -256,6 +256,10 @@ class TracedImages:
     def state(self, batch: int, boundary: int) -> Tensor:
         """h[boundary] of one batch."""
         seen = self.traces[batch]
+        if self.blocks.stages and boundary not in seen.states:
+            if boundary == self.blocks.depth:
+                return self.returned(batch, boundary - 1)
+            return seen.given(self.model, boundary)
         known = max(b for b in seen.states if b <= boundary)
         hidden = seen.states[known]
         for index in range(known, boundary):
@@ -264,6 +268,21 @@ class TracedImages:
             # Boundaries are asked for in order: keep the last one to go on from.
             seen.states = {0: seen.states[0], boundary: hidden}
         return hidden
+
+    def returned(self, batch: int, index: int) -> Tensor:
+        """What block ``index`` returned for one batch."""
+        if not self.blocks.stages:
+            return self.state(batch, index + 1)
+        seen = self.traces[batch]
+        if (known := seen.after(index)) is not None:
+            return known
+        return seen.run(self.modules[index], index, self.state(batch, index))
+
+    def tokens_of(self, index: int) -> int:
+        """Tokens of all images, of all processes, in block ``index``."""
+        if not self.blocks.stages:
+            return self.tokens
+        return sum(self.sizes.values()) * self.probe.tokens(index)
 
     def middle(self, batch: int, index: int, draw: Draw) -> Tensor:
         """The drawn tokens of the state of block ``index`` before its MLP's contribution.
@@ -284,6 +303,6 @@ class TracedImages:
         writers, hidden = self.probe.writers(index), self.state(batch, index)
         if not self.probe.bare(index):
             with written(block, {writers[-1].name: 0.0}):
-                return seen.run(block, index, hidden)
+                return writers[-1].tokens(seen.run(block, index, hidden))
         read = input_of(block, writers[0].name, seen.runner(block, index), hidden)
         return hidden + writers[0].contribution(block, read)

@@ -1,0 +1,253 @@
+"""Residual blocks of models that are no one chain: stages, windows, maps, mixed kinds.
+
+Nothing here knows a model by name. Such blocks can be narrowed: their MLPs' neurons and the
+dimensions of their heads need no equal shapes and no chain. No span of them can be replaced.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockfit.arguments import checked
+from blockfit.errors import BlockfitError
+from blockfit.models import blocks as chains
+from blockfit.models.blocks import Batch, Blocks
+from blockfit.models.forward import (
+    FORWARD_ERRORS,
+    evaluating,
+    example_input,
+    two_different,
+)
+from blockfit.models.residual import Writer, find_placed_writers, written
+from blockfit.models.trace import Trace, trace
+
+
+@checked
+def find_blocks(
+    model: nn.Module,
+    example: Batch | None = None,
+    path: str | None = None,
+    prefix_tokens: int | None = None,
+) -> Blocks:
+    """Find a model's blocks by looking: a chain of like blocks, or else residual blocks in stages.
+
+    A chain is what ``blockfit.models.blocks.find_blocks`` finds. Where there is none and no
+    ``path`` is given, the blocks are the smallest modules that run once and add what a linear
+    layer in them returns to what they were given, whatever their class, width, number of tokens
+    and layout: those of hierarchical models. They can be narrowed, but no span of them removed.
+
+    Args:
+        model: any module; left as it was.
+        example: what the model is called with; guessed where missing.
+        path: the list by name, where looking is not enough.
+        prefix_tokens: of a chain, where looking is not enough.
+
+    Raises:
+        BlockfitError: neither a chain nor residual blocks; the message says why there is no chain.
+    """
+    try:
+        return chains.find_blocks(model, example, path, prefix_tokens)
+    except BlockfitError as error:
+        if path is not None or prefix_tokens is not None:
+            raise
+        inputs = example_input(model) if example is None else example
+        found = find_stages(model, two_different(model, inputs))
+        if found is None:
+            raise BlockfitError(
+                f"{error}; nor is there a residual block in it that could be narrowed (a module "
+                "that adds what a linear layer returns to what it was given)"
+            ) from error
+        return found
+
+
+@dataclass
+class _Call:
+    """One call of a module during a forward."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name_of_input: str
+    hidden: Tensor
+    started: int
+    output: Any = None
+    count: int = 1
+    width: int = 0
+
+    def run(self, hidden: Tensor) -> Tensor:
+        own = hidden.clone()
+        if self.args:
+            out = self.module(own, *self.args[1:], **self.kwargs)
+        else:
+            out = self.module(**{**self.kwargs, self.name_of_input: own})
+        state: Tensor = _state(out)
+        return state
+
+
+def _state(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim in (3, 4, 5) and value.is_floating_point()
+
+
+def find_stages(model: nn.Module, inputs: Batch) -> Blocks | None:
+    """The residual blocks of a model, in the order in which they run; ``None`` where it has none.
+
+    Args:
+        model: any module.
+        inputs: two different images or more, as the model is called.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    with evaluating(model), torch.no_grad():
+        try:
+            calls = _calls(model, inputs)
+        except FORWARD_ERRORS:
+            return None
+        found: list[_Call] = []
+        inside: set[int] = set()
+        for one in sorted(calls, key=lambda c: sum(1 for _ in c.module.modules())):
+            if any(id(part) in inside for part in one.module.modules()):
+                continue
+            if _is_residual(one):
+                found.append(one)
+                inside |= {id(part) for part in one.module.modules()}
+        found.sort(key=lambda one: one.started)
+        names = {one.name_of_input for one in found if not one.args}
+        found = [one for one in found if one.args or len(names) == 1]
+        if not found:
+            return None
+        return _laid_out(model, inputs, found, next(iter(names), ""))
+
+
+def _laid_out(model: nn.Module, inputs: Batch, found: Sequence[_Call], name: str) -> Blocks:
+    """The blocks in runs of which each reads what the one before returned."""
+    runs: list[list[_Call]] = []
+    for one in found:
+        last = runs[-1][-1] if runs else None
+        joined = (
+            last is not None
+            and _state(last.output).shape == one.hidden.shape
+            and last.hidden.shape == one.hidden.shape
+            and torch.equal(_state(last.output), one.hidden)
+        )
+        if joined:
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    for stages in (runs, [[one] for one in found]):
+        blocks = Blocks(
+            path="",
+            depth=len(found),
+            width=max(one.width for one in found),
+            prefix_tokens=0,
+            input_name=name,
+            output_items=0,
+            stages=tuple(tuple(one.name for one in stage) for stage in stages),
+        )
+        if _follows(model, blocks, inputs):
+            return blocks
+    return blocks
+
+
+def _follows(model: nn.Module, blocks: Blocks, inputs: Batch) -> bool:
+    """Whether the ends of the stages alone decide what the blocks after them are given."""
+    seen = trace(model, blocks, inputs, range(blocks.depth + 1))
+    return all(
+        torch.equal(crossed(model, blocks, seen, seen.outputs, end), seen.states[end + 1])
+        for end in blocks.ends
+    )
+
+
+def crossed(
+    model: nn.Module, blocks: Blocks, seen: Trace, ends: Mapping[int, Tensor], index: int
+) -> Tensor:
+    """What the model gives to the block after ``index``, from what the ends of stages returned.
+
+    Args:
+        model: in eval mode.
+        blocks: in stages.
+        seen: of the same images.
+        ends: of every stage up to ``index``: what its last block returns.
+        index: the last block of a stage.
+    """
+    functions: dict[int, Callable[[Tensor], Tensor]] = dict.fromkeys(range(index + 1), _same)
+    for end, output in ends.items():
+        if end <= index:
+            functions[end] = _known(output)
+    return seen.given(model, index + 1, functions)
+
+
+def _same(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _known(output: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: output.clone()
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Linear]:
+    return (part for part in module.modules() if type(part) is nn.Linear)
+
+
+def _calls(model: nn.Module, inputs: Batch) -> list[_Call]:
+    """What modules with linear layers in them were given, of those that ran once."""
+    clock, calls = itertools.count(), dict[str, _Call]()
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name in calls:
+                calls[name].count += 1
+                return
+            key = next((key for key, value in kwargs.items() if _is_state(value)), "")
+            given: Any = args[0] if args else kwargs.get(key)
+            if _is_state(given):
+                hidden = given.detach().clone()
+                calls[name] = _Call(name, module, args, kwargs, key, hidden, next(clock))
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if name in calls:
+                calls[name].output = output
+
+        return hook
+
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            if name and type(module) is not nn.Linear and any(_linears(module)):
+                start = module.register_forward_pre_hook(before(name), with_kwargs=True)
+                undo.callback(start.remove)
+                undo.callback(module.register_forward_hook(after(name)).remove)
+        chains.call(model, inputs)
+    return [one for one in calls.values() if one.count == 1 and _is_state(_state(one.output))]
+
+
+def _is_residual(one: _Call) -> bool:
+    """Whether a module adds what linear layers in it return to something of what it is given."""
+    try:
+        if not torch.equal(one.run(one.hidden), _state(one.output)):
+            return False
+        writers = find_placed_writers(one.module, one.run, one.hidden)
+        one.width = writers[-1].linear(one.module).out_features if writers else 0
+        return bool(writers) and _keeps_something(one, writers)
+    except FORWARD_ERRORS:
+        return False
+
+
+def _keeps_something(one: _Call, writers: Sequence[Writer]) -> bool:
+    """Whether anything of its input is left in a module's output with its writers silenced."""
+    with written(one.module, {writer.name: 0.0 for writer in writers}):
+        rest = one.run(one.hidden)
+    return bool((rest - rest.mean(dim=0, keepdim=True)).abs().max() > 0)
