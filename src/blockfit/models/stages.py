@@ -21,6 +21,7 @@ from blockfit.models import blocks as chains
 from blockfit.models.blocks import Batch, Blocks
 from blockfit.models.forward import (
     FORWARD_ERRORS,
+    block_class,
     evaluating,
     example_input,
     two_different,
@@ -52,10 +53,15 @@ def find_blocks(
     Raises:
         BlockfitError: neither a chain nor residual blocks; the message says why there is no chain.
     """
+    asked = path is not None or prefix_tokens is not None
     try:
-        return chains.find_blocks(model, example, path, prefix_tokens)
+        chain = chains.find_blocks(model, example, path, prefix_tokens)
+        if asked or not _is_a_stage(model, chain, example):
+            return chain
+        inputs = example_input(model) if example is None else example
+        return find_stages(model, two_different(model, inputs)) or chain
     except BlockfitError as error:
-        if path is not None or prefix_tokens is not None:
+        if asked:
             raise
         inputs = example_input(model) if example is None else example
         found = find_stages(model, two_different(model, inputs))
@@ -65,6 +71,33 @@ def find_blocks(
                 "that adds what a linear layer returns to what it was given)"
             ) from error
         return found
+
+
+def _is_a_stage(model: nn.Module, chain: Blocks, example: Batch | None) -> bool:
+    """Whether like blocks outside of a chain have more tokens before it, or fewer after it."""
+    inside = {id(part) for block in chains.block_modules(model, chain) for part in block.modules()}
+    kinds = {block_class(block) for block in chains.block_modules(model, chain)}
+    others = [m for m in model.modules() if block_class(m) in kinds and id(m) not in inside]
+    if not others or any(parameter.is_meta for parameter in model.parameters()):
+        return False
+    tokens: list[tuple[bool, int]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = next((v for v in (*args, *kwargs.values()) if _is_state(v)), None)
+        if state is not None and not torch.equal(state[0], state[-1]):  # of images, not of texts
+            tokens.append((id(module) in inside, state.shape[1]))
+
+    inputs = example_input(model) if example is None else example
+    first = chains.block_modules(model, chain)[0]
+    with ExitStack() as undo, evaluating(model), torch.no_grad():
+        for module in (first, *others):
+            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        chains.call(model, two_different(model, inputs))
+    at = next((place for place, (in_chain, _) in enumerate(tokens) if in_chain), None)
+    if at is None:
+        return False
+    own = tokens[at][1]
+    return any(n > own for _, n in tokens[:at]) or any(n < own for _, n in tokens[at + 1 :])
 
 
 @dataclass

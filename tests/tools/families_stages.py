@@ -1,0 +1,146 @@
+"""Tiny models whose blocks are no one chain: hierarchical and hybrid ones, which can be narrowed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from family import CLASSES, Family, none
+from torch import nn
+
+ALL = frozenset({"mlp", "values", "keys"})
+MLP = frozenset({"mlp"})
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a test knows of one kind of model.
+
+    Args:
+        family: how it is built and given images.
+        parts: kinds of parts that are found in some of its blocks.
+        depth: blocks that are found.
+        stages: in how many runs.
+        kept: part of the parameters that a compression is asked to leave.
+    """
+
+    family: Family
+    parts: frozenset[str]
+    depth: int
+    stages: int
+    kept: float = 0.7
+
+
+def _timm(name: str, image: int = 32, **options: Any) -> Family:
+    def make() -> nn.Module:
+        timm = pytest.importorskip("timm")
+        model: nn.Module = timm.create_model(name, num_classes=CLASSES, **options)
+        return model
+
+    return Family(make, "", none, image=image)
+
+
+def _transformers(name: str, image: int = 32, **options: Any) -> Family:
+    def make() -> nn.Module:
+        transformers = pytest.importorskip("transformers")
+        model_class = getattr(transformers, name)
+        return model_class(model_class.config_class(num_labels=CLASSES, **options))
+
+    return Family(make, "", none, image=image)
+
+
+def _by_hand(module: str, build: Callable[[Any], nn.Module], image: int = 32) -> Family:
+    """A model that a library's own classes make, without its registry."""
+
+    def make() -> nn.Module:
+        pytest.importorskip(module.partition(".")[0])
+        return build(importlib.import_module(module))
+
+    return Family(make, "", none, image=image)
+
+
+def _mvit(library: Any) -> nn.Module:
+    config = library.MultiScaleVitCfg(depths=(1, 2, 1), embed_dim=(16, 32, 64), num_heads=1)
+    model: nn.Module = library.MultiScaleVit(config, img_size=32, num_classes=CLASSES)
+    return model
+
+
+def _convnext(library: Any) -> nn.Module:
+    setting = [library.CNBlockConfig(16, 32, 2), library.CNBlockConfig(32, None, 2)]
+    model: nn.Module = library.ConvNeXt(setting, num_classes=CLASSES)
+    return model
+
+
+def _swin(library: Any) -> nn.Module:
+    model: nn.Module = library.SwinTransformer(
+        [2, 2], 16, [2, 2], [1, 2], [4, 4], num_classes=CLASSES
+    )
+    return model
+
+
+_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)}
+_HF_SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2],
+            "num_heads": [1, 2], "window_size": 4}  # fmt: skip
+_MIXED = {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 2, 1],
+          "num_attention_heads": [1, 2, 2, 4], "image_size": 64}  # fmt: skip
+
+STAGED: dict[str, Staged] = {
+    "timm-swin": Staged(
+        _timm(
+            "swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4, **_SWIN
+        ), ALL, 4, 2,
+    ),
+    "timm-swin-padded": Staged(  # 12 × 12 tokens in windows of 5
+        _timm(
+            "swin_tiny_patch4_window7_224", 24, img_size=24, patch_size=2, window_size=5, **_SWIN
+        ), ALL, 4, 2,
+    ),
+    "timm-convnext": Staged(
+        _timm("convnext_atto", depths=(1, 1, 2, 1), dims=(16, 16, 32, 32), conv_mlp=False),
+        MLP, 5, 4, 0.75,
+    ),
+    "timm-hiera": Staged(
+        _timm("hiera_tiny_224", img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 2, 2, 1),
+              image=64), ALL, 6, 3,
+    ),
+    "timm-pvt-v2": Staged(
+        _timm("pvt_v2_b0", embed_dims=(16, 16, 32, 32), depths=(1, 1, 2, 1),
+              num_heads=(1, 2, 2, 4), image=64), frozenset({"values", "keys"}), 5, 4, 0.9,
+    ),
+    "timm-mvit-v2": Staged(_by_hand("timm.models.mvitv2", _mvit), MLP, 4, 2, 0.8),
+    "timm-twins": Staged(
+        _timm("twins_svt_small", img_size=64, embed_dims=(16, 32, 32, 64), num_heads=(1, 2, 2, 4),
+              depths=(1, 1, 2, 1), image=64), ALL, 5, 5,
+    ),
+    "swin": Staged(_transformers("SwinForImageClassification", **_HF_SWIN), ALL, 4, 2),
+    "swin-bare": Staged(_transformers("SwinModel", **_HF_SWIN), ALL, 4, 2),
+    "convnext": Staged(
+        _transformers("ConvNextForImageClassification", num_stages=2, hidden_sizes=[16, 32],
+                      depths=[2, 2]), MLP, 4, 2,
+    ),
+    "hiera": Staged(
+        _transformers("HieraForImageClassification", 64, image_size=[64, 64], embed_dim=16,
+                      depths=[1, 2, 2, 1], num_heads=[1, 2, 4, 8]), ALL, 6, 3,
+    ),
+    "pvt-v2": Staged(
+        _transformers("PvtV2ForImageClassification", 64, **_MIXED),
+        frozenset({"values", "keys"}), 5, 4, 0.9,
+    ),
+    "segformer": Staged(
+        _transformers("SegformerForImageClassification", 64, **_MIXED),
+        frozenset({"values", "keys"}), 5, 4, 0.95,
+    ),
+    "segformer-dense": Staged(
+        _transformers("SegformerForSemanticSegmentation", 64, decoder_hidden_size=16, **_MIXED),
+        frozenset({"values", "keys"}), 5, 4, 0.95,
+    ),
+    "torchvision-swin": Staged(
+        _by_hand("torchvision.models.swin_transformer", _swin), MLP, 4, 2, 0.8
+    ),
+    "torchvision-convnext": Staged(
+        _by_hand("torchvision.models.convnext", _convnext), MLP, 4, 2, 0.7
+    ),
+}  # fmt: skip
