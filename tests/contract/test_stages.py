@@ -177,5 +177,5 @@ def test_a_response_norm_between_the_layers_of_an_mlp_is_a_reason() -> None:
 
 
 def test_a_stage_of_several_blocks_between_single_ones_is_no_chain() -> None:
-    model, images, blocks = found("timm-pvt-v2")
+    blocks = found("timm-pvt-v2")[2]
     assert [len(stage) for stage in blocks.stages] == [1, 1, 2, 1]

@@ -1,4 +1,4 @@
-"""Tiny models whose blocks are no one chain: hierarchical and hybrid ones, which can be narrowed."""
+"""Tiny models whose blocks are no one chain, hierarchical and hybrid ones: they can be narrowed."""
 
 from __future__ import annotations
 
