@@ -53,6 +53,11 @@ class Prediction:
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
 
+    @property
+    def guesses(self) -> list[tuple[str, float]]:
+        """Each class with its probability."""
+        return list(zip(self.classes, self.probabilities, strict=True))
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -80,6 +85,12 @@ class Sample:
     components: tuple[bytes, bytes] | None
     cost: float | None = None
     right: tuple[bool, bool] | None = None
+
+    @property
+    def sides(self) -> list[tuple[str, Prediction]]:
+        """Both predictions by whose they are; none without a head."""
+        both = (("original", self.original), ("compressed", self.compressed))
+        return [(who, one) for who, one in both if one is not None]
 
     @property
     def differs(self) -> bool:

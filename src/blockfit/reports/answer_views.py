@@ -6,6 +6,7 @@ from typing import Any
 
 from blockfit.evaluation.answers import Answers, ClassFigures, Flip
 from blockfit.fit.intervals import paired_drop
+from blockfit.reports.image_views import file_name
 from blockfit.units import number, percent
 
 View = dict[str, Any]
@@ -62,7 +63,7 @@ def flips_view(answers: Answers, images: int) -> View | None:
         return None
     rows = [
         {
-            "image": one.image.replace("\\", "/").rpartition("/")[2] or one.image,
+            "image": file_name(one.image),
             "label": one.label or "–",
             "before": one.before,
             "after": one.after,

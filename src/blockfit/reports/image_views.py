@@ -1,73 +1,28 @@
-"""What a report shows of pictures: experiments, images side by side, principal components."""
+"""What a report says of pictures, and how they get into the page."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
-from typing import Any
 
 from PIL import Image
 
-from blockfit.evaluation.side_by_side import Prediction, Sample, SideBySide
-from blockfit.reports.content import Experiment
-from blockfit.units import number
-
-View = dict[str, Any]
+from blockfit.evaluation.side_by_side import SideBySide
 
 
-def experiment_view(one: Experiment) -> View:
-    """One experiment: finding, picture, rows."""
-    picture = None
-    if one.picture is not None:
-        width = Image.open(io.BytesIO(one.picture)).width
-        picture = {"data": _data(one.picture), "width": width}
-    return {
-        "title": one.title,
-        "finding": one.finding,
-        "picture": picture,
-        "header": one.header,
-        "rows": one.rows,
-    }
+def png_data(png: bytes) -> str:
+    """The address of a picture that lies in the page itself."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def sample_view(sample: Sample) -> View:
-    """One image with what both models say of it."""
-    sides = (("original", sample.original), ("compressed", sample.compressed))
-    said = [
-        f"{who} model: {side.classes[0]}" for who, side in sides if side is not None
-    ]  # fmt: skip
-    return {
-        "name": _short(sample.name),
-        "picture": _data(sample.picture),
-        "alt": "; ".join([f"image {_short(sample.name)}", *said]),
-        "label": sample.label,
-        "differs": sample.differs,
-        "cosine": number(sample.cosine, 3),
-        "cost": None if sample.cost is None else number(sample.cost, 3),
-        "predictions": [
-            {"who": who, "guesses": _guesses(side), "mark": _mark(sample.right, place)}
-            for place, (who, side) in enumerate(sides)
-            if side is not None
-        ],
-    }
+def png_width(png: bytes) -> int:
+    """In pixels."""
+    return Image.open(io.BytesIO(png)).width
 
 
-def _mark(right: tuple[bool, bool] | None, place: int) -> str:
-    """``right`` or ``wrong``; nothing without a label."""
-    return "" if right is None else ("wrong", "right")[right[place]]
-
-
-def _short(name: str) -> str:
+def file_name(name: str) -> str:
     """A file's name without its folders."""
     return name.replace("\\", "/").rpartition("/")[2] or name
-
-
-def _guesses(prediction: Prediction) -> list[View]:
-    return [
-        {"name": name, "percent": f"{p:.1%}", "part": f"{100 * p:.1f}"}
-        for name, p in zip(prediction.classes, prediction.probabilities, strict=True)
-    ]
 
 
 def samples_words(side: SideBySide) -> str:
@@ -84,21 +39,6 @@ def samples_words(side: SideBySide) -> str:
     )
 
 
-def pca_view(samples: Iterable[Sample]) -> list[View]:
-    """The images whose patch tokens have a grid."""
-    return [
-        {
-            "name": _short(sample.name),
-            "picture": _data(sample.picture),
-            "original": _data(sample.components[0]),
-            "compressed": _data(sample.components[1]),
-            "words": f"cosine of the features {sample.cosine:.3f}",
-        }
-        for sample in samples
-        if sample.components is not None
-    ]
-
-
 def pca_words(side: SideBySide) -> str:
     """How the colours come about."""
     part = "" if side.explained is None else f" ({side.explained:.0%} of their variance)"
@@ -107,7 +47,3 @@ def pca_words(side: SideBySide) -> str:
         f"{part} as red, green and blue. Both models are coloured on the same scale, so that the "
         "same colour means the same feature."
     )
-
-
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -12,7 +12,9 @@ from blockfit.errors import BlockfitError, need
 from blockfit.files import FileForm, check_file, check_kept, new_file
 from blockfit.provenance import installed_versions
 from blockfit.reports.content import Content
+from blockfit.reports.image_views import file_name, png_data, png_width
 from blockfit.reports.views import all_plots, views
+from blockfit.units import number
 
 GENERATOR = "blockfit"
 MARK = f'<meta name="generator" content="{GENERATOR}'
@@ -44,7 +46,13 @@ def render(content: Content) -> str:
     shown = views(content)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["drawn"] = Markup  # SVG of our own plots: no text from files is in it
+    environment.filters |= {
+        "drawn": Markup,  # SVG of our own plots: no text from files is in it
+        "png": png_data,
+        "width": png_width,
+        "file": file_name,
+        "number": number,
+    }
     return environment.from_string(source).render(
         shown,
         title=f"{shown['heading']} – blockfit report",

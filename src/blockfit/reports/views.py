@@ -16,13 +16,7 @@ from blockfit.reports.answer_views import classes_view, flips_view
 from blockfit.reports.content import Candidate, Content, short_name
 from blockfit.reports.glossary import GLOSSARY, READING
 from blockfit.reports.headline import headline, headline_note
-from blockfit.reports.image_views import (
-    experiment_view,
-    pca_view,
-    pca_words,
-    sample_view,
-    samples_words,
-)
+from blockfit.reports.image_views import pca_words, samples_words
 from blockfit.reports.plots import Plot
 from blockfit.units import number, percent, share
 
@@ -72,10 +66,10 @@ def views(content: Content) -> View:
         "state_plots": [_state_plot(side, kind) for kind in side.errors] if side else [],
         "state_rows": _state_rows(side) if side else [],
         "similarity": _similarity(content.similarity) if content.similarity else None,
-        "experiments": [experiment_view(experiment) for experiment in content.experiments],
-        "samples": [sample_view(sample) for sample in side.samples] if side else [],
+        "experiments": content.experiments,
+        "samples": side.samples if side else (),
         "samples_words": samples_words(side) if side else "",
-        "pca": pca_view(side.samples) if side else [],
+        "pca": [one for one in side.samples if one.components is not None] if side else [],
         "pca_words": pca_words(side) if side else "",
         "facts": content.facts,
         "commands": content.commands,

@@ -48,11 +48,36 @@ class Experiment:
     title: str
     shows: str
     run: Callable[[Lab], list[Row]]
-    needs: tuple[str, ...] = ("calibration", "longest")
+    needs: tuple[str, ...]
 
 
+EXPERIMENTS: list[Experiment] = []
+"""All of them, in the order in which they are run."""
+
+
+def experiment(
+    title: str, *needs: str, spans: bool = True
+) -> Callable[[Callable[[Lab], list[Row]]], Callable[[Lab], list[Row]]]:
+    """Make a function an experiment of its name; its docstring is what the experiment shows.
+
+    Args:
+        title: for people.
+        needs: fields of ``Settings`` that its rows depend on.
+        spans: whether they depend on the longest span as well.
+    """
+
+    def added(run: Callable[[Lab], list[Row]]) -> Callable[[Lab], list[Row]]:
+        usual = ("calibration", "longest") if spans else ("calibration",)
+        shows = run.__doc__ or ""
+        EXPERIMENTS.append(Experiment(run.__name__, title, shows, run, (*usual, *needs)))
+        return run
+
+    return added
+
+
+@experiment("Similarity of hidden states", spans=False)
 def similarity(lab: Lab) -> list[Row]:
-    """All pairs of hidden states, prefix and patch tokens apart."""
+    """How alike the hidden states of all pairs of block boundaries are, by MSE, cosine and CKA."""
     tables = analyze(
         lab.model,
         lab.calibration(),
@@ -68,8 +93,9 @@ def similarity(lab: Lab) -> list[Row]:
     ]
 
 
+@experiment("Which blocks can be replaced", "starts")
 def spans(lab: Lab) -> list[Row]:
-    """One span at a time, by length and place."""
+    """Accuracy with one span replaced by the linear map, by its length and its place."""
     chosen = thinned(lab.spans, lab.settings.starts)
     nearest = [lab.nearest(length) for length in range(1, lab.settings.longest + 1)]
     return lab.judged(
@@ -81,8 +107,9 @@ def spans(lab: Lab) -> list[Row]:
     )
 
 
+@experiment("Several spans at once", "sets")
 def several(lab: Lab) -> list[Row]:
-    """The same number of blocks taken as one span, and as several separate ones."""
+    """Whether separate spans lose less than one span of as many blocks."""
     return lab.judged(_several(lab))
 
 
@@ -101,8 +128,9 @@ def _several(lab: Lab) -> Iterator[Candidate]:
                 yield {**known, "mse": total}, _many(lab, chosen, way == "in turn")
 
 
+@experiment("Closed-form and trained maps", "compared", "steps", "tokens")
 def translators(lab: Lab) -> list[Row]:
-    """Closed-form maps beside trained ones, on the same spans and images."""
+    """The linear map beside identity and beside networks that are trained with Adam."""
     return lab.judged(_translators(lab))
 
 
@@ -126,8 +154,9 @@ def _translators(lab: Lab) -> Iterator[Candidate]:
             yield _worth(span, kind, True, done.module, x, y), _with(span, done.module)
 
 
+@experiment("Number of calibration images", "compared", "samples")
 def samples(lab: Lab) -> list[Row]:
-    """The linear map of each span from few and from many calibration images."""
+    """How many images the linear map needs."""
     spans = lab.compared()
     rows = lab.judged(
         (_known(span, "linear", images=images), lab.solved(span, "linear", moments))
@@ -137,8 +166,9 @@ def samples(lab: Lab) -> list[Row]:
     return sorted(rows, key=_order)
 
 
+@experiment("One map for all tokens, or one per position", "compared", "positions")
 def positions(lab: Lab) -> list[Row]:
-    """One linear map for all tokens, one per token type, and one per token position."""
+    """Whether every token position should have a map of its own."""
     return sorted(lab.judged(_positions(lab)), key=_order)
 
 
@@ -161,8 +191,9 @@ def _positions(lab: Lab) -> Iterator[Candidate]:
                 yield _position(span, word, images, _with(span, fitted))
 
 
+@experiment("Maps fitted on other images", "compared")
 def transfer(lab: Lab) -> list[Row]:
-    """Maps fitted on images of other data sets, judged on the test images of this one."""
+    """What is lost where the calibration images are of another data set than the test images."""
     return sorted(lab.judged(_transfer(lab)), key=lambda row: row["removed"])
 
 
@@ -179,8 +210,9 @@ def _transfer(lab: Lab) -> Iterator[Candidate]:
         yield known, lab.solved(span, "identity", lab.moments())
 
 
+@experiment("Mean over seeds", "seeds")
 def seeds(lab: Lab) -> list[Row]:
-    """Mean and standard deviation over draws of the calibration images (and over probes)."""
+    """Accuracy over several draws of the calibration images, with its standard deviation."""
     spans = [lab.nearest(length) for length in range(1, lab.settings.longest + 1)]
     runs = []
     for number in range(lab.settings.seeds):
@@ -200,66 +232,6 @@ def seeds(lab: Lab) -> list[Row]:
         row["each"] = " ".join(f"{run['top1']:.4f}" for run in same)
         out.append(row)
     return out
-
-
-EXPERIMENTS = (
-    Experiment(
-        "similarity",
-        "Similarity of hidden states",
-        "How alike the hidden states of all pairs of block boundaries are, by MSE, cosine and CKA.",
-        similarity,
-        ("calibration",),
-    ),
-    Experiment(
-        "spans",
-        "Which blocks can be replaced",
-        "Accuracy with one span replaced by the linear map, by its length and its place.",
-        spans,
-        ("calibration", "longest", "starts"),
-    ),
-    Experiment(
-        "several",
-        "Several spans at once",
-        "Whether separate spans lose less than one span of as many blocks.",
-        several,
-        ("calibration", "longest", "sets"),
-    ),
-    Experiment(
-        "translators",
-        "Closed-form and trained maps",
-        "The linear map beside identity and beside networks that are trained with Adam.",
-        translators,
-        ("calibration", "longest", "compared", "steps", "tokens"),
-    ),
-    Experiment(
-        "samples",
-        "Number of calibration images",
-        "How many images the linear map needs.",
-        samples,
-        ("calibration", "longest", "compared", "samples"),
-    ),
-    Experiment(
-        "positions",
-        "One map for all tokens, or one per position",
-        "Whether every token position should have a map of its own.",
-        positions,
-        ("calibration", "longest", "compared", "positions"),
-    ),
-    Experiment(
-        "transfer",
-        "Maps fitted on other images",
-        "What is lost where the calibration images are of another data set than the test images.",
-        transfer,
-        ("calibration", "longest", "compared"),
-    ),
-    Experiment(
-        "seeds",
-        "Mean over seeds",
-        "Accuracy over several draws of the calibration images, with its standard deviation.",
-        seeds,
-        ("calibration", "longest", "seeds"),
-    ),
-)
 
 
 def _known(span: Span, kind: str, **more: object) -> Row:

@@ -36,7 +36,7 @@ _OTHER = {
 }
 
 
-def chosen(names: str | None) -> tuple[Experiment, ...]:
+def chosen(names: str | None) -> Sequence[Experiment]:
     """The experiments that a text such as ``spans,samples`` names; all by default.
 
     Raises:
