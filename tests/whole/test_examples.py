@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 
 import blockfit
 
@@ -52,3 +57,59 @@ def test_a_small_model_is_trained_and_loaded_again(tmp_path: Path) -> None:
     before, after = blockfit.load(tmp_path / "small"), blockfit.load(tmp_path / "tuned")
     pairs = zip(before.parameters(), after.parameters(), strict=True)
     assert any((one != other).any() for one, other in pairs)
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of ``benchmarks/`` as a module."""
+    folder = EXAMPLES.parent / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module
+
+
+def test_what_fine_tuning_gives_back_is_measured_and_a_stopped_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune = benchmark("finetune")
+
+    def run(cache: str) -> dict[str, Any]:
+        words = [
+            "--model", "demo", "--images", "digits", "--test", "digits:test", "--limit", "48",
+            "--test-limit", "60", "--train-limit", "64", "--batch-size", "16", "--epochs", "1.5",
+            "--lr", "1e-3", "--keep", "2", "--sizes", "70", "--recipes", "magnitude",
+            "--device", "cpu", "--cache", str(tmp_path / cache),
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+        finetune.main()
+        found = json.loads((tmp_path / cache / "magnitude-70.json").read_text())
+        return {name: value for name, value in found.items() if name != "seconds"}
+
+    whole = run("whole")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[2].strip() for line in lines] == ["recipe", "original", "magnitude"]
+    assert whole["steps"] == 6
+    assert whole["last_loss"] < whole["first_loss"]
+    assert whole["after"] != whole["before"]
+
+    loss, calls = finetune.Training.loss, iter(range(9))
+
+    def stops(*arguments: Any) -> Any:
+        if next(calls) == 9 - 1:  # the third step of the second model
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(finetune.Training, "loss", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    assert (tmp_path / "stopped" / "magnitude-70.training").exists()
+    monkeypatch.setattr(finetune.Training, "loss", loss)
+    assert run("stopped") == whole
+    monkeypatch.setattr(finetune.Training, "loss", None)  # all is known: nothing is trained again
+    assert run("stopped") == whole
