@@ -236,6 +236,8 @@ class Calibration:
         setting, parts, seed = self.setting, self.parts, self._held.seed
         if plan is not None:
             plan.check(setting.blocks.depth, {*self._held.protect, *self._held.whole})
+        if (plan is not None and plan.replacements) or (budget and budget.kind == "remove"):
+            setting.blocks.need_chain("removing blocks")
         session, judge = self.session, None
         if recipe != session.recipe:
             session = session.with_recipe(recipe)

@@ -63,6 +63,8 @@ def test_a_timm_folder_is_loaded_by_timm(tmp_path: Path) -> None:
     assert torch.equal(output(loaded), output(model))
     source = source_of(loaded)
     assert (source.library, source.name, source.licence) == ("timm", str(tmp_path), "apache-2.0")
+    assert source.loads_as is not None
+    assert torch.equal(output(load_model(source.loads_as)), output(model))
     assert source.preprocessing is not None
     assert tensors(skeleton(source)) == tensors(model)
 

@@ -157,7 +157,13 @@ def test_states_that_are_not_kept_are_computed_again() -> None:
             assert torch.equal(bare.returned(0, index), kept.returned(0, index))
 
 
-def test_blocks_in_stages_are_not_removed() -> None:
+def test_blocks_in_stages_are_not_removed_and_that_is_said_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(*args: Any, **how: Any) -> Any:
+        raise AssertionError("the original is run on all images")
+
+    monkeypatch.setattr("blockfit.calibration.Session", run)
     model, images, blocks = found("timm-swin")
     pictures = blockfit.images([images, images, images])
     with pytest.raises(BlockfitError, match=r"removing blocks needs one chain.*2 stages"):

@@ -51,6 +51,8 @@ class Source:
         if self.library == "module":
             return None
         prefix = {"timm": "timm/", "torchvision": "torchvision/"}.get(self.library, "")
+        if Path(self.name).is_dir():
+            return self.name
         return self.name if self.name.startswith(prefix) else prefix + self.name
 
     def to_json(self) -> dict[str, Any]:
