@@ -47,7 +47,14 @@ def bench(
         raise BlockfitError(f"a compressed model cannot be named {ORIGINAL!r}; choose another name")
     models = {ORIGINAL: original, **smalls}
     inputs = noise_for(original, max(settings.batch_sizes))
-    costs = {name: _cost(model, inputs) for name, model in models.items()}
+    costs: dict[str, dict[str, int | None]] = {
+        name: {
+            "parameters": parameters(model),
+            "flops": flops(model, inputs),
+            "size_bytes": size_bytes(model),
+        }
+        for name, model in models.items()
+    }
     rows: list[Row] = []
     skipped: dict[str, None] = {}
     files: dict[str, Path] = {}
@@ -65,14 +72,6 @@ def bench(
             rows += _rows(models, setting, settings, batch, costs, blocks or {}, files)
     explained = tuple(replace(row, remarks=remarks(row, rows)) for row in rows)
     return Bench(_machine(settings), settings.rounds, costs, explained, tuple(skipped))
-
-
-def _cost(model: nn.Module, inputs: Batch) -> dict[str, int | None]:
-    return {
-        "parameters": parameters(model),
-        "flops": flops(model, inputs),
-        "size_bytes": size_bytes(model),
-    }
 
 
 def _rows(

@@ -33,14 +33,13 @@ Masks = Callable[[str, int], np.ndarray]
 """Name and position of an image → its mask, whole numbers, shape (height, width)."""
 
 
-def open_masks(where: str, data: str | None = None, split: str | None = None) -> Masks:
+def open_masks(where: str, data: str | None = None) -> Masks:
     """Masks from a folder that has one for each image's name, or from a column of a table.
 
     Args:
         where: a folder, in which ``a/b.jpg`` has its mask at ``a/b.png`` or ``b.png``; or, where
             there is no such folder, the column of ``data`` with the masks.
         data: the table that the images come from.
-        split: of the table.
 
     Raises:
         BlockfitError: where there is neither such a folder nor such a column.
@@ -51,7 +50,7 @@ def open_masks(where: str, data: str | None = None, split: str | None = None) ->
     if data is None:
         raise BlockfitError(f"there is no folder {where} with masks; check the path")
     try:
-        records = from_path(data, Columns(where, None, split))
+        records = from_path(data, Columns(where))
     except BlockfitError as error:
         raise BlockfitError(
             f"masks={str(where)!r} is neither a folder nor a column of {data}: {error}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from blockfit.evaluation.answers import Answers, ClassFigures, Flip
+from blockfit.evaluation.answers import Answers, ClassFigures
 from blockfit.fit.intervals import paired_drop
-from blockfit.reports.image_views import file_name
-from blockfit.units import number, percent
+from blockfit.units import percent
 
 View = dict[str, Any]
 
@@ -61,22 +60,11 @@ def flips_view(answers: Answers, images: int) -> View | None:
     """The images that flip, the costliest first, and what became of each answer."""
     if not answers.flipped:
         return None
-    rows = [
-        {
-            "image": file_name(one.image),
-            "label": one.label or "–",
-            "before": one.before,
-            "after": one.after,
-            "marks": _marks(one),
-            "cost": number(one.cost),
-        }
-        for one in answers.flips
-    ]
     words = f"The two models name another class first on {answers.flipped} of {images} images."
-    if len(rows) < answers.flipped:
-        words += f" The {len(rows)} costliest are listed."
+    if len(answers.flips) < answers.flipped:
+        words += f" The {len(answers.flips)} costliest are listed."
     labelled = [one for one in answers.flips if one.label is not None]
-    if labelled and len(rows) == answers.flipped:
+    if labelled and len(answers.flips) == answers.flipped:
         worse = sum(one.before == one.label for one in labelled)
         better = sum(one.after == one.label for one in labelled)
         drop = paired_drop(worse, better, images)
@@ -84,14 +72,4 @@ def flips_view(answers: Answers, images: int) -> View | None:
             f" {worse} were right and are wrong now, {better} were wrong and are right now: "
             f"{100 * drop.value:.2f} points lost ({100 * drop.low:.2f} to {100 * drop.high:.2f})."
         )
-    return {"words": words, "rows": rows}
-
-
-def _marks(one: Flip) -> tuple[str, str]:
-    """``right``, ``wrong`` or nothing for either answer."""
-    if one.label is None:
-        return "", ""
-    first, second = (
-        "right" if answer == one.label else "wrong" for answer in (one.before, one.after)
-    )
-    return first, second
+    return {"words": words, "rows": answers.flips}

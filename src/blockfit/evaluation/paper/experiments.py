@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from blockfit.data.images import Images
 from blockfit.evaluation.analysis import analyze
 from blockfit.evaluation.paper.lab import Candidate, Lab, Row, thinned
 from blockfit.evaluation.paper.translators import TRAINED, fit_per_position, train
@@ -287,14 +286,10 @@ def _growing(
     total: Moments | None = None
     done = 0
     for number in sorted({min(n, most) for n in numbers}):
-        part = lab.calibrated(_slice(images, done, number), spans)
+        part = lab.calibrated(images.between(done, number), spans)
         if total is None:
             total = part
         else:
             total.merge(part)
         done = number
         yield number, total
-
-
-def _slice(images: Images, start: int, stop: int) -> Images:
-    return replace(images, positions=images.positions[start:stop])
