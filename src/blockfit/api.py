@@ -336,8 +336,18 @@ def from_sweep(
     max_kl: float | None = None,
     max_drop: float | None = None,
     force_budget: bool = False,
+    images: Any = None,
+    final: int | None = None,
+    preprocessing: Preprocessing | Prepare | None = None,
+    say: Say | None = None,
+    progress: Progress | bool | None = None,
+    max_memory: int | str | None = None,
 ) -> Result:
     """Make the model of a sweep's best plan for one budget, without images.
+
+    With images, a plan for the budget itself is chosen by the curves and effects that the sweep
+    measured, and solved and judged on the images: any size exactly, and of all budgets of
+    ``compress``.
 
     Args:
         folder: that ``sweep`` wrote.
@@ -350,6 +360,13 @@ def from_sweep(
         max_kl: as in ``compress``.
         max_drop: as in ``compress``.
         force_budget: as in ``compress``.
+        images: as in ``compress``; those of the sweep or others. Protected blocks, seed and all
+            that the sweep has settled stay as they are.
+        final: as in ``compress``, as are all that follow; with images alone.
+        preprocessing: for models that do not say how their images are prepared.
+        say: called with one line on what is being done.
+        progress: of the bar.
+        max_memory: of moments and hidden states.
 
     Raises:
         BlockfitError: no budget or two, no plan that meets it, another model than the sweep's.
@@ -363,8 +380,44 @@ def from_sweep(
         max_kl=max_kl,
         max_drop=max_drop,
     )
-    result = sweeps.from_sweep(folder, wanted, model, force_budget)
+    options: dict[str, Any] = {
+        "final": final,
+        "preprocessing": preprocessing,
+        "max_memory": max_memory,
+    }
+    if images is None:
+        for name, value in {**options, "say": say, "progress": progress}.items():
+            if value is not None:
+                raise BlockfitError(f"{name}= has no use without images=")
+        result = sweeps.from_sweep(folder, wanted, model, force_budget)
+    else:
+        with Teller(say, progress) as teller:
+            frontier = sweeps.read_sweep(folder)
+            result = _solved(frontier, wanted, model, images, force_budget, teller, **options)
     tell(result.report["warnings"], stacklevel=3)
+    return result
+
+
+def _solved(
+    frontier: sweeps.Frontier,
+    budget: Budget,
+    model: nn.Module | str | Path | None,
+    images: Any,
+    force_budget: bool,
+    teller: Teller,
+    *,
+    preprocessing: Preprocessing | Prepare | None,
+    **how: Any,
+) -> Result:
+    """The model of a plan for a budget, by what a sweep has measured."""
+    started = time.perf_counter()
+    original = frontier.original(model)
+    pictures = prepared_images(images, original, preprocessing, frontier.content.run.seed)
+    how |= {"teller": teller, "force_budget": force_budget}
+    calibration = Calibration.of_sweep(frontier, original, pictures, budget, **how)
+    inplace = not isinstance(model, nn.Module)
+    result = calibration.solved(calibration.recipe, None, budget, force_budget, started, inplace)
+    result.report["sweep"] = str(frontier.folder)
     return result
 
 
@@ -790,3 +843,4 @@ def _pictures(images: Any, saved: Saved) -> Images | None:
 
 
 Result.verbs.update(save=save, push_to_hub=push_to_hub, evaluate=evaluate)
+sweeps.Frontier.verbs.update(from_sweep=from_sweep)

@@ -16,6 +16,7 @@ from blockfit.arguments import at_least, checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, tell
 from blockfit.evaluation.precision import overflow_warnings
+from blockfit.fields import read
 from blockfit.fit.plan import Plan, Span
 from blockfit.formats.int8 import check_no_int8
 from blockfit.models.cost import runs_on
@@ -28,6 +29,7 @@ from blockfit.search.loss_budget import Judge, check_images
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.run import Result, checkpoint_of, describe, run_json
 from blockfit.search.session import CALIBRATION_IMAGES, HOLD_OUT, Session, Setting
+from blockfit.search.sweep import Frontier
 from blockfit.units import bytes_of
 
 LOSSES = ("max_kl", "max_drop")
@@ -125,6 +127,7 @@ class Calibration:
         self.parts: Parts = set_apart(drawn, final, judging, held.seed)
         if budget is not None:
             check_images(budget, self.parts, force_budget)
+        self._known: Mapping[str, Any] = {}
         self.setting = Setting.of(model, self.parts.calibration, blocks, held.hold_out, held.seed)
 
     @cached_property
@@ -137,7 +140,55 @@ class Calibration:
         checkpoint = checkpoint_of(held.resume, run, self.parts.calibration, setting.blocks)
         how = (self._teller.say, self._teller.count, checkpoint, held.max_memory)
         cut = (held.whole, held.multiple_of)
-        return Session(setting, self.recipe, held.protect, held.seed, *how, *cut)
+        session = Session(setting, self.recipe, held.protect, held.seed, *how, *cut)
+        if self._known:
+            session.cuts.restore(self._known)
+        return session
+
+    @classmethod
+    def of_sweep(
+        cls,
+        frontier: Frontier,
+        model: nn.Module,
+        images: Images,
+        budget: Budget,
+        *,
+        max_memory: int | str | None = None,
+        **how: Any,
+    ) -> Calibration:
+        """A calibration as that of a sweep; curves and effects are the sweep's.
+
+        Args:
+            frontier: the sweep; of parts of blocks.
+            model: the original.
+            images: on which plans are solved and judged.
+            budget: what they are for.
+            max_memory: as in ``blockfit.compress``.
+            how: ``final``, ``teller`` and ``force_budget`` of a calibration.
+
+        Raises:
+            BlockfitError: where the sweep has no curves, or they are of another model.
+        """
+        content, run = frontier.content, frontier.content.run
+        if "curves" not in content.search:
+            raise BlockfitError(
+                f"the sweep {frontier.folder} is over whole blocks and has a plan for every number "
+                "of them; leave images= away"
+            )
+        recipe = read(Recipe, run.recipe, "the sweep's recipe")
+        held = Held.of(
+            protect=run.protect,
+            whole=run.whole or (),
+            multiple_of=run.multiple_of,
+            hold_out=run.hold_out,
+            seed=run.seed,
+            max_memory=max_memory,
+        )
+        judging, path = budget.kind in LOSSES, content.blocks.path
+        at: dict[str, Any] = {"blocks": path, "judging": judging, "budget": budget, **how}
+        made = cls(model, images, recipe, {"recipe": recipe}, held, **at)
+        made._known = content.search
+        return made
 
     def run(self) -> Calibration:
         """Run the original on the images now, where that has not been done."""

@@ -186,6 +186,52 @@ def test_a_model_from_a_sweep_is_the_one_that_compress_makes(
     assert from_sweep(folder, Budget("params", 0.72), model).plan == small.plan
 
 
+def test_with_images_a_sweep_meets_any_budget_by_its_own_curves(
+    folder: Path, model: Any, images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its points too; what comes out is what ``compress`` makes of the same images."""
+    expected = blockfit.compress(model, images, params=0.613)
+
+    def never(*given: Any, **more: Any) -> None:
+        raise AssertionError("curves that are known are not measured again")
+
+    monkeypatch.setattr("blockfit.search.cuts.curves", never)
+    made = read_sweep(folder).compress(params="61.3%", model=model, images=images)
+    assert made.plan == expected.plan
+    assert 0.608 <= part_of(made, "parameters") <= 0.613
+    assert made.report["sweep"] == str(folder)
+    x = next(iter(images))
+    with torch.no_grad():
+        assert torch.equal(made.model(x), expected.model(x))
+    gentle = blockfit.from_sweep(folder, flops=0.81, model=model, images=images, final=8)
+    assert 0.8 <= part_of(gentle, "flops") <= 0.81
+    assert gentle.report["final"]["images"] == 8
+
+
+def test_what_needs_images_is_refused_without_them(folder: Path, model: Any) -> None:
+    with pytest.raises(blockfit.BlockfitError, match="final= has no use without images="):
+        blockfit.from_sweep(folder, params=0.7, model=model, final=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda search: search.pop("spans"), "are damaged"),
+        (lambda search: search.update(spans=[[[], "x"]]), "are damaged"),
+        (lambda search: search["curves"][0]["whole"].update(size=7, kept=7), "of another model"),
+        (lambda search: search["curves"][0].update(unit="x"), "unit"),
+    ],
+)
+def test_damaged_curves_are_refused(
+    folder: Path, model: Any, images: Any, tmp_path: Path, change: Any, message: str
+) -> None:
+    data = json.loads((folder / MARK).read_text())
+    change(data["search"])
+    (tmp_path / MARK).write_text(json.dumps(data))
+    with pytest.raises(blockfit.BlockfitError, match=message):
+        blockfit.from_sweep(tmp_path, params=0.65, model=model, images=images, final=0)
+
+
 def test_blocks_to_remove_are_refused_by_a_sweep_of_cuts(folder: Path, model: Any) -> None:
     with pytest.raises(blockfit.BlockfitError, match="cuts='blocks'"):
         from_sweep(folder, Budget("remove", 2), model)

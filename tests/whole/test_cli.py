@@ -105,9 +105,23 @@ def test_a_sweep_makes_models_without_images(tmp_path: Path) -> None:
     assert "The best plan for every size" in shown.out
     more = ("--images", "digits", "-o", tmp_path / "other")
     refused = blockfit_command("compress", "--from", sweep, "--remove", "2", *more)
-    assert "--images cannot be used with --from" in refused.error
+    assert "over whole blocks" in refused.error
+    refused = blockfit_command(
+        "compress", "--from", sweep, "--remove", "2", "--limit", "64", "-o", tmp_path / "other"
+    )
+    assert "--limit has no use with --from without --images" in refused.error
     refused = blockfit_command("compress", "--from", sweep, "-o", tmp_path / "other")
     assert "--from needs a budget" in refused.error
+
+
+def test_with_images_a_sweep_meets_a_budget_between_its_points(tmp_path: Path) -> None:
+    sweep, small = tmp_path / "sweep", tmp_path / "small"
+    blockfit_command("sweep", "demo", *FEW, "--points", "90,50", "--cuts", "mlp", "-o", sweep)
+    how = ("--from", sweep, "--images", "digits", "--limit", "48", "--params", "71.5%")
+    made = blockfit_command("compress", *how, "--final", "16", "-o", small, "--json").json
+    assert 0.71 <= made["parameters_after"] / made["parameters_before"] <= 0.715
+    assert made["final"]["images"] == 16
+    assert blockfit.load(small) is not None
 
 
 def test_every_option_of_compress_reaches_the_call(

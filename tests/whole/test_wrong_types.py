@@ -75,7 +75,8 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "from_sweep": BUDGETS | {
         "folder": PATH, "budget": ["remove", 3, object()], "model": [3, object(), [1], int],
-        "force_budget": FLAG,
+        "force_budget": FLAG, "images": [3, object(), {}, lambda: None], "preprocessing": CODE,
+        **{k: COMMON[k] for k in ("final", "say", "progress", "max_memory")},
     },
     "evaluate": {
         "compressed": NAME, "data": [None, 3, object(), {}], "against": [3, b"x", [1]],

@@ -48,13 +48,16 @@ def compress(
     check_folder(output, overwrite)
     page = Reporter(report)
     if sweep_folder is not None:
-        unused = opt.given(
-            method, judging, running,
-            images=images, limit=reading.limit, span=span, blocks=blocks,
-        )  # fmt: skip
+        unused = opt.given(method, judging, running, span=span, blocks=blocks)
+        alone = {"--limit": reading.limit}
+        alone |= {name: unused.pop(name) for name in ("--final", "--max-memory")}
         opt.refuse(unused, "cannot be used with --from: the sweep has settled it")
+        if images is None:
+            opt.refuse(alone, "has no use with --from without --images")
         with out.working():
-            result = _from_sweep(out, sweep_folder, amount, model, loading)
+            result = _from_sweep(
+                out, sweep_folder, amount, model, loading, images, reading, judging, running
+            )
             blockfit.save(result, output, overwrite=overwrite)
             page.compressed(out, result, output, sweep=sweep_folder)
         _show(out, page, result, model or result.source.name, output)
@@ -121,9 +124,17 @@ def _check_what(
 
 
 def _from_sweep(
-    out: Output, folder: Path, amount: opt.Amount, model: str | None, loading: opt.Loading
+    out: Output,
+    folder: Path,
+    amount: opt.Amount,
+    model: str | None,
+    loading: opt.Loading,
+    images: str | None,
+    reading: opt.Reading,
+    judging: opt.Judging,
+    running: opt.Running,
 ) -> Result:
-    """The model of a sweep's plan, made without images."""
+    """The model of a sweep's plan, made without images; with them, of a plan for the budget."""
     from blockfit.search.sweep import read_sweep
 
     budget = amount.budget()
@@ -131,11 +142,18 @@ def _from_sweep(
         raise BlockfitError(
             "say how small: --from needs a budget, such as --remove 3 or --params 62%"
         )
-    out.say("making the sweep's model")
     name = model or read_sweep(folder).content.source.loads_as
+    if images is not None:
+        if name is None:
+            raise BlockfitError("the sweep's model was built by the user; give it as MODEL")
+        original, pictures = opt.opened(out, name, images, reading, loading, calibrating=True)
+        how: dict[str, Any] = {"final": judging.final, "max_memory": running.max_memory}
+        how |= {"say": out.say, "progress": out.count, "force_budget": amount.force_budget}
+        return blockfit.from_sweep(folder, budget, original, images=pictures, **how)
+    out.say("making the sweep's model")
     out.note(f"device: {loading.place()}")
-    original = None if name is None else loading.load(name)
-    return blockfit.from_sweep(folder, budget, original, force_budget=amount.force_budget)
+    known = None if name is None else loading.load(name)
+    return blockfit.from_sweep(folder, budget, known, force_budget=amount.force_budget)
 
 
 def _unfinished(state: Path | None) -> str:

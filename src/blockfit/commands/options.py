@@ -98,7 +98,8 @@ Params = Annotated[
 ]
 Remove = Annotated[int | None, option("--remove", "Remove so many blocks.", REMOVE, "N")]
 FromSweep = Annotated[
-    Path | None, option("--from", "A sweep; needs a budget, no images.", REMOVE, "FOLDER")
+    Path | None,
+    option("--from", "A sweep; needs a budget. With --images it is met exactly.", REMOVE, "FOLDER"),
 ]
 Spans = Annotated[
     list[str] | None,

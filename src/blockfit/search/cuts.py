@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, first_line
 from blockfit.fields import read, written
 from blockfit.fit.closed_form import RIDGE, fit_map
 from blockfit.fit.maps import empty_map
 from blockfit.fit.moments import Moments
-from blockfit.fit.plan import PARTS, Plan, Replacement, Span, runs_of, spans_up_to
+from blockfit.fit.plan import PARTS, Narrowing, Plan, Replacement, Span, runs_of, spans_up_to
 from blockfit.progress import Progress, Say
 from blockfit.search.budget import Sizes
 from blockfit.search.choose import Choice, Priced, choose, choose_uniform
@@ -121,12 +121,35 @@ class CutSearch:
         return {"curves": parts, "spans": spans, "failed": failed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state`` returned."""
-        if "curves" in state:
-            self._curves = [read(Curve, value, "curve") for value in state["curves"]]
-            self._spans = [(Plan.from_json(plan), float(e)) for plan, e in state["spans"]]
-            failed = state.get("failed", ())
-            self._failed = {Plan.from_json(plan): reason for plan, reason in failed}
+        """Go on from what ``state`` returned.
+
+        Raises:
+            BlockfitError: where it is damaged, or of another model.
+        """
+        if "curves" not in state:
+            return
+        try:
+            curves = [read(Curve, value, "curve") for value in state["curves"]]
+            spans = [(Plan.from_json(plan), float(e)) for plan, e in state["spans"]]
+            failed = {Plan.from_json(plan): why for plan, why in state.get("failed", ())}
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise BlockfitError(
+                f"the curves that were measured before are damaged ({first_line(error)}); measure "
+                "them anew, into a new folder"
+            ) from error
+        for curve in curves:
+            part = curve.whole
+            if part.block >= self.depth or part != self._part(part.block, part.part):
+                raise BlockfitError(
+                    f"the curves that were measured before are of another model: {part.part} of "
+                    f"block {part.block} are otherwise"
+                )
+        for plan, _ in spans:
+            plan.check(self.depth, self.protected)
+        self._curves, self._spans, self._failed = curves, spans, failed
+
+    def _part(self, block: int, name: str) -> Narrowing | None:
+        return self.originals.probe.parts(block).whole.get(name)
 
     @property
     def curves(self) -> list[Curve]:

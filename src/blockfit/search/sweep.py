@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -98,6 +98,9 @@ class Frontier:
     folder: Path
     content: SweepFile
 
+    verbs: ClassVar[dict[str, Callable[..., Any]]] = {}
+    """As those of ``Result``."""
+
     @property
     def data(self) -> dict[str, Any]:
         """The content as JSON values."""
@@ -179,20 +182,27 @@ class Frontier:
         budget: Budget | None = None,
         model: nn.Module | str | Path | None = None,
         force_budget: bool = False,
-        **budgets: float | str | None,
+        images: Any = None,
+        **more: Any,
     ) -> Result:
-        """Make the model of the best plan for one budget, without images.
+        """Make the model of the best plan for one budget, or with images one for the budget itself.
 
         Args:
-            budget: what has to be reached; or one of ``budgets``.
+            budget: what has to be reached; or one of ``more``.
             model: the original; loaded by the name that the sweep wrote down where ``None``.
             force_budget: as in ``blockfit.compress``.
-            budgets: ``params``, ``flops``, ``latency``, ``max_kl``, ``max_drop`` or ``remove``.
+            images: as in ``blockfit.from_sweep``.
+            more: a budget by its name: ``params``, ``flops``, ``latency``, ``max_kl``, ``max_drop``
+                or ``remove``; with images also the options of ``blockfit.from_sweep``.
 
         Raises:
             BlockfitError: where no plan meets the budget or the model is not the sweep's.
         """
-        result = made_of(self, Budget.one(budget, **budgets), model, force_budget)
+        if images is not None:
+            how: dict[str, Any] = {"force_budget": force_budget, "images": images, **more}
+            made: Result = self.verbs["from_sweep"](self.folder, budget, model, **how)
+            return made
+        result = made_of(self, Budget.one(budget, **more), model, force_budget)
         tell(result.report["warnings"])
         return result
 
@@ -278,6 +288,23 @@ class Frontier:
             f"{budget}: {least} on them, and up to {verdict.bound:.3g} remain possible; sweep more "
             "images into a new folder, allow a larger loss, or give force_budget=True"
         )
+
+    def original(self, model: nn.Module | str | Path | None = None) -> nn.Module:
+        """The model that was swept.
+
+        Args:
+            model: it, or its name; loaded by the name that the sweep wrote down where ``None``.
+
+        Raises:
+            BlockfitError: where it is another one.
+        """
+        found = model if isinstance(model, nn.Module) else load_model(model or _name(self.content))
+        if fingerprint(found) != self.content.run.model:
+            raise BlockfitError(
+                f"the model is not the one that the sweep {self.folder} was made with; give that "
+                "model"
+            )
+        return found
 
     def keep(self, **changes: Any) -> None:
         """Change fields of the content and write it, by the first process."""
@@ -630,12 +657,7 @@ def made_of(
     if budget.kind in ("max_kl", "max_drop") and entry.judged is not None:
         verdict = entry.judged.verdict(budget)
     given = isinstance(model, nn.Module)
-    original = model if isinstance(model, nn.Module) else load_model(model or _name(content))
-    if fingerprint(original) != content.run.model:
-        raise BlockfitError(
-            f"the model is not the one that the sweep {folder} was made with; give that model"
-        )
-    blocks = content.blocks
+    original, blocks = frontier.original(model), content.blocks
     solution = _read_point(frontier.folder, entry, blocks)
     source = source_of(original)
     small = copy.deepcopy(original) if given else original
