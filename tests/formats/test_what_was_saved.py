@@ -338,3 +338,27 @@ def test_a_fresh_process_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     model, images = saved(tmp_path / "small", name), FAMILIES[name].images()
     save_file({"images": images, "out": output(model, images)}, tmp_path / "traffic")
     subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("budget", [{"spans": ["1:2"]}, {"params": 0.8}], ids=str)
+def test_a_trainer_goes_on_from_its_own_checkpoint(budget: dict[str, Any], tmp_path: Path) -> None:
+    """What ``Trainer`` saves of a compressed model on its way is enough to go on, bit for bit."""
+    transformers: Any = pytest.importorskip("transformers")
+    images = FAMILIES[VIT].images(16)
+    rows = [{"pixel_values": one, "labels": number % 5} for number, one in enumerate(images)]
+
+    def trainer(model: nn.Module) -> Any:
+        how = {"learning_rate": 1e-3, "max_steps": 4, "save_steps": 2, "report_to": "none"}
+        quiet = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 4}
+        arguments = transformers.TrainingArguments(str(tmp_path / "runs"), **how, **quiet)
+        return transformers.Trainer(model, arguments, train_dataset=rows)
+
+    small = blockfit.compress(FAMILIES[VIT].build(), images, **budget, final=0)
+    blockfit.save(small, tmp_path / "small")
+    whole, again = blockfit.load(tmp_path / "small"), blockfit.load(tmp_path / "small")
+    trainer(whole).train()
+    trainer(again).train(resume_from_checkpoint=str(tmp_path / "runs" / "checkpoint-2"))
+    first = blockfit.load(tmp_path / "small").state_dict()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert any(not torch.equal(value, first[name]) for name, value in whole.state_dict().items())

@@ -52,8 +52,12 @@ _LEFT_ALONE = frozenset((*nn.Module().__dict__, "blockfit_source"))
 READER = (sys.executable,)
 """What runs this file to load what was saved."""
 
-TRIES = 50
-"""Draws of one change; most draws of a tiny model are kept, some leave it unable to run."""
+TRIES = 100
+"""Draws of one change: some leave a model unable to run, many change no output."""
+
+
+ANY, MATTERS = "any", "matters"
+"""Kinds of draws: any change after which the model runs, or one that changes its outputs."""
 
 
 # -- changes ------------------------------------------------------------------------------------
@@ -119,32 +123,34 @@ def _flat(value: Any) -> Iterator[Tensor]:
             yield from _flat(item)
 
 
-def drawn(name: str, seed: int) -> tuple[str, str, int]:
-    """A change after which the model still runs."""
+def drawn(name: str, seed: int, matters: bool = False) -> tuple[str, str, int]:
+    """A change after which the model still runs, and with ``matters`` to other outputs."""
     family, random_ = EVERY[name], random.Random(f"{name} {seed}")
+    before = outputs(family, family.build(), family.images())
     for _ in range(TRIES):
         model = family.build()
         path, attribute = random_.choice(places(model))
         draw = random_.randrange(30)
         try:
             change(model, path, attribute, draw)
-            if outputs(family, model, family.images()):
+            after = outputs(family, model, family.images())
+            if after and not (matters and same(before, after)):
                 return path, attribute, draw
         except Exception:  # noqa: S112  the model does not run so: another draw
             continue
-    raise SystemExit(f"{name}: none of {TRIES} changes leaves a model that runs")
+    raise SystemExit(f"{name}: none of {TRIES} changes will do")
 
 
 # -- the process that saves ---------------------------------------------------------------------
 
 
-def saved(name: str, seed: int, altered: bool, folder: Path) -> dict[str, Any]:
+def saved(name: str, seed: int, altered: str | None, folder: Path) -> dict[str, Any]:
     """Compress and save one family; what the other process has to know."""
     family = EVERY[name]
     case: dict[str, Any] = {"name": name, "folder": str(folder), "change": None}
     model = family.build()
-    if altered:
-        case["change"] = drawn(name, seed)
+    if altered is not None:
+        case["change"] = drawn(name, seed, altered == MATTERS)
         before = outputs(family, model, family.images())
         change(model, *case["change"])
         case["matters"] = not same(before, outputs(family, model, family.images()))
@@ -223,23 +229,36 @@ def fresh(cases: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
 # -- all of it ----------------------------------------------------------------------------------
 
 
-def round_trips(names: list[str], seed: int, altered: bool, folder: Path) -> Counter[str]:
-    """Save in this process, load in a new one; faults are printed with their change."""
+def round_trips(names: list[str], seed: int, altered: str | None, folder: Path) -> Counter[str]:
+    """Save in this process, load in a new one; faults are printed with their change.
+
+    Args:
+        names: of families.
+        seed: of changes and budgets.
+        altered: ``ANY`` or ``MATTERS``; nothing is changed where ``None``.
+        folder: for the saved models.
+    """
     tally: Counter[str] = Counter()
     cases = []
     for number, name in enumerate(names):
         try:
-            case = saved(name, seed, altered, folder / f"{number}-{altered}")
+            case = saved(name, seed, altered, folder / f"{number}")
         except Exception as error:  # anything but a refusal is a fault
             _say(tally, "fault", name, None, f"saving: {type(error).__name__}: {error}"[:300])
             continue
         if "refused" in case:
             # Every family is taken: an unchanged one that is refused has lost something.
-            _say(tally, "refused" if altered else "fault", name, case["change"], case["refused"])
+            _say(
+                tally,
+                "fault" if altered is None else "refused",
+                name,
+                case["change"],
+                case["refused"],
+            )
         else:
             cases.append(case)
     for case, (result, why) in zip(cases, fresh(cases, folder), strict=True):
-        kind = result if altered or result != "refused" else "fault"
+        kind = "fault" if altered is None and result == "refused" else result
         _say(tally, kind, case["name"], case["change"], why)
         tally["changed outputs"] += bool(case.get("matters"))
     return tally
@@ -254,7 +273,7 @@ def _say(tally: Counter[str], kind: str, name: str, told: Any, why: str) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--changes", type=int, default=1, help="per family, with seeds that follow")
+    parser.add_argument("--only", choices=("unchanged", "any change", "a change of outputs"))
     parser.add_argument("--families", nargs="*", default=list(EVERY), metavar="NAME")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -264,16 +283,17 @@ def main() -> None:
         read_all(args.read)
         return
     faults = 0
-    for number in range(1 + args.changes):
+    words = {None: "unchanged", ANY: "any change", MATTERS: "a change of outputs"}
+    for altered, word in words.items():
+        if args.only is not None and args.only != word:
+            continue
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            seed = args.seed + max(0, number - 1)
-            tally = round_trips(args.families, seed, number > 0, Path(folder))
-        what = f"one change each, seed {seed}" if number else "unchanged"
+            tally = round_trips(args.families, args.seed, altered, Path(folder))
         counts = ", ".join(f"{tally[kind]} {kind}" for kind in ("equal", "own", "refused", "fault"))
-        more = f"; {tally['changed outputs']} changed outputs" if number else ""
+        more = "" if altered is None else f"; {tally['changed outputs']} changed outputs"
         took = time.perf_counter() - started
-        print(f"{len(args.families)} families, {what}: {counts}{more}; {took:.0f} s", flush=True)
+        print(f"{len(args.families)} families, {word}: {counts}{more}; {took:.0f} s", flush=True)
         faults += tally["fault"]
     raise SystemExit(faults > 0)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import one_thread  # noqa: F401
-from round_trips import EVERY, drawn, round_trips, same
+from round_trips import EVERY, MATTERS, drawn, round_trips, same
 
 import blockfit
 
 
-@pytest.mark.parametrize("altered", [False, True])
+@pytest.mark.parametrize("altered", [None, MATTERS])
 def test_what_was_saved_is_what_another_process_loads(
-    altered: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    altered: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["vit-classifier" if altered else "timm-convit", "plain"]
     tally = round_trips(few, 0, altered, tmp_path)
@@ -39,7 +39,7 @@ def test_a_loader_that_gives_another_model_is_seen(
         "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
     )
     monkeypatch.setattr("round_trips.READER", (sys.executable, str(wrong)))
-    assert round_trips(["timm-vit"], 0, False, tmp_path)["fault"] == 1
+    assert round_trips(["timm-vit"], 0, None, tmp_path)["fault"] == 1
     assert "fault: timm-vit" in capsys.readouterr().err
 
 
