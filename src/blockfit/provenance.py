@@ -15,16 +15,17 @@ from typing import Any
 LIBRARIES = ("blockfit", "torch", "timm", "transformers", "torchvision")
 
 
+def installed(name: str) -> str | None:
+    """The installed version of a package; ``None`` where there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def installed_versions() -> dict[str, str | None]:
     """Library → version, ``None`` where it is not installed."""
-
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in LIBRARIES}
+    return {name: installed(name) for name in LIBRARIES}
 
 
 def made(device: str | None = None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show
 
 
 @command("Look", "blockfit analyze MODEL --images PHOTOS -o analysis/")
@@ -49,7 +48,7 @@ def analyze(
             max_memory=running.max_memory,
         )
         page.analysed(out, result.to_json())
-    show(out, [summaries.analysis(result.tables)])
+    out.show([summaries.analysis(result.tables)])
     out.warn(result.warnings)
     if output is not None:
         out.line(f"all pairs of states: {', '.join(str(output / name) for name in result.files)}")

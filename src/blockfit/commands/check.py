@@ -10,7 +10,6 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show_images
 from blockfit.errors import BlockfitError
 from blockfit.units import number, percent
 
@@ -44,7 +43,7 @@ def check(
         out.say(f"loading {small}")
         model, where = loading.load_small(small)
         pictures = reading.open(images, model)
-        show_images(out, pictures, loading.place())
+        out.show_images(pictures, loading.place())
         if where is None or blocks is not None:
             where = blockfit.find_blocks(model, next(iter(pictures), None), blocks)
         found = []

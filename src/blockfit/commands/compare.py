@@ -11,7 +11,6 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show, show_images
 from blockfit.errors import BlockfitError
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def compare(
         entrants = _entrants(out, shown, images, reading, loading)
         reference = None if against is None else shown[against]
         found = compare_models(entrants, reference, out.count)
-    show(out, found.summary(out.verbose).parts)
+    out.show(found.summary(out.verbose).parts)
     out.result(found.to_json())
 
 
@@ -74,7 +73,7 @@ def _entrants(
         pictures = reading.open(images, prepared[name])
         how = pictures.description()
         if (line := f"{how['preprocessing']} {how['labels']}") not in told:
-            show_images(out, pictures, None if told else loading.place())
+            out.show_images(pictures, None if told else loading.place())
             told.add(line)
         found[name] = Entrant(model, pictures, places[name])
     out.say(f"comparing {len(found)} models")

@@ -13,7 +13,6 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
-from blockfit.commands.tables import show
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Span
 
@@ -166,8 +165,8 @@ def _unfinished(state: Path | None) -> str:
 def _show(out: Output, page: Reporter, result: Result, model: str, output: Path) -> None:
     from blockfit.search.summaries import compression, plan_lines
 
-    show(out, plan_lines(result.plan))
-    show(out, compression(result.report, result.blocks.depth, maps=out.verbose))
+    out.show(plan_lines(result.plan))
+    out.show(compression(result.report, result.blocks.depth, maps=out.verbose))
     out.warn(result.report["warnings"])
     out.line(f"saved to {output} in {result.report['seconds']:.1f} s")
     words = ["blockfit", "evaluate", str(output), "--against", model, "--images", "TEST_IMAGES"]

@@ -7,7 +7,6 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show, show_images
 
 IMAGES = 512
 """Calibration images."""
@@ -55,15 +54,15 @@ def demo(
             blockfit.save(result, output, overwrite=overwrite)
         out.say("evaluating on the test digits")
         test = blockfit.images("digits:test", original, batch_size=64)
-        show_images(out, test)
+        out.show_images(test)
         worth = blockfit.evaluate(
             result.model, test, against=original, blocks=result.blocks, progress=out.count
         ).to_json()
         page.compressed(out, result, output, original, pictures, test, evaluation=worth)
-    show(out, plan_lines(result.plan))
-    show(out, compression(result.report, result.blocks.depth, maps=out.verbose))
+    out.show(plan_lines(result.plan))
+    out.show(compression(result.report, result.blocks.depth, maps=out.verbose))
     out.warn(result.report["warnings"])
-    show(out, evaluation(worth))
+    out.show(evaluation(worth))
     if output is not None:
         out.line(f"saved to {output}")
     page.tell(out)

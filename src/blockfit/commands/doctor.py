@@ -13,6 +13,7 @@ from typing import Any
 
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
+from blockfit.provenance import installed
 
 NAME = "blockfit"
 
@@ -142,14 +143,6 @@ def requirements() -> dict[str, list[tuple[str, str]]]:
             continue
         found.setdefault(marker[1] if marker else "", []).append((parsed[1], parsed[3].strip()))
     return found
-
-
-def installed(name: str) -> str | None:
-    """The installed version of a package; ``None`` where there is none."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def devices() -> tuple[Device, ...]:

@@ -11,7 +11,6 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import show, show_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,7 +90,7 @@ def evaluate(
         own = source_of(compressed).preprocessing is not None or original is None
         prepared = compressed if own else original
         pictures = reading.open(images, prepared)
-        show_images(out, pictures, loading.place())
+        out.show_images(pictures, loading.place())
         if blocks is not None:
             where = blockfit.find_blocks(compressed, next(iter(pictures), None), blocks)
         out.say("evaluating")
@@ -109,11 +108,11 @@ def evaluate(
         if wanted.protocols:
             learn = reading.open(train, prepared, limit=train_limit) if train else None
             if learn is not None:
-                show_images(out, learn)
+                out.show_images(learn)
             worth["protocols"] = wanted.judge(out, models, where, learn, pictures, images)
         if checkpoint is not None:
             checkpoint.forget()
-    show(out, evaluation(worth))
+    out.show(evaluation(worth))
     out.result(worth)
 
 

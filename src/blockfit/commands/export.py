@@ -10,7 +10,6 @@ import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import CPU, show_images
 from blockfit.errors import BlockfitError
 from blockfit.units import amount
 
@@ -95,11 +94,11 @@ def export(
     with out.working():
         out.say(f"loading {model}")
         saved = _saved(model, code, form)
-        out.note(CPU)
+        out.note("device: cpu")
         pictures = None
         if images is not None:
             pictures = reading.open(images, saved.model)
-            show_images(out, pictures)
+            out.show_images(pictures)
         out.say(f"writing {output} and comparing it with the model")
         how: dict[str, Any] = {"images": pictures, "overwrite": overwrite}
         if form not in FOLDERS:

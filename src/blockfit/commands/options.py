@@ -15,7 +15,6 @@ import typer
 import blockfit
 from blockfit import processes
 from blockfit.arguments import at_least
-from blockfit.commands.tables import show_images
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import MAP_KINDS
 from blockfit.units import bytes_of
@@ -467,5 +466,5 @@ def opened(
         from blockfit.search.session import CALIBRATION_IMAGES
 
         pictures = given.draw(CALIBRATION_IMAGES, reading.seed)
-    show_images(out, pictures, loading.place(), pictures is not given)
+    out.show_images(pictures, loading.place(), pictures is not given)
     return loaded, pictures

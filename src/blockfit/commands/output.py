@@ -25,7 +25,7 @@ from blockfit import processes as ranks
 from blockfit.commands.outlook import Outlook, Step
 from blockfit.commands.wording import as_options
 from blockfit.errors import BlockfitError, BlockfitWarning
-from blockfit.summary import Table
+from blockfit.summary import Part, Table
 
 if TYPE_CHECKING:
     from blockfit.data.images import Images
@@ -198,8 +198,29 @@ class Output:
             self._page.print(title, style="bold", soft_wrap=True)
         self._page.print(Table.of(header, rows).rich())
 
-    def reads(self, images: Images) -> None:
-        """Note images of this command, to tell with the result what was skipped of them."""
+    def show(self, parts: Iterable[Part]) -> None:
+        """Lines and tables of the result, in their order."""
+        for part in parts:
+            if isinstance(part, str):
+                self.line(part)
+            else:
+                self.table(part.header, part.rows, part.title)
+
+    def show_images(self, images: Images, device: str | None = None, usual: bool = False) -> None:
+        """Which images are used, how they are prepared and their labels matched; and where.
+
+        ``usual`` says that nobody asked for that number of images. What is skipped is told with the
+        result, when all of them have been read.
+        """
+        told = images.description()
+        drawn = "" if told["used"] == told["total"] else f", drawn with seed {told['seed']}"
+        drawn += "; --limit all for all" if usual else ""
+        self.note(f"images: {told['used']:,} of {told['total']:,} from {told['source']}{drawn}")
+        self.note(f"preprocessing: {told['preprocessing']}")
+        if told["labels"] is not None:
+            self.note(told["labels"]["line"])
+        if device is not None:
+            self.note(f"device: {device}")
         self._images.append(images)
 
     def result(self, value: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ import blockfit
 from blockfit.commands import options as opt
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.commands.tables import CPU, show_images
 from blockfit.errors import BlockfitError
 from blockfit.units import amount, number, percent, share
 
@@ -76,12 +75,12 @@ def quantize(
     with out.working():
         out.say(f"loading {small}")
         saved = load_saved(small)
-        out.note(CPU)
+        out.note("device: cpu")
         out.say(f"writing {output}")
         if int8 in ONNX_KINDS:
             used = _calibration(saved, images, images_limit, reading) if "static" in int8 else None
             if used is not None:
-                show_images(out, used)
+                out.show_images(used)
             quantize_onnx(saved, output, int8, used, overwrite=overwrite)
             tiny: nn.Module = Session(resolved(output))
             after = resolved(output).stat().st_size
@@ -97,7 +96,7 @@ def quantize(
             models = {ORIGINAL: original, COMPRESSED: saved.model, f"+ int8 {int8}": tiny}
             sizes = dict(zip(models, (size_bytes(original), before, after), strict=True))
             pictures = reading.open(test, saved.model)
-            show_images(out, pictures)
+            out.show_images(pictures)
             out.say("comparing")
             found = stages(models, sizes, pictures, saved, progress=out.count)
     out.line(f"weights: {amount(before, 'B')} → {amount(after, 'B')}, in {output}")

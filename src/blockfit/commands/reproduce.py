@@ -11,7 +11,6 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
-from blockfit.commands.tables import show_images
 from blockfit.errors import BlockfitError
 
 Data = Annotated[str | None, opt.option("--images", "Labelled, with both parts.", opt.DATA, "DATA")]
@@ -119,7 +118,7 @@ def reproduce(
             progress=out.count,
             note=out.note,
             warn=lambda line: out.warn([line]),
-            reads=lambda images: show_images(out, images),
+            reads=out.show_images,
             **asdict(reading),
         )
         page.reproduced(out, output)

@@ -12,7 +12,6 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
-from blockfit.commands.tables import show
 from blockfit.errors import BlockfitError
 
 MeasureLatency = Annotated[
@@ -112,7 +111,7 @@ def sweep(
         shown = pictures.apart(min(opt.LOOKED_AT, len(pictures) // 2), reading.seed)[1]
         page.swept(out, output, original, pictures, shown)
     before = frontier.data["original"]
-    show(out, [summaries.frontier(frontier.points, before)])
+    out.show([summaries.frontier(frontier.points, before)])
     if processes.is_first() and (line := suggestion(output)) is not None:
         out.line(f"next: {line}")
     page.tell(out)
