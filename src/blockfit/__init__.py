@@ -38,8 +38,9 @@ if TYPE_CHECKING:  # for type checkers and editors; each name is imported when i
     from blockfit.evaluation.evaluate import Evaluation
     from blockfit.feature_extractor import FeatureExtractor
     from blockfit.fit.plan import Narrowing, Plan, Replacement, Span
-    from blockfit.models.blocks import Blocks, find_blocks
+    from blockfit.models.blocks import Blocks
     from blockfit.models.preprocessing import Preprocessing
+    from blockfit.models.stages import find_blocks
     from blockfit.search.recipes import RECIPES, Recipe
     from blockfit.search.solve import Options
     from blockfit.search.sweep import Frontier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -124,4 +125,4 @@ def test_type_checkers_see_the_names_that_are_there() -> None:
     }
     assert set(seen) == set(blockfit.__all__)
     for name, module in seen.items():
-        assert getattr(sys.modules[module], name) is getattr(blockfit, name)
+        assert getattr(importlib.import_module(module), name) is getattr(blockfit, name)
