@@ -28,7 +28,13 @@ from blockfit.search.final import Parts, final_figures, set_apart
 from blockfit.search.loss_budget import Judge, check_images
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.run import Result, checkpoint_of, describe, run_json
-from blockfit.search.session import CALIBRATION_IMAGES, HOLD_OUT, Session, Setting
+from blockfit.search.session import (
+    CALIBRATION_IMAGES,
+    HOLD_OUT,
+    Session,
+    Setting,
+    check_stages,
+)
 from blockfit.search.sweep import Frontier
 from blockfit.units import bytes_of
 
@@ -287,8 +293,7 @@ class Calibration:
         setting, parts, seed = self.setting, self.parts, self._held.seed
         if plan is not None:
             plan.check(setting.blocks.depth, {*self._held.protect, *self._held.whole})
-        if (plan is not None and plan.replacements) or (budget and budget.kind == "remove"):
-            setting.blocks.need_chain("removing blocks")
+        check_stages(setting.blocks, recipe, budget, plan)
         session, judge = self.session, None
         if recipe != session.recipe:
             session = session.with_recipe(recipe)

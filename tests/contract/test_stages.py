@@ -158,7 +158,7 @@ def test_states_that_are_not_kept_are_computed_again() -> None:
 
 
 def test_blocks_in_stages_are_not_removed_and_that_is_said_before_any_work(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def run(*args: Any, **how: Any) -> Any:
         raise AssertionError("the original is run on all images")
@@ -166,13 +166,31 @@ def test_blocks_in_stages_are_not_removed_and_that_is_said_before_any_work(
     monkeypatch.setattr("blockfit.calibration.Session", run)
     model, images, blocks = found("timm-swin")
     pictures = blockfit.images([images, images, images])
-    with pytest.raises(BlockfitError, match=r"removing blocks needs one chain.*2 stages"):
-        blockfit.compress(model, pictures, remove=1)
-    with pytest.raises(BlockfitError, match="needs one chain"):
-        blockfit.compress(model, pictures, spans=["0:1"])
+    chain = "needs one chain.*are in 2 stages.*no block removed"
+    for options, why in (
+        ({"remove": 1}, f"remove= {chain}"),
+        ({"spans": ["0:1"]}, chain),
+        ({"params": 0.8, "cuts": "blocks"}, chain),
+        ({"params": 0.8, "recipe": "paper"}, chain),
+        ({"params": 0.8, "uniform": True}, "uniform= gives the MLPs of all blocks one width"),
+    ):
+        with pytest.raises(BlockfitError, match=why):
+            blockfit.compress(model, pictures, **options)
+    with pytest.raises(BlockfitError, match=chain):
+        blockfit.sweep(model, pictures, tmp_path / "sweep", cuts="blocks")
     with pytest.raises(BlockfitError, match="'layers' with 2 modules is no list"):
         blockfit.find_blocks(model, images, "layers")
     assert find_blocks(model, images) == blocks
+
+
+@pytest.mark.parametrize("recipe", ["corp", "vbp"])
+def test_published_methods_cut_the_mlps_of_stages_alike(recipe: str) -> None:
+    family = STAGED["timm-convnext"].family
+    model, images = family.build(), family.images(16, seed=1)
+    result = blockfit.compress(model, blockfit.images([images]), params=0.8, recipe=recipe)
+    shares = {round(cut.kept / cut.size, 1) for cut in result.plan.narrowings}
+    assert len(result.plan.narrowings) == 5
+    assert len(shares) == 1
 
 
 def test_a_response_norm_between_the_layers_of_an_mlp_is_a_reason() -> None:

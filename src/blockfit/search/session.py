@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -154,6 +155,27 @@ def _laid_out(part: Narrowing) -> str:
     return f"{part.heads} × {part.size} in {layers}"
 
 
+def check_stages(
+    blocks: Blocks, recipe: Recipe, budget: Budget | None = None, plan: Plan | None = None
+) -> None:
+    """Refuse, before any work, what cannot be done with blocks in stages.
+
+    Raises:
+        BlockfitError: for spans of any kind, and for one width of all MLPs.
+    """
+    if budget is not None and budget.kind == "remove":
+        blocks.need_chain("remove=")
+    if plan is not None and plan.replacements:
+        blocks.need_chain("a plan that removes blocks")
+    if blocks.stages and recipe.uniform:
+        raise BlockfitError(
+            "uniform= gives the MLPs of all blocks one width, and those of this model's "
+            f"{len(blocks.stages)} stages have their own; leave it away"
+        )
+    if plan is None and recipe.baseline is None and not recipe.narrows:
+        blocks.need_chain(f"a recipe that cuts {' and '.join(recipe.cuts)} alone")
+
+
 class Session:
     """Calibrates once; then finds plans for any number of budgets.
 
@@ -257,6 +279,8 @@ class Session:
                 that the model has by default.
         """
         setting, recipe = self.setting, self.recipe
+        if setting.blocks.stages:
+            self._refuse_stages()
         if longest is None and recipe.contiguous:
             longest = most_removed(setting.blocks.depth, self.protected)
         longest = max(recipe.longest, longest or 0)
@@ -317,8 +341,6 @@ class Session:
     def by_hand(self, plan: Plan) -> Point:
         """Solve a plan that the user wrote."""
         plan.check(self.setting.blocks.depth, self.protected)
-        if plan.replacements:
-            self.setting.blocks.need_chain("removing spans of blocks")
         self._say(f"solving {plan}")
         if plan.narrowings:
             self._check_parts(plan)
@@ -366,7 +388,6 @@ class Session:
         if self.recipe.baseline is not None:
             return self._reach_baseline(budget, self.recipe.baseline)
         if budget.kind == "remove":
-            self.setting.blocks.need_chain("removing blocks")
             size = int(budget.value)
             longest = size if self.recipe.contiguous else None
             search = self.search(longest)
@@ -375,7 +396,8 @@ class Session:
             return point
         if self.narrows():
             return self._reach_by_cuts(budget, judge)
-        self._check_chain()
+        if self.setting.blocks.stages:
+            self._refuse_stages()
         if budget.kind in ("params", "flops"):
             return self._reach_size(budget)
         if budget.kind == "latency":
@@ -383,15 +405,13 @@ class Session:
         assert judge is not None, "a budget of loss needs a judge"
         return self._reach_loss(judge)
 
-    def _check_chain(self) -> None:
-        """Refuse spans alone where the blocks are in stages; say why nothing can be narrowed."""
-        if self.setting.blocks.stages and self.recipe.narrows:
-            why = "; ".join(f"{part}: {reason}" for part, reason in self.cuts.refused().items())
-            raise BlockfitError(
-                f"nothing in this model can be cut: its blocks are in stages, of which no span can "
-                f"be removed, and nothing in them can be narrowed ({why or 'no kind of cut'})"
-            )
-        self.setting.blocks.need_chain("removing spans of blocks")
+    def _refuse_stages(self) -> NoReturn:
+        """Say why nothing can be cut where spans cannot."""
+        why = "; ".join(f"{part}: {reason}" for part, reason in self.cuts.refused().items())
+        raise BlockfitError(
+            "nothing in this model can be cut: its blocks are in stages, of which no span can be "
+            f"removed, and nothing in them can be narrowed ({why or 'no kind of cut'})"
+        )
 
     def _reach_by_cuts(self, budget: Budget, judge: Judge | None) -> Point:
         cuts = self.cuts

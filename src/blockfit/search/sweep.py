@@ -54,6 +54,7 @@ from blockfit.search.session import (
     HOLD_OUT,
     Session,
     Setting,
+    check_stages,
     check_whole,
 )
 from blockfit.search.solve import Solution
@@ -392,6 +393,7 @@ def sweep(
     before = None if stored is None else read(SweepFile, stored, str(target / MARK))
     setting = Setting.of(model, parts.calibration, blocks, hold_out, seed)
     check_whole(whole, setting.blocks.depth)
+    check_stages(setting.blocks, chosen)
     if before is not None and command_line() is not None:
         before = replace(before, command=command_line())
     if before is not None and _complete(before, setting):
