@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import blockfit
 
@@ -113,3 +114,27 @@ def test_what_fine_tuning_gives_back_is_measured_and_a_stopped_run_goes_on(
     assert run("stopped") == whole
     monkeypatch.setattr(finetune.Training, "loss", None)  # all is known: nothing is trained again
     assert run("stopped") == whole
+
+
+def test_hierarchical_models_are_trained_and_narrowed_and_a_run_goes_on(tmp_path: Path) -> None:
+    for name in ("left", "right"):
+        for number in range(12):
+            picture = Image.new("RGB", (32, 32))
+            side = (0, 0, 12, 32) if name == "left" else (20, 0, 32, 32)
+            picture.paste((100 + 10 * number, 200, 50), side)
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / "photos" / name / f"{number}.png")
+    words = [
+        "hierarchical.py", "--train", tmp_path / "photos", "--test", tmp_path / "photos",
+        "--families", "convnext", "--minutes", 0.01, "--batch-size", 8, "--images", 16,
+        "--sizes", 0.8, "-o", tmp_path / "out",
+    ]  # fmt: skip
+    said = run(*words)
+    assert "epoch 1:" in said
+    lines = (tmp_path / "out" / "table.md").read_text("utf-8").splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["default", "corp", "vbp"]
+    assert all(float(line.split("|")[3].strip().rstrip("%")) <= 80.05 for line in lines[2:])
+    assert blockfit.load(tmp_path / "out" / "convnext").config.num_labels == 2
+    again = run(*words)
+    assert "epoch" not in again
+    assert again.splitlines()[-3:] == lines[2:]
