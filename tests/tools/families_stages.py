@@ -108,7 +108,7 @@ STAGED: dict[str, Staged] = {
     ),
     "timm-pvt-v2": Staged(
         _timm("pvt_v2_b0", embed_dims=(16, 16, 32, 32), depths=(1, 1, 2, 1),
-              num_heads=(1, 2, 2, 4), image=64), frozenset({"values", "keys"}), 5, 4, 0.9,
+              num_heads=(1, 2, 2, 4), image=64), ALL, 5, 4,
     ),
     "timm-mvit-v2": Staged(_by_hand("timm.models.mvitv2", _mvit), MLP, 4, 2, 0.8),
     "timm-twins": Staged(
@@ -127,15 +127,15 @@ STAGED: dict[str, Staged] = {
     ),
     "pvt-v2": Staged(
         _transformers("PvtV2ForImageClassification", 64, **_MIXED),
-        frozenset({"values", "keys"}), 5, 4, 0.9,
+        ALL, 5, 4,
     ),
     "segformer": Staged(
         _transformers("SegformerForImageClassification", 64, **_MIXED),
-        frozenset({"values", "keys"}), 5, 4, 0.95,
+        ALL, 5, 4,
     ),
     "segformer-dense": Staged(
         _transformers("SegformerForSemanticSegmentation", 64, decoder_hidden_size=16, **_MIXED),
-        frozenset({"values", "keys"}), 5, 4, 0.95,
+        ALL, 5, 4,
     ),
     "torchvision-swin": Staged(
         _by_hand("torchvision.models.swin_transformer", _swin), MLP, 4, 2, 0.8

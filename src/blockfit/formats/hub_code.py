@@ -54,14 +54,20 @@ def stand_in(
     return new
 
 
-def narrowed_layer(layer: nn.Linear, how: Mapping[str, Any]) -> nn.Linear:
+def narrowed_layer(layer: Any, how: Mapping[str, Any]) -> nn.Module:
     """The smaller layer that stands where ``layer`` stood, before its weights are loaded."""
 
     def empty(*shape: int) -> nn.Parameter:
         return nn.Parameter(layer.weight.new_empty(shape))
 
-    outputs, inputs = layer.weight.shape
+    outputs, inputs = layer.weight.shape[:2]
     bias = layer.bias is not None
+    if "channels" in how:
+        count = how["channels"]
+        return nn.Conv2d(
+            count, count, layer.kernel_size, layer.stride, layer.padding, layer.dilation, count,
+            bias, layer.padding_mode, layer.weight.device, layer.weight.dtype,
+        )  # fmt: skip
     if "rows" in how:
         count = sum(heads * kept for heads, kept, _ in how["rows"])
         return HeadRows(empty(count, inputs), empty(count) if bias else None, how["rows"])

@@ -210,6 +210,8 @@ def _narrowed(saved: Saved) -> dict[str, dict[str, Any]]:
                 how: dict[str, Any] = {"rows": [list(segment) for segment in layer.segments]}
             elif isinstance(layer, HeadColumns):
                 how = {"columns": list(layer.segment)}
+            elif isinstance(layer, nn.Conv2d):
+                how = {"channels": layer.out_channels}
             else:
                 assert isinstance(layer, nn.Linear)
                 how = {"shape": list(layer.weight.shape)}

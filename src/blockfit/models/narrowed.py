@@ -29,6 +29,9 @@ HOOKS = (
 )
 """Attributes of a module that hold the hooks of its forward."""
 
+Layer = nn.Linear | nn.Conv2d
+"""What is narrowed: linear layers, and depthwise convolutions between those of an MLP."""
+
 Segment = tuple[int, int, int]
 """Heads, dimensions that are kept of each, dimensions that each had."""
 
@@ -93,13 +96,25 @@ class HeadColumns(nn.Linear):
         return f"{super().extra_repr()}, reads {kept}/{size} of {heads} heads"
 
 
-def _segments(layer: nn.Linear, cuts: Sequence[Narrowing], name: str) -> list[Segment]:
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Whether a module is a convolution of every channel alone."""
+    return type(module) is nn.Conv2d and (
+        module.groups == module.in_channels == module.out_channels > 1
+    )
+
+
+def rows_in(layer: Layer) -> int:
+    """How many rows a layer has: its outputs, or its channels."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def _segments(layer: Layer, cuts: Sequence[Narrowing], name: str) -> list[Segment]:
     """How the output rows of a layer are made up once all its cuts are applied, in order."""
     runs = sorted((rows.start, cut) for cut in cuts for rows in cut.rows if rows.layer == name)
     segments, at = [], 0
     for start, cut in runs:
         stop = start + cut.heads * cut.size
-        if start < at or stop > layer.out_features:
+        if start < at or stop > rows_in(layer):
             raise BlockfitError(
                 f"block {cut.block}: {name} has no rows {start}–{stop - 1} for its {cut.part}; "
                 "the plan does not fit the model"
@@ -108,8 +123,8 @@ def _segments(layer: nn.Linear, cuts: Sequence[Narrowing], name: str) -> list[Se
             segments.append((1, start - at, start - at))
         segments.append((cut.heads, cut.kept, cut.size))
         at = stop
-    if at < layer.out_features:
-        segments.append((1, layer.out_features - at, layer.out_features - at))
+    if at < rows_in(layer):
+        segments.append((1, rows_in(layer) - at, rows_in(layer) - at))
     return segments
 
 
@@ -123,25 +138,31 @@ def _first_rows(segments: Sequence[Segment]) -> Tensor:
     return torch.cat(numbers)
 
 
-def _layers(block: nn.Module, cuts: Sequence[Narrowing]) -> dict[str, nn.Linear]:
+def _layers(block: nn.Module, cuts: Sequence[Narrowing]) -> dict[str, Layer]:
     """The layers that take the place of a block's own, by their dotted paths.
 
     Their weights are the first kept rows and columns of the block's own layers.
     """
-    made: dict[str, nn.Linear] = {}
+    made: dict[str, Layer] = {}
     _check_layers(cuts)
     for name in dict.fromkeys(rows.layer for cut in cuts for rows in cut.rows):
-        layer = _linear(block, name, cuts[0].block)
-        segments = _segments(layer, cuts, name)
-        index = _first_rows(segments)
-        weight = _parameter(layer.weight, layer.weight.detach()[index])
-        bias = None if layer.bias is None else _parameter(layer.bias, layer.bias.detach()[index])
         neurons = all(cut.part == "mlp" for cut in cuts if name in {r.layer for r in cut.rows})
-        made[name] = _plain(weight, bias) if neurons else HeadRows(weight, bias, segments)
+        source = _layer(block, name, cuts[0].block, depthwise=neurons)
+        segments = _segments(source, cuts, name)
+        index = _first_rows(segments)
+        weight = _parameter(source.weight, source.weight.detach()[index])
+        bias = source.bias
+        if bias is not None:
+            bias = _parameter(bias, bias.detach()[index])
+        if isinstance(source, nn.Conv2d):
+            made[name] = _fewer_channels(source, weight, bias)
+        else:
+            made[name] = _plain(weight, bias) if neurons else HeadRows(weight, bias, segments)
     for cut in cuts:
         if not cut.reader:
             continue
-        layer = _linear(block, cut.reader, cut.block)
+        layer = _layer(block, cut.reader, cut.block)
+        assert isinstance(layer, nn.Linear)
         if layer.in_features != cut.heads * cut.size:
             raise BlockfitError(
                 f"block {cut.block}: {cut.reader} reads {layer.in_features} dimensions, not "
@@ -154,8 +175,8 @@ def _layers(block: nn.Module, cuts: Sequence[Narrowing]) -> dict[str, nn.Linear]
             made[cut.reader] = _plain(weight, bias)
         else:
             made[cut.reader] = HeadColumns(weight, bias, segment)
-    for name, layer in made.items():
-        layer.train(block.get_submodule(name).training)
+    for name, new in made.items():
+        new.train(block.get_submodule(name).training)
     return made
 
 
@@ -172,18 +193,19 @@ def _check_layers(cuts: Sequence[Narrowing]) -> None:
             )
 
 
-def _linear(block: nn.Module, name: str, number: int) -> nn.Linear:
+def _layer(block: nn.Module, name: str, number: int, depthwise: bool = False) -> Layer:
     try:
         layer = block.get_submodule(name)
     except AttributeError:
         layer = None
-    if type(layer) is not nn.Linear:
-        what = "no layer" if layer is None else f"a {type(layer).__name__} called"
-        raise BlockfitError(
-            f"block {number} has {what} {name!r} where the plan narrows a linear layer; "
-            "apply the plan to the model that it was made for"
-        )
-    return layer
+    if type(layer) is nn.Linear or (depthwise and is_depthwise(layer)):
+        assert isinstance(layer, Layer)
+        return layer
+    what = "no layer" if layer is None else f"a {type(layer).__name__} called"
+    raise BlockfitError(
+        f"block {number} has {what} {name!r} where the plan narrows a linear layer; "
+        "apply the plan to the model that it was made for"
+    )
 
 
 def _parameter(like: Tensor, value: Tensor) -> nn.Parameter:
@@ -193,6 +215,30 @@ def _parameter(like: Tensor, value: Tensor) -> nn.Parameter:
 def _plain(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+    return layer
+
+
+def _fewer_channels(like: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Conv2d:
+    """A depthwise convolution as ``like`` is, of fewer channels."""
+    if isinstance(like.padding, str):
+        padding: str | tuple[int, int] = like.padding
+    else:
+        padding = (like.padding[0], like.padding[1])
+    with torch.device("meta"):
+        layer = nn.Conv2d(
+            len(weight),
+            len(weight),
+            (like.kernel_size[0], like.kernel_size[1]),
+            (like.stride[0], like.stride[1]),
+            padding,
+            (like.dilation[0], like.dilation[1]),
+            groups=len(weight),
+            bias=bias is not None,
+            padding_mode=like.padding_mode,
+        )
     layer.weight = weight
     if bias is not None:
         layer.bias = bias

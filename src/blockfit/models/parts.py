@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Narrowing, Rows
-from blockfit.models.narrowed import narrowed_block
+from blockfit.models.narrowed import Layer, is_depthwise, narrowed_block, rows_in
 from blockfit.models.residual import RunBlock, Writer, input_of, owns
 from blockfit.models.surgery import swapped
 
@@ -99,14 +99,16 @@ class _Probe:
         self.block, self.number, self.run, self.hidden = block, number, run, hidden
         self.tolerance = TOLERANCE if hidden.dtype == torch.float32 else 5e-2
         self.outputs: dict[str, int] = {}
+        self.depthwise: dict[str, int] = {}
         self._segments: dict[str, list[_Segment]] = {}
         self._listen()
 
     def _listen(self) -> None:
         """The linear layers that run exactly once, in order, and how many outputs they have."""
         order: list[str] = []
-        linears = [n for n, m in self.block.named_modules() if type(m) is nn.Linear]
-        foreign = [n for n in linears if not owns(self.linear(n), self.shared)]
+        named = list(self.block.named_modules())
+        linears = [n for n, m in named if type(m) is nn.Linear or is_depthwise(m)]
+        foreign = [n for n in linears if not owns(self.layer(n), self.shared)]
         linears = [n for n in linears if n not in foreign]
         if foreign:
             self.foreign = f" ({', '.join(foreign)}: weights tied to others, or made at each call)"
@@ -116,9 +118,16 @@ class _Probe:
 
         with ExitStack() as undo:
             for name in linears:
-                undo.callback(self.linear(name).register_forward_hook(note(name)).remove)
+                undo.callback(self.layer(name).register_forward_hook(note(name)).remove)
             self.run(self.hidden)
-        self.outputs = {n: self.linear(n).out_features for n in order if order.count(n) == 1}
+        once = [n for n in order if order.count(n) == 1]
+        self.outputs = {n: rows_in(self.layer(n)) for n in once if not is_depthwise(self.layer(n))}
+        self.depthwise = {n: rows_in(self.layer(n)) for n in once if is_depthwise(self.layer(n))}
+
+    def layer(self, name: str) -> Layer:
+        found = self.block.get_submodule(name)
+        assert isinstance(found, Layer)
+        return found
 
     def linear(self, name: str) -> nn.Linear:
         found = self.block.get_submodule(name)
@@ -135,13 +144,17 @@ class _Probe:
         A key that changes alike at all tokens would change nothing.
         """
 
+        channels_first = layer in self.depthwise
+
         def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             pushed = output.clone()
+            if channels_first:
+                pushed, output = pushed.movedim(1, -1), output.movedim(1, -1)
             size = output[..., row].abs().max() + 1
             pushed[..., ::2, row] += 3 * size
-            return pushed
+            return pushed.movedim(-1, 1) if channels_first else pushed
 
-        handle = self.linear(layer).register_forward_hook(push)
+        handle = self.layer(layer).register_forward_hook(push)
         try:
             after = self.read(reader)
         finally:
@@ -172,6 +185,18 @@ class _Probe:
                 moved = [self.changed(reader, layer, start + row, before) for row in places]
                 found.append(_Segment(Rows(layer, start), dict(zip(places, moved, strict=True))))
         self._segments[reader] = found
+        return found
+
+    def between(self, reader: str) -> list[Rows]:
+        """Convolutions of single channels that each move the input of their own number alone."""
+        before = self.read(reader)
+        size = before.shape[-1]
+        found = []
+        for layer in (name for name, channels in self.depthwise.items() if channels == size):
+            places = (0, size // 2, size - 1)
+            moved = {row: self.changed(reader, layer, row, before) for row in places}
+            segment = _Segment(Rows(layer, 0), moved)
+            found += [segment.rows] if segment.alone() else []
         return found
 
     def accept(self, cut: Narrowing, masked: Callable[[Tensor], dict[str, Tensor]]) -> Narrowing:
@@ -256,6 +281,7 @@ def _mlp(probe: _Probe, writer: Writer) -> Narrowing:
     rows = tuple(s.rows for s in probe.feeders(writer.name) if s.alone())
     if not rows:
         raise _No(f"no linear layer makes the inputs of {writer.name} one by one")
+    rows += tuple(probe.between(writer.name))
     cut = Narrowing(probe.number, "mlp", size, size, 1, rows, writer.name)
     return probe.accept(cut, lambda mask: {writer.name: mask})
 

@@ -448,7 +448,7 @@ def _order(
     return total[0].cpu() if same else None
 
 
-def owns(linear: nn.Linear, shared: Collection[int] = ()) -> bool:
+def owns(linear: nn.Linear | nn.Conv2d, shared: Collection[int] = ()) -> bool:
     """Whether weight and bias are the layer's own parameters, and no other's.
 
     They are not where they are made at each call (weight norm, pruning masks) or tied.

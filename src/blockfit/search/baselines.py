@@ -28,6 +28,7 @@ from blockfit.fit.published import (
 )
 from blockfit.models.blocks import named_blocks
 from blockfit.models.forward import evaluating
+from blockfit.models.narrowed import Layer
 from blockfit.models.residual import input_of
 from blockfit.search.budget import Sizes
 from blockfit.search.narrowing import Layers, Rewritten, put_neurons, rows_of
@@ -186,6 +187,6 @@ class Baseline:
         makes = []
         for rows in cut.rows:
             layer = block.get_submodule(rows.layer)
-            assert isinstance(layer, nn.Linear)
-            makes.append(rows_of(layer, rows, cut.size)[0])
+            assert isinstance(layer, Layer)
+            makes.append(rows_of(layer, rows, cut.size)[0].flatten(1))
         return group_magnitude(makes, weight)

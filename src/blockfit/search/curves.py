@@ -21,6 +21,7 @@ from blockfit.fit.moments import Spread
 from blockfit.fit.plan import Narrowing, Plan
 from blockfit.models.blocks import named_blocks
 from blockfit.models.forward import evaluating
+from blockfit.models.narrowed import Layer
 from blockfit.models.residual import Writer
 from blockfit.progress import Progress
 from blockfit.search.fidelity import Fidelity
@@ -360,8 +361,8 @@ def unit_cost(block: nn.Module, part: Narrowing, tokens: int) -> tuple[int, int]
     weights = biases = 0
     for rows in part.rows:
         layer = block.get_submodule(rows.layer)
-        assert isinstance(layer, nn.Linear)
-        weights += layer.in_features
+        assert isinstance(layer, Layer)
+        weights += layer.weight[0].numel()
         biases += layer.bias is not None
     if part.reader:
         reader = block.get_submodule(part.reader)

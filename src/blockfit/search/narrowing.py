@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from blockfit.fit.moments import Regression, Spread
 from blockfit.fit.narrow import Basis, Kept, Removal, key_basis, remove_neurons, value_basis
 from blockfit.fit.plan import Narrowing, Rows
+from blockfit.models.narrowed import Layer, rows_in
 
 Layers = dict[str, Tensor]
 """Parameters of one block by their names inside it."""
 
 
-def rows_of(layer: nn.Linear, rows: Rows, count: int) -> tuple[Tensor, Tensor | None]:
-    """Weight (count, inputs) and bias (count,) of a run of rows, float64 on the CPU."""
+def rows_of(layer: Layer, rows: Rows, count: int) -> tuple[Tensor, Tensor | None]:
+    """Weight (count, inputs …) and bias (count,) of a run of rows, float64 on the CPU."""
     some = slice(rows.start, rows.start + count)
     weight = layer.weight.detach()[some].cpu().double()
     return weight, None if layer.bias is None else layer.bias.detach()[some].cpu().double()
@@ -43,7 +44,7 @@ class Rewritten:
         out: Layers = {}
         for name, pieces in self._pieces.items():
             layer = self._block.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
+            assert isinstance(layer, Layer)
             at = 0
             weights: list[Tensor] = []
             biases: list[Tensor | None] = []
@@ -52,7 +53,7 @@ class Rewritten:
                 weights.append(weight)
                 biases.append(bias)
                 at = start + count
-            self._keep(layer, at, layer.out_features, weights, biases)
+            self._keep(layer, at, rows_in(layer), weights, biases)
             out[f"{name}.weight"] = torch.cat(weights).to(layer.weight)
             if layer.bias is not None:
                 known = [bias for bias in biases if bias is not None]
@@ -61,7 +62,7 @@ class Rewritten:
 
     @staticmethod
     def _keep(
-        layer: nn.Linear,
+        layer: Layer,
         start: int,
         stop: int,
         weights: list[Tensor],
@@ -165,7 +166,7 @@ def put_neurons(into: Rewritten, block: nn.Module, cut: Narrowing, kept: Kept) -
     """The rows of the layers before an MLP's neurons that stay."""
     for rows in cut.rows:
         layer = block.get_submodule(rows.layer)
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, Layer)
         weight, bias = rows_of(layer, rows, cut.size)
         bias = None if bias is None else bias[kept.neurons]
         into.put(rows, cut.size, weight[kept.neurons], bias)
