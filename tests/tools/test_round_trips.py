@@ -53,12 +53,15 @@ def test_a_users_own_model_that_is_not_the_saved_one_is_refused(tmp_path: Path) 
     family = EVERY["plain"]
     model = family.build()
     model.norm.eps = 0.1  # type: ignore[union-attr,assignment]
+    model.norm.label = "one"  # type: ignore[union-attr,assignment]
     result = blockfit.compress(model, family.images(12), spans=["1:2"], final=0)
     blockfit.save(result, tmp_path / "small")
     with pytest.raises(blockfit.BlockfitError, match=r"norm\.eps is 1e-05, saved 0\.1"):
         blockfit.load(tmp_path / "small", model=family.build())
     again = family.build(seed=4)
     again.norm.eps = 0.1  # type: ignore[union-attr,assignment]
+    again.norm.label = "another"  # type: ignore[union-attr,assignment]
     again.steps = 900  # what no output depends on
-    loaded = blockfit.load(tmp_path / "small", model=again)
+    with pytest.warns(blockfit.BlockfitWarning, match=r"norm\.label is 'another', saved 'one'"):
+        loaded = blockfit.load(tmp_path / "small", model=again)
     assert torch.equal(loaded(family.images()), result.model(family.images()))
