@@ -15,7 +15,7 @@ from blockfit.arguments import checked, fitted
 from blockfit.calibration import LOSSES, Held, by_hand
 from blockfit.calibration import Calibration as Calibration
 from blockfit.checkpoint import Checkpoint
-from blockfit.data.images import Images, Prepare, prepared_images
+from blockfit.data.images import Images, prepared_images
 from blockfit.data.images import images as images
 from blockfit.errors import BlockfitError, tell
 from blockfit.evaluation import bench as benchmark
@@ -37,7 +37,7 @@ from blockfit.formats.pretrained import WRITERS
 from blockfit.formats.program import Exported
 from blockfit.models.blocks import Blocks
 from blockfit.models.load import load_model, source_of
-from blockfit.models.preprocessing import Preprocessing
+from blockfit.models.preprocessing import Given
 from blockfit.models.stages import find_blocks
 from blockfit.models.surgery import OwnWriter
 from blockfit.progress import Progress, Say, Teller, told
@@ -109,7 +109,7 @@ def compress(
     final: int | None = None,
     force_budget: bool = False,
     seed: int = 0,
-    preprocessing: Preprocessing | Prepare | None = None,
+    preprocessing: Given | None = None,
     inplace: bool = False,
     say: Say | None = None,
     progress: Progress | bool | None = None,
@@ -158,8 +158,8 @@ def compress(
             calibration images by default, a fifth of all where too few are; 0 for none.
         force_budget: judge ``max_kl`` and ``max_drop`` by what is measured, not by what is sure.
         seed: of every draw.
-        preprocessing: a function from a Pillow image to a tensor (channels, height, width), for
-            models that do not say how their images are prepared.
+        preprocessing: as in ``blockfit.images``, where it is not the model's own or the model
+            does not say; saved with the small model, but for functions.
         inplace: change ``model`` itself instead of a copy.
         say: called with one line on what is being done, which goes to the log ``blockfit`` (INFO)
             otherwise.
@@ -240,7 +240,7 @@ def calibrate(
     final: int | None = None,
     judge: bool = False,
     seed: int = 0,
-    preprocessing: Preprocessing | Prepare | None = None,
+    preprocessing: Given | None = None,
     say: Say | None = None,
     progress: Progress | bool | None = None,
     max_memory: int | str | None = None,
@@ -338,7 +338,7 @@ def from_sweep(
     force_budget: bool = False,
     images: Any = None,
     final: int | None = None,
-    preprocessing: Preprocessing | Prepare | None = None,
+    preprocessing: Given | None = None,
     say: Say | None = None,
     progress: Progress | bool | None = None,
     max_memory: int | str | None = None,
@@ -406,7 +406,7 @@ def _solved(
     force_budget: bool,
     teller: Teller,
     *,
-    preprocessing: Preprocessing | Prepare | None,
+    preprocessing: Given | None,
     **how: Any,
 ) -> Result:
     """The model of a plan for a budget, by what a sweep has measured."""
@@ -430,7 +430,7 @@ def evaluate(
     against: nn.Module | str | Path | None = None,
     blocks: Blocks | None = None,
     measure: bool = True,
-    preprocessing: Preprocessing | Prepare | None = None,
+    preprocessing: Given | None = None,
     progress: Progress | bool | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Evaluation:

@@ -20,7 +20,7 @@ from blockfit.fields import read
 from blockfit.fit.plan import Plan, Span
 from blockfit.formats.int8 import check_no_int8
 from blockfit.models.cost import runs_on
-from blockfit.models.load import source_of
+from blockfit.models.load import source_with
 from blockfit.progress import Teller
 from blockfit.provenance import made
 from blockfit.search.budget import Budget
@@ -128,7 +128,7 @@ class Calibration:
     ) -> None:
         self.recipe, self._asked, self._held, self._teller = recipe, asked, held, teller
         check_no_int8(model, "compressed")
-        self._source = source_of(model)
+        self._source = source_with(model, images.preprocessing)
         drawn = images.draw(CALIBRATION_IMAGES, held.seed)
         self.parts: Parts = set_apart(drawn, final, judging, held.seed)
         if budget is not None:

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+import blockfit
 from blockfit.errors import BlockfitError
 from blockfit.models.load import load_model
 from blockfit.models.preprocessing import (
     Preprocessing,
     preprocessing_of,
+    read_preprocessing,
     timm_preprocessing,
     torchvision_preprocessing,
     transformers_preprocessing,
@@ -208,5 +210,75 @@ def test_a_processor_that_is_none_of_transformers_is_refused(name: str) -> None:
 
 
 def test_a_model_that_does_not_say_how_its_images_are_prepared_is_named() -> None:
-    with pytest.raises(BlockfitError, match=r"Linear does not say .* give preprocessing="):
+    with pytest.raises(BlockfitError, match=r"Linear does not say .* preprocessing=224"):
         preprocessing_of(nn.Linear(2, 2))
+
+
+def test_a_preprocessing_in_few_words(tmp_path: Path) -> None:
+    assert read_preprocessing(224) == read_preprocessing("224") == Preprocessing.plain(224)
+    assert read_preprocessing("32x48") == read_preprocessing("32 × 48")
+    assert read_preprocessing("32x48") == Preprocessing.plain((32, 48))
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(Preprocessing.plain(16, crop=True).to_json()))
+    assert read_preprocessing(str(file)) == Preprocessing.plain(16, crop=True)
+
+
+def test_the_preprocessing_of_transformers_and_timm_by_name(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.ViTImageProcessor(size={"height": 20, "width": 20})
+    processor.save_pretrained(tmp_path)
+    by_folder = read_preprocessing(str(tmp_path))
+    by_file = read_preprocessing(str(tmp_path / "preprocessor_config.json"))
+    picture = Image.effect_noise((30, 24), 80).convert("RGB")
+    assert torch.equal(by_folder(picture), by_file(picture))
+    assert by_folder(picture).shape == (3, 20, 20)
+    pytest.importorskip("timm")
+    found = read_preprocessing("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    assert found.settings["mean"] == [0.5, 0.5, 0.5]
+    assert found.settings["input_size"] == [3, 224, 224]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "no size such as 224 or 224x160, no file, and no model"),
+        ("{", "cannot be read as JSON"),
+        ('{"hidden_size": 3}', "says no preprocessing; give a preprocessor_config.json"),
+        ("[1]", "says no preprocessing"),
+    ],
+)
+def test_what_says_no_preprocessing_is_refused(
+    content: str | None, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = tmp_path / "some.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(BlockfitError, match=match):
+        read_preprocessing(str(file) if content is not None else "timm/nothing_of_this_name")
+
+
+@pytest.mark.parametrize("way", ["compress", "calibrate", "sweep"])
+def test_what_prepared_the_images_is_saved_with_the_small_model(way: str, tmp_path: Path) -> None:
+    """Else it would be judged on images that are prepared otherwise, or on none."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    shape = {"num_hidden_layers": 3, "image_size": 16, "patch_size": 8, "num_labels": 3}
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**size, **shape))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        Image.effect_noise((20, 18), 20 * i + 1).convert("RGB").save(pictures / f"{i}.png")
+    how = {"preprocessing": 16}
+    if way == "compress":
+        small = blockfit.compress(model.eval(), pictures, params="80%", **how)
+    elif way == "calibrate":
+        small = blockfit.calibrate(model.eval(), pictures, **how).compress(params="80%")
+    else:
+        blockfit.sweep(model.eval(), pictures, tmp_path / "sweep", points=[0.8], **how)
+        small = blockfit.from_sweep(tmp_path / "sweep", model=model, params="80%")
+    blockfit.save(small, tmp_path / "small")
+    loaded = blockfit.load(tmp_path / "small")
+    assert preprocessing_of(loaded) == Preprocessing.plain(16)
+    assert blockfit.evaluate(loaded, pictures).images == 12

@@ -136,6 +136,10 @@ class Reading:
     label_column: Annotated[
         str | None, rare("--label-column", "Of a table; found by its type.", DATA, "NAME")
     ] = None
+    preprocessing: Annotated[
+        str | None,
+        rare("--preprocessing", "Where the model does not say: 224, or a file.", DATA, "HOW"),
+    ] = None
     workers: Annotated[int, rare("--workers", "Processes that decode; 0: this one.", DATA, "N")] = 0
     max_pixels: Annotated[
         int | None, rare("--max-pixels", "Pictures of more are unreadable; 178956970.", DATA, "N")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,12 +30,17 @@ from blockfit.data.streams import from_stream, from_transformed, is_streamed, is
 from blockfit.data.tables import from_dataset, one_split
 from blockfit.errors import BlockfitError
 from blockfit.models.forward import Batch
-from blockfit.models.preprocessing import Preprocessing, channels_taken, preprocessing_of
+from blockfit.models.preprocessing import (
+    Given,
+    Prepare,
+    Preprocessing,
+    channels_taken,
+    preprocessing_of,
+    read_preprocessing,
+)
 
 MOST_UNREADABLE = 0.1
 """The share of unreadable images beyond which a run stops."""
-
-Prepare = Callable[[Image.Image], Tensor]
 
 
 @dataclass
@@ -370,7 +375,7 @@ def images(
     limit: int | str | None = None,
     seed: int = 0,
     batch_size: int = 32,
-    preprocessing: Preprocessing | Prepare | None = None,
+    preprocessing: Given | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     split: str | None = None,
@@ -402,8 +407,9 @@ def images(
             by default, of which a calibration draws 512. ``"all"`` makes it use all of them.
         seed: of the draw.
         batch_size: images per batch; a stream's own batches stay as they are.
-        preprocessing: a ``Preprocessing`` or any function from a Pillow image to a tensor
-            (C, H, W), instead of the model's own.
+        preprocessing: instead of the model's own: a ``Preprocessing``; any function from a Pillow
+            image to a tensor (C, H, W); a size such as 224; a ``preprocessor_config.json``; or the
+            name of a model that says.
         image_column: of a table or ``.npz`` file, or the ending in shards; found by default.
         label_column: likewise, or the key in the shards' ``.json``.
         split: of a data set with several.
@@ -439,7 +445,7 @@ def images(
 
 
 def prepared_images(
-    images_: Any, model: nn.Module | None, preprocessing: Preprocessing | Prepare | None, seed: int
+    images_: Any, model: nn.Module | None, preprocessing: Given | None, seed: int
 ) -> Images:
     """``Images`` of whatever a verb was given.
 
@@ -504,14 +510,14 @@ def _records(source: Any, asked: Columns, limit: int | None, seed: int) -> Recor
 
 
 def _prepare(
-    records: Records | Stream, model: nn.Module | None, given: Preprocessing | Prepare | None
+    records: Records | Stream, model: nn.Module | None, given: Given | None
 ) -> Prepare | None:
     if isinstance(records, Stream) or records.prepared:
         if given is not None:
             raise BlockfitError(f"{records.source} is prepared already; leave preprocessing= away")
         return None
     if given is not None:
-        return given
+        return read_preprocessing(given) if isinstance(given, str | int) else given
     if model is None:
         raise BlockfitError(
             f"how are the images of {records.source} prepared? give the model, or preprocessing="

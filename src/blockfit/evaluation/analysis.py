@@ -15,7 +15,7 @@ from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import Checkpoint, settled
-from blockfit.data.images import Prepare, prepared_images
+from blockfit.data.images import prepared_images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import summaries
 from blockfit.files import FolderForm, check_target, new_folder
@@ -26,7 +26,7 @@ from blockfit.models.blocks import Blocks, call, find_blocks, record
 from blockfit.models.cost import runs_on
 from blockfit.models.forward import evaluating, first_images
 from blockfit.models.load import source_of
-from blockfit.models.preprocessing import Preprocessing
+from blockfit.models.preprocessing import Given
 from blockfit.models.tensors import fingerprint
 from blockfit.progress import Progress, Say, told
 from blockfit.provenance import command_line, made
@@ -143,7 +143,7 @@ def analyze(
     blocks: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
-    preprocessing: Preprocessing | Prepare | None = None,
+    preprocessing: Given | None = None,
     say: Say | None = None,
     progress: Progress | bool | None = None,
     resume: str | Path | None = None,

@@ -18,7 +18,7 @@ from blockfit.files import expanded
 from blockfit.models import from_open_clip as openclip
 from blockfit.models import libraries
 from blockfit.models.attributes import first_difference
-from blockfit.models.preprocessing import own_preprocessing
+from blockfit.models.preprocessing import Preprocessing, own_preprocessing
 from blockfit.models.source import LIBRARIES, Source, attach, bounded
 
 __all__ = [
@@ -98,6 +98,19 @@ def source_of(model: nn.Module) -> Source:
     if isinstance(attached, Source):
         return attached
     return replace(_worked_out(model), preprocessing=own_preprocessing(model))
+
+
+def source_with(model: nn.Module, prepared: object) -> Source:
+    """The source with the preprocessing that its images had, where that can be written down.
+
+    Args:
+        model: the model.
+        prepared: what prepared its images.
+    """
+    source = source_of(model)
+    if isinstance(prepared, Preprocessing):
+        return replace(source, preprocessing=prepared)
+    return source
 
 
 def _worked_out(model: nn.Module) -> Source:

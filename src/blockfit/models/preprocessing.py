@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -170,6 +172,66 @@ class Preprocessing:
         )
 
 
+Prepare = Callable[[Image.Image], Tensor]
+"""From a Pillow image to a tensor (channels, height, width)."""
+
+Given = Preprocessing | Prepare | str | int
+"""What users may give: settings, a function, or what ``read_preprocessing`` reads."""
+
+
+def read_preprocessing(given: str | int) -> Preprocessing:
+    """A preprocessing in few words.
+
+    Args:
+        given: a size in pixels, ``224`` or ``"224x160"`` (height, width), for
+            ``Preprocessing.plain``; a ``preprocessor_config.json`` or what ``to_json`` wrote; or
+            a model that says, by the name of its folder, its Hub id or ``timm/NAME``.
+
+    Raises:
+        BlockfitError: where it cannot be read.
+    """
+    text = str(given).strip()
+    if size := re.fullmatch(r"(\d+)(?:\s*[x×]\s*(\d+))?", text):
+        return Preprocessing.plain((int(size[1]), int(size[2] or size[1])))
+    file = Path(text).expanduser()
+    if file.is_file():
+        return _in_file(file)
+    if (own := file / "blockfit.json").is_file():
+        try:
+            told = json.loads(own.read_text())["base"]["preprocessing"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise BlockfitError(f"{own} says no preprocessing ({first_line(error)})") from error
+        return Preprocessing.from_json(told, f"{own}: preprocessing")
+    named = _of_timm(text[5:]) if text.startswith("timm/") else transformers_preprocessing(text)
+    if named is None:
+        raise BlockfitError(
+            f"preprocessing={text!r} is no size such as 224 or 224x160, no file, and no model that "
+            "says how its images are prepared"
+        )
+    return named
+
+
+def _in_file(file: Path) -> Preprocessing:
+    try:
+        told = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BlockfitError(f"{file} cannot be read as JSON ({first_line(error)})") from error
+    if isinstance(told, dict) and "image_processor_type" in told:
+        return Preprocessing("transformers", told)
+    if not isinstance(told, dict) or "settings" not in told:
+        raise BlockfitError(f"{file} says no preprocessing; give a preprocessor_config.json")
+    return Preprocessing.from_json(told, str(file))
+
+
+def _of_timm(name: str) -> Preprocessing | None:
+    timm = need("timm", "timm", NEEDS_IT)
+    found = timm.get_pretrained_cfg(name)
+    if found is None:
+        return None
+    config = need("timm.data", "timm", NEEDS_IT).resolve_data_config(pretrained_cfg=found.to_dict())
+    return Preprocessing("timm", {key: config[key] for key in cast(frozenset[str], _KEYS["timm"])})
+
+
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """The preprocessing that belongs to a model: the one it was loaded with, or its checkpoint's.
 
@@ -182,8 +244,9 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
         found = own_preprocessing(model, look_up=source is None)
     if found is None:
         raise BlockfitError(
-            f"{type(model).__name__} does not say how its images are prepared; give "
-            "preprocessing=, for example blockfit.Preprocessing.plain(224)"
+            f"{type(model).__name__} does not say how its images are prepared; give for example "
+            "preprocessing=224 (resized to 224 × 224, ImageNet's mean and deviation), a "
+            "preprocessor_config.json, or the name of a model that says"
         )
     return found
 

@@ -16,7 +16,7 @@ from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import forget
-from blockfit.data.images import Images, Prepare, prepared_images
+from blockfit.data.images import Images, prepared_images
 from blockfit.errors import BlockfitError, tell
 from blockfit.fields import fields_written, read, written
 from blockfit.files import expanded
@@ -26,8 +26,8 @@ from blockfit.models.blocks import Batch, Blocks
 from blockfit.models.cost import runs_on
 from blockfit.models.forward import first_images
 from blockfit.models.head import Observation
-from blockfit.models.load import load_model, source_of
-from blockfit.models.preprocessing import Preprocessing
+from blockfit.models.load import load_model, source_with
+from blockfit.models.preprocessing import Given
 from blockfit.models.tensors import fingerprint
 from blockfit.progress import Progress, Say, told
 from blockfit.provenance import command_line, made
@@ -331,7 +331,7 @@ def sweep(
     hold_out: float = HOLD_OUT,
     final: int | None = None,
     seed: int = 0,
-    preprocessing: Preprocessing | Prepare | None = None,
+    preprocessing: Given | None = None,
     say: Say | None = None,
     progress: Progress | bool | None = None,
     resume: str | Path | None = None,
@@ -501,7 +501,8 @@ class _Looks:
 
 def _begun(session: Session, run: Run) -> SweepFile:
     """The content of ``sweep.json`` before there is a plan."""
-    source, blocks = source_of(session.setting.model), session.setting.blocks
+    setting = session.setting
+    source, blocks = source_with(setting.model, setting.fit.preprocessing), setting.blocks
     original = original_of(session)
     written = made(runs_on(session.setting.model))
     return SweepFile(run, source, blocks, original, (), {}, command=command_line(), made=written)
@@ -661,7 +662,7 @@ def made_of(
     given = isinstance(model, nn.Module)
     original, blocks = frontier.original(model), content.blocks
     solution = _read_point(frontier.folder, entry, blocks)
-    source = source_of(original)
+    source = source_with(original, content.source.preprocessing)
     small = copy.deepcopy(original) if given else original
     solution.apply(small, blocks)
     report = Report.of(
