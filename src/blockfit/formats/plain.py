@@ -160,8 +160,11 @@ def _write_transformers(model: Any, source: Source, folder: Path) -> None:
 def _write_timm(model: Any, source: Source, folder: Path) -> None:
     from timm.models import save_for_hf
 
-    options = source.arguments["options"]
-    save_for_hf(model, str(folder), model_args=options, safe_serialization=True)
+    options, own = source.arguments["options"], source.preprocessing
+    prepared = own.settings if own is not None and own.kind == "timm" else None
+    save_for_hf(
+        model, str(folder), model_args=options, safe_serialization=True, data_config=prepared
+    )
 
 
 def _write_torchvision(model: nn.Module, source: Source, folder: Path) -> None:
