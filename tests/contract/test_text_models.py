@@ -1,7 +1,5 @@
-"""Models of texts, through the same mechanism: masks and positions reach the kept blocks.
-
-Experimental: no command takes texts; batches are dictionaries of tensors, in Python.
-"""
+"""Models of texts, through the same mechanism: masks and positions reach the kept blocks, and
+padding counts in nothing."""
 
 from __future__ import annotations
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 import blockfit
 from blockfit.models.blocks import block_modules, find_blocks
+from blockfit.models.probe import Probe
 
 transformers = pytest.importorskip("transformers")
 
@@ -40,6 +39,8 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         "model.layers",
     ),
     "llama": (_maker("LlamaForCausalLM", num_key_value_heads=1), "model.layers"),
+    "qwen2": (_maker("Qwen2ForCausalLM", num_key_value_heads=1), "model.layers"),
+    "clip-text": (_maker("CLIPTextModel"), "encoder.layers"),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -125,3 +126,51 @@ def test_padded_places_do_not_change_a_compressed_models_output() -> None:
     torch.testing.assert_close(
         primary(result.model, inputs)[:, :7], primary(result.model, short), rtol=1e-4, atol=1e-5
     )
+
+
+def longer(inputs: dict[str, Tensor], more: int = 9) -> dict[str, Tensor]:
+    """The same texts, padded to a longer length with tokens that are not even the padding's."""
+    count = len(inputs["input_ids"])
+    tokens = torch.cat([inputs["input_ids"], torch.full((count, more), 17)], dim=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, more))
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("asked", [{"params": 0.7}, {"spans": ["1:3"]}], ids=str)
+@every_model
+def test_padding_to_a_longer_length_changes_no_plan_and_no_weight(
+    name: str, asked: dict[str, Any]
+) -> None:
+    model = build(name)
+    short = blockfit.compress(model, blockfit.images(TEXTS), **asked)
+    long = blockfit.compress(model, blockfit.images([longer(t) for t in TEXTS]), **asked)
+    assert long.plan == short.plan
+    expected = short.model.state_dict()
+    for key, value in long.model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=2e-3, atol=2e-4, msg=key)
+    before = short.report["final"]["feature_error"]["value"]
+    assert long.report["final"]["feature_error"]["value"] == pytest.approx(before, rel=1e-3)
+
+
+POST_NORM = {"mlp": "normalise after", "values": "normalise after", "keys": "normalise after"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "refused"),
+    [
+        ("clip-text", {"mlp", "values", "keys"}, {}),
+        ("modernbert-classifier", {"mlp", "values"}, {"keys": "RoPE"}),
+        ("qwen2", {"mlp"}, {"values": "2 heads share", "keys": "grouped queries"}),
+        ("bert", set(), POST_NORM),
+    ],
+)
+def test_what_can_be_narrowed_is_found_and_the_rest_is_refused_with_the_reason(
+    name: str, parts: set[str], refused: dict[str, str]
+) -> None:
+    model = build(name)
+    with torch.no_grad():
+        found = Probe(model, find_blocks(model, TEXTS[0]), TEXTS[0]).parts(1)
+    assert set(found.whole) == parts
+    assert found.refused.keys() == refused.keys()
+    for part, words in refused.items():
+        assert words in found.refused[part]

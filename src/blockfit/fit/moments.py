@@ -264,6 +264,22 @@ class Moments:
             if len(rows[0]):
                 self._add_rows(self._types[token_type], rows)
 
+    def add_some(self, hidden: Mapping[int, Tensor], chosen: Tensor, patches: int) -> None:
+        """Add some tokens of a batch, such as those that are no padding.
+
+        Args:
+            hidden: as in ``add``.
+            chosen: which tokens are added, bool (batch, tokens).
+            patches: how many patch tokens the batch has in all, without its padding.
+        """
+        k = self.prefix_tokens
+        self._patches += patches
+        for token_type, tokens in (("prefix", slice(0, k)), ("patch", slice(k, None))):
+            own = chosen[:, tokens]
+            rows = [exact(hidden[b][:, tokens][own.to(hidden[b].device)]) for b in self.boundaries]
+            if len(rows[0]):
+                self._add_rows(self._types[token_type], rows)
+
     def _add_rows(self, sums: _TokenSums, rows: Sequence[Tensor]) -> None:
         sums.count += len(rows[0])
         for i, left in enumerate(rows):

@@ -25,6 +25,7 @@ from blockfit.models.forward import (
     container_at,
     example_input,
     forward_as,
+    image_tensor,
     lists_in,
     place,
     two_different,
@@ -271,9 +272,8 @@ def find_blocks(
             raise BlockfitError(
                 f"{place(path)} holds no two modules of one class in a row; correct blocks="
             )
-    watch_forward(
-        model, watches, two_different(model, example_input(model) if example is None else example)
-    )
+    two = two_different(model, example_input(model) if example is None else example)
+    watch_forward(model, watches, two)
     watch = _choose(model, watches, path)
     assert watch.first is not None
     images, tokens, width = watch.first.shape
@@ -284,6 +284,8 @@ def find_blocks(
         )
     if prefix_tokens is None:
         prefix_tokens = _count_prefix_tokens(watch.first)
+        if image_tensor(two).ndim == 2:  # texts may begin alike: one token is for the whole text
+            prefix_tokens = min(prefix_tokens, 1)
     elif not 0 <= prefix_tokens < tokens:
         raise BlockfitError(f"prefix_tokens is {prefix_tokens}, but the model has {tokens} tokens")
     blocks = Blocks(

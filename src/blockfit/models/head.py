@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Batch, Blocks, block_modules, call
 from blockfit.models.forward import evaluating
+from blockfit.models.padding import real_tokens, without_padding
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
     A head is one or several ``nn.Linear`` outside the blocks, run after the last block, whose
     output is the model's primary output of shape (images, classes), or whose mean or sum is.
     Linear layers on the way there (poolers) and those that make image embeddings are no heads.
+    Without a head the features of padded tokens are zeros: they count in no difference.
     Both results are detached, in the model's dtype and on its device; modes, hooks and random
     state are as before.
 
@@ -68,10 +70,12 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
         undo.enter_context(torch.no_grad())
         output = call(model, inputs)
         primary = primary_output(output)
-        heads = [] if primary is _member(output, "image_embeds") else _heads(primary, seen)
-    if not heads:
-        flat = primary.detach().reshape(len(primary), -1)
         embeds = primary is _member(output, "image_embeds")
+        heads = [] if embeds else _heads(primary, seen)
+    if not heads:
+        if primary.ndim > 2:
+            primary = without_padding(primary, real_tokens(inputs, primary))
+        flat = primary.detach().reshape(len(primary), -1)
         return Observation(flat, None, tuple(primary.shape), _why_none(primary, seen, embeds))
     features = torch.cat([read.flatten(1) for read in heads], dim=1)
     return Observation(features.detach(), primary.detach(), tuple(features.shape))

@@ -72,7 +72,10 @@ def find_parts(
 
     with torch.no_grad():
         if not writers:
-            why = "no linear layer of the block simply adds its output to the hidden state"
+            why = (
+                "no linear layer (nn.Linear) of the block simply adds its output to the hidden "
+                "state; blocks that normalise after the addition have none"
+            )
             return Parts({}, dict.fromkeys(("mlp", "values", "keys"), why))
         look("mlp", lambda: _mlp(probe, writers[-1]))
         if len(writers) < 2:
@@ -298,6 +301,8 @@ def _heads(probe: _Probe, writer: Writer) -> tuple[list[Rows], int]:
 def _values(probe: _Probe, writer: Writer) -> Narrowing:
     inputs = probe.linear(writer.name).in_features
     rows = [s.rows for s in probe.feeders(writer.name) if s.alone()]
+    if not rows and (shared := _grouped(probe, writer.name)):
+        raise _No(shared)
     if len(rows) != 1:
         raise _No(f"no linear layer makes the values that {writer.name} reads, one by one")
     _, size = _heads(probe, writer)
@@ -314,11 +319,27 @@ def _values(probe: _Probe, writer: Writer) -> Narrowing:
     return probe.accept(cut, lambda mask: {writer.name: mask})
 
 
+def _grouped(probe: _Probe, reader: str) -> str:
+    """Why nothing of an attention can be cut whose heads share keys and values in groups."""
+    before = probe.read(reader)
+    size = before.shape[-1]
+    for layer, outputs in probe.outputs.items():
+        if layer == reader or not 1 < outputs < size or size % outputs:
+            continue
+        if int(probe.changed(reader, layer, 0, before).sum()) == size // outputs:
+            return (
+                f"{size // outputs} heads share each value of {layer} (grouped queries), and what "
+                "one head can do without another may need"
+            )
+    return ""
+
+
 def _keys(probe: _Probe, writer: Writer) -> Narrowing:
     inputs = probe.linear(writer.name).in_features
     rows, size = _heads(probe, writer)
     if len(rows) != 2:
-        raise _No("queries and keys are not two layers of one size (grouped queries?)")
+        why = "queries and keys are not two layers of one size"
+        raise _No(_grouped(probe, writer.name) or why)
     heads = inputs // size
     whole = probe.run(probe.hidden)
     with swapped(probe.block, _turned(probe, rows, size, heads)):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Batch, Blocks, block_modules, call, overridden
+from blockfit.models.padding import real_tokens
 
 
 class _Enough(Exception):
@@ -30,6 +31,7 @@ class Trace:
             block l was given, and what the last block returned.
         outputs: of blocks in stages: what the last of a stage returned.
         rests: of blocks in stages: what each returned beside its state; ``None`` for nothing.
+        real: which tokens of padded texts are no padding, bool (texts, tokens); ``None``: all.
     """
 
     blocks: Blocks
@@ -38,6 +40,7 @@ class Trace:
     states: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     rests: dict[int, tuple[Any, ...] | None] = field(default_factory=dict)
+    real: Tensor | None = None
 
     def after(self, index: int) -> Tensor | None:
         """What block ``index`` returned, where it was kept."""
@@ -121,6 +124,8 @@ def trace(
 
     def keep_state(index: int, hidden: Tensor) -> None:
         check_finite(hidden, index, labels)
+        if index == 0 and not blocks.stages:
+            out.real = real_tokens(inputs, hidden)
         if index in wanted:
             own = hidden.detach().clone()
             out.states[index] = own if hold is None else hold(own)

@@ -29,6 +29,7 @@ from blockfit.fit.published import (
 from blockfit.models.blocks import named_blocks
 from blockfit.models.forward import evaluating
 from blockfit.models.narrowed import Layer
+from blockfit.models.padding import real_rows
 from blockfit.models.residual import input_of
 from blockfit.search.budget import Sizes
 from blockfit.search.narrowing import Layers, Rewritten, put_neurons, rows_of
@@ -92,7 +93,8 @@ class Neurons:
     def _read(self, batch: int, part: Narrowing) -> Tensor:
         block, seen = self.originals.modules[part.block], self.originals.traces[batch]
         hidden = self.originals.state(batch, part.block)
-        return input_of(block, part.reader, seen.runner(block, part.block), hidden)
+        read = input_of(block, part.reader, seen.runner(block, part.block), hidden)
+        return real_rows(read, seen.real)
 
 
 class Baseline:

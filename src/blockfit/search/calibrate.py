@@ -18,6 +18,7 @@ from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Span
 from blockfit.models.blocks import Blocks, call, record
 from blockfit.models.forward import evaluating
+from blockfit.models.padding import real_tokens
 from blockfit.models.trace import check_finite
 from blockfit.progress import Progress
 
@@ -75,7 +76,8 @@ def calibrate(
         for batch in own.batches(start):
             call(model, batch.inputs)
             _check_all(states, batch.names)
-            _add(moments, dict(enumerate(states)), tokens_per_image, seed, batch.places)
+            real = None if blocks.stages else real_tokens(batch.inputs, states[0])
+            _add(moments, dict(enumerate(states)), tokens_per_image, seed, batch.places, real)
             done += len(states[0])
             if progress is not None:
                 progress(done, len(own))
@@ -94,7 +96,7 @@ def calibrate(
 
 
 def moments_of(
-    kept: Iterable[tuple[Mapping[int, Tensor], Sequence[int]]],
+    kept: Iterable[tuple[Mapping[int, Tensor], Sequence[int], Tensor | None]],
     blocks: Blocks,
     spans: Iterable[Span],
     *,
@@ -104,16 +106,16 @@ def moments_of(
     """What ``calibrate`` returns, from hidden states that are known already: no pass at all.
 
     Args:
-        kept: for each batch of this process, l → h[l] of shape (images, tokens, width), and the
-            places of its images in the walk.
+        kept: for each batch of this process, l → h[l] of shape (images, tokens, width), the
+            places of its images in the walk, and which tokens are no padding (``None``: all).
         blocks: where the blocks of the model are.
         spans: what maps may be fitted for.
         tokens_per_image: as in ``calibrate``.
         seed: as in ``calibrate``.
     """
     moments = Moments(spans, blocks.width, blocks.prefix_tokens)
-    for states, places in kept:
-        _add(moments, states, tokens_per_image, seed, places)
+    for states, places, real in kept:
+        _add(moments, states, tokens_per_image, seed, places, real)
     moments.reduce()
     return moments
 
@@ -124,8 +126,14 @@ def _add(
     tokens_per_image: int | None,
     seed: int,
     places: Sequence[int],
+    real: Tensor | None = None,
 ) -> None:
     prefix_tokens = moments.prefix_tokens
+    if real is not None:
+        chosen = torch.zeros_like(real)
+        chosen[drawn_of_real(real, prefix_tokens, tokens_per_image, seed, places)] = True
+        moments.add_some(states, chosen, int(real[:, prefix_tokens:].sum()))
+        return
     picked = _pick(states[0], prefix_tokens, tokens_per_image, seed, places)
     patches = states[0].shape[1] - prefix_tokens
     moments.add({b: picked(states[b]) for b in moments.boundaries}, patches)
@@ -174,3 +182,34 @@ def drawn_tokens(
             torch.cat([torch.arange(prefix_tokens), torch.from_numpy(drawn) + prefix_tokens])
         )
     return torch.stack(rows)
+
+
+def drawn_of_real(
+    real: Tensor,
+    prefix_tokens: int,
+    count: int | Callable[[int], int] | None,
+    seed: int,
+    places: Iterable[int],
+) -> tuple[Tensor, Tensor]:
+    """``drawn_tokens`` of padded texts: only real tokens are drawn, whatever the padding.
+
+    Args:
+        real: which tokens are no padding, bool (texts, tokens).
+        prefix_tokens: leading tokens, all of which are taken where they are real.
+        count: of other tokens of a text that are drawn, of how many it has; all where ``None``.
+        seed: of the draw.
+        places: of the texts in the walk.
+
+    Returns:
+        the numbers of text and token of every drawn token, text by text.
+    """
+    texts, tokens = [], []
+    for row, (number, own) in enumerate(zip(places, real.cpu(), strict=True)):
+        found = own.nonzero().flatten()
+        first, others = found[found < prefix_tokens], found[found >= prefix_tokens]
+        wanted = count(len(others)) if callable(count) else count
+        if wanted is not None and wanted < len(others):
+            others = others[drawn_tokens(0, len(others), wanted, seed, [number])[0]]
+        tokens += [first, others]
+        texts.append(torch.full((len(first) + len(others),), row))
+    return torch.cat(texts).to(real.device), torch.cat(tokens).to(real.device)

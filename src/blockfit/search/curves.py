@@ -22,6 +22,7 @@ from blockfit.fit.plan import Narrowing, Plan
 from blockfit.models.blocks import named_blocks
 from blockfit.models.forward import evaluating
 from blockfit.models.narrowed import Layer
+from blockfit.models.padding import real_rows
 from blockfit.models.residual import Writer
 from blockfit.progress import Progress
 from blockfit.search.fidelity import Fidelity
@@ -137,9 +138,8 @@ class PartSums:
         }
         for b, seen in enumerate(originals.traces):
             hidden = originals.state(b, index)
-            places = originals.places(b)
             taken = self._seen(seen.runner(self.block, index), hidden)
-            self._add(originals, taken, places)
+            self._add(originals, taken, b)
         self.sums = {name: spread.over_ranks() for name, spread in self.sums.items()}
 
     def _seen(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> dict[str, Tensor]:
@@ -169,21 +169,22 @@ class PartSums:
             run(hidden)
         return taken
 
-    def _add(self, originals: TracedImages, taken: dict[str, Tensor], places: range) -> None:
+    def _add(self, originals: TracedImages, taken: dict[str, Tensor], batch: int) -> None:
         found: dict[str, Spread] = {}
+        images, real = len(originals.places(batch)), originals.traces[batch].real
         if (mlp := self.parts.get("mlp")) is not None:
-            rows = self.writers[-1].rows(taken[f"> {mlp.reader}"], len(places))
+            rows = self.writers[-1].rows(taken[f"> {mlp.reader}"], images)
             prefix, tokens = originals.blocks.prefix_tokens, originals.tokens_of(self.index)
             draw = Draw.limited(prefix, tokens, mlp.size, CURVE_INPUTS)
-            found["mlp"] = Spread.of(draw.take(rows, places), 1, torch.float32)
+            found["mlp"] = Spread.of(originals.drawn(batch, draw, rows), 1, torch.float32)
         if (values := self.parts.get("values")) is not None:
-            mixed = self.writers[0].rows(taken[f"> {values.reader}"], len(places))
-            found["values"] = Spread.of(mixed, values.heads)
+            mixed = self.writers[0].rows(taken[f"> {values.reader}"], images)
+            found["values"] = Spread.of(real_rows(mixed, real), values.heads)
         if (keys := self.parts.get("keys")) is not None:
             width = keys.heads * keys.size
             pair = [taken[r.layer][..., r.start : r.start + width] for r in keys.rows]
-            found["queries"] = Spread.of(pair[0], keys.heads)
-            found["keys"] = Spread.of(centred(pair[1]), keys.heads)
+            found["queries"] = Spread.of(real_rows(pair[0], real), keys.heads)
+            found["keys"] = Spread.of(centred(pair[1], real), keys.heads)
         for name, spread in found.items():
             self.sums[name] = self.sums[name] + spread
 

@@ -19,6 +19,7 @@ from blockfit.models.blocks import Blocks, overridden
 from blockfit.models.forward import FORWARD_ERRORS
 from blockfit.models.head import Observation, observe, right_answers
 from blockfit.models.narrowed import narrowed
+from blockfit.models.padding import real_rows, without_padding
 from blockfit.models.surgery import swapped
 from blockfit.models.trace import Trace
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
@@ -192,10 +193,11 @@ class HeldOut:
                 target = exact(seen.states[entry.span.stop])
                 if entry.map == "folded":
                     before = exact(seen.states[entry.span.start])
-                spread = target - target.mean(dim=(0, 1))
+                spread = target - real_rows(target, seen.real).reshape(-1, target.shape[-1]).mean(0)
                 for column, tokens in enumerate((slice(0, k), slice(k, None))):
                     for row, gap in enumerate((after - target, before - target, spread)):
-                        gaps[entry][row, column] += gap[:, tokens].square().sum().cpu()
+                        own = without_padding(gap, seen.real)[:, tokens]
+                        gaps[entry][row, column] += own.square().sum().cpu()
 
             found = observe_solution(self.model, self.blocks, seen, solution, note)
             same = compared(self.original[self._at[number]], found)

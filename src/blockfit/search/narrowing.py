@@ -12,6 +12,7 @@ from blockfit.fit.moments import Regression, Spread
 from blockfit.fit.narrow import Basis, Kept, Removal, key_basis, remove_neurons, value_basis
 from blockfit.fit.plan import Narrowing, Rows
 from blockfit.models.narrowed import Layer, rows_in
+from blockfit.models.padding import real_rows, without_padding
 
 Layers = dict[str, Tensor]
 """Parameters of one block by their names inside it."""
@@ -182,9 +183,14 @@ def of_some(problem: Regression, inputs: Tensor) -> Regression:
     )
 
 
-def centred(keys: Tensor) -> Tensor:
+def centred(keys: Tensor, real: Tensor | None = None) -> Tensor:
     """Keys about their mean over each image: what all have in common cancels in the softmax.
 
-    Shape (images or windows, tokens, heads · m); the tokens may be a map.
+    Shape (images or windows, tokens, heads · m); the tokens may be a map. Of padded texts
+    (``real`` says which tokens are no padding) those of real tokens, (tokens of all, heads · m).
     """
+    if real is not None:
+        counts = real.sum(1).clamp_min(1).to(keys)[:, None, None]
+        means = without_padding(keys, real).sum(1, keepdim=True) / counts
+        return real_rows(keys - means, real)
     return keys - keys.mean(dim=tuple(range(1, keys.ndim - 1)), keepdim=True)

@@ -24,6 +24,7 @@ from blockfit.fit.plan import Narrowing, Plan, Replacement
 from blockfit.models.blocks import Blocks, named_blocks
 from blockfit.models.forward import evaluating
 from blockfit.models.narrowed import narrowed, narrowed_block
+from blockfit.models.padding import real_rows
 from blockfit.models.residual import (
     Writer,
     input_of,
@@ -278,7 +279,12 @@ class _Walk:
             source = hidden if options.refit else self.originals.state(b, span.start)
             target = self.originals.state(b, span.stop)
             judges = self.originals.checks(b, CHECK_EVERY)
-            parts[judges].add({span.start: source, span.stop: target})
+            states, real = {span.start: source, span.stop: target}, self.originals.traces[b].real
+            if real is None:
+                parts[judges].add(states)
+            else:
+                patches = int(real[:, self.blocks.prefix_tokens :].sum())
+                parts[judges].add_some(states, real, patches)
         for part in parts:
             part.reduce()
         moments, check = parts
@@ -374,7 +380,10 @@ class _Walk:
         for seen, hidden in zip(self.originals.traces, self.hidden, strict=True):
             out = outputs_of(block, layers, seen.runner(block, index), hidden)
             pair = [out[r.layer][..., r.start : r.start + width] for r in cut.rows]
-            more = (Spread.of(pair[0], cut.heads), Spread.of(centred(pair[1]), cut.heads))
+            more = (
+                Spread.of(real_rows(pair[0], seen.real), cut.heads),
+                Spread.of(centred(pair[1], seen.real), cut.heads),
+            )
             sums = [one + other for one, other in zip(sums, more, strict=True)]
         queries, keys = (one.over_ranks() for one in sums)
         bases = self.choices.keys[index] = key_bases(queries, keys)
@@ -423,9 +432,8 @@ class _Walk:
         draw = self._draw(index, prior[0].shape[1], bool(cuts))
         sums = self._repair_sums(prior[0])
         for b, (x, base) in enumerate(zip(read, bases, strict=True)):
-            places = self.originals.places(b)
-            gap = self.originals.middle(b, index, draw) - draw.take(base, places)
-            sums.add(draw.take(x, places), gap, self._weights(draw, base))
+            gap = self.originals.middle(b, index, draw) - self._drawn(b, draw, base)
+            sums.add(self._drawn(b, draw, x), gap, self._weights(b, draw, base))
         solved |= self._solved(block, attention, sums.total(), prior, ridge)
         if not bare:
             return solved, None
@@ -445,8 +453,8 @@ class _Walk:
         bases = self.choices.values.get(cut.block)
         if bases is None:
             mixed = Spread.zeros(cut.heads, cut.size)
-            for x in read:
-                mixed = mixed + Spread.of(x, cut.heads)
+            for seen, x in zip(self.originals.traces, read, strict=True):
+                mixed = mixed + Spread.of(real_rows(x, seen.real), cut.heads)
             bases = self.choices.values[cut.block] = value_bases(mixed.over_ranks(), weight)
         put_values(rewritten, block, cut, bases)
         prior = values_prior(cut, bases), bias
@@ -478,9 +486,8 @@ class _Walk:
             draw = self._draw(index, whole, cut is not None)
             sums = self._repair_sums(weight)
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
-                places = self.originals.places(b)
-                gap = draw.take(mlp.tokens(targets[b]), places) - draw.take(base, places)
-                sums.add(draw.take(x, places), gap, self._weights(draw, base))
+                gap = self._drawn(b, draw, mlp.tokens(targets[b])) - self._drawn(b, draw, base)
+                sums.add(self._drawn(b, draw, x), gap, self._weights(b, draw, base))
             problem, ridge = sums.total(), self.options.repair_ridge
             if cut is not None:
                 ridge = self.options.narrow_ridge
@@ -549,7 +556,8 @@ class _Walk:
             contribution = nn.functional.linear(
                 x, weight.to(x), None if bias is None else bias.to(x)
             )
-            sums.add(contribution, targets[b] - base, self._weights(whole, base))
+            made, gap = (self._drawn(b, whole, v) for v in (contribution, targets[b] - base))
+            sums.add(made, gap, self._weights(b, whole, base))
         ridge = RIDGE if self.options.ridge is None else self.options.ridge
         fitted = fit_affine(sums.total(), ridge, bias=bias is not None)
         if bias is not None:
@@ -561,9 +569,13 @@ class _Walk:
         tokens = self.originals.tokens_of(index)
         return Draw.limited(self.blocks.prefix_tokens, tokens, inputs, rows)
 
-    def _weights(self, draw: Draw, states: Tensor) -> Tensor | None:
+    def _drawn(self, batch: int, draw: Draw, values: Tensor) -> Tensor:
+        return self.originals.drawn(batch, draw, values)
+
+    def _weights(self, batch: int, draw: Draw, states: Tensor) -> Tensor | None:
         """Of the tokens drawn of each of states (images, tokens, width)."""
-        return draw.weights(self.options.prefix_weight, states.shape[1])
+        weight, tokens = self.options.prefix_weight, states.shape[1]
+        return self.originals.weights(batch, draw, weight, tokens)
 
     def _repair_sums(self, weight: Tensor) -> RowSums:
         ridge = min(self.options.repair_ridge, self.options.narrow_ridge)

@@ -128,7 +128,7 @@ class TracedImages:
                 raise BlockfitError("there are no held-out images to judge by; give more images")
             made.probe = Probe(model, blocks, made.traces[0].inputs)
         made.numbers = list(range(len(made.traces)))
-        made._count((number, *seen.states[0].shape[:2]) for number, seen in enumerate(made.traces))
+        made._count((number, *_counts(seen)) for number, seen in enumerate(made.traces))
         made._whole = set(made.numbers)
         return made
 
@@ -156,7 +156,7 @@ class TracedImages:
         """Learn of the batches of all processes: images, rank, and whether all states are kept."""
         pairs = zip(self.numbers, self.traces, strict=True)
         depth = self.blocks.depth
-        own = [[n, *t.states[0].shape[:2], len(t.states) > depth] for n, t in pairs]
+        own = [[n, *_counts(t), len(t.states) > depth] for n, t in pairs]
         rows = [(*row, rank) for rank, part in enumerate(ranks.gathered(own)) for row in part]
         self._count(row[:3] for row in sorted(rows))
         self._whole = {number for number, _, _, whole, _ in rows if whole}
@@ -172,17 +172,32 @@ class TracedImages:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all images, of all processes."""
-        return sum(images * self._tokens[number] for number, images in self.sizes.items())
+        """Tokens of all images, of all processes, without padding."""
+        return sum(self._tokens[number] for number in self.sizes)
 
     @property
     def complete(self) -> bool:
         """Whether the hidden states of all batches, of all processes, are kept."""
         return self._whole == set(self.sizes)
 
-    def kept(self) -> Iterator[tuple[dict[int, Tensor], range]]:
-        """The hidden states of each batch of this process, and the places of its images."""
-        return ((seen.states, self.places(b)) for b, seen in enumerate(self.traces))
+    def kept(self) -> Iterator[tuple[dict[int, Tensor], range, Tensor | None]]:
+        """The hidden states of each batch of this process, the places of its images, and which
+        tokens are no padding."""
+        return ((seen.states, self.places(b), seen.real) for b, seen in enumerate(self.traces))
+
+    def drawn(self, batch: int, draw: Draw, values: Tensor) -> Tensor:
+        """The drawn tokens of one batch, of values (images, tokens, …); padding is never drawn."""
+        return draw.take(values, self.places(batch), self.traces[batch].real)
+
+    def weights(self, batch: int, draw: Draw, prefix_weight: float, tokens: int) -> Tensor | None:
+        """Weight of every drawn token of an image of one batch with so many tokens.
+
+        Of padded texts, of every drawn token of the batch; ``None`` where all weigh 1.
+        """
+        real = self.traces[batch].real
+        if real is None:
+            return draw.weights(prefix_weight, tokens)
+        return draw.weights_of_real(prefix_weight, real, self.places(batch))
 
     def hold(self, tensor: Tensor) -> Tensor:
         """Where a tensor of every batch lies: in memory, or on the shelf."""
@@ -287,12 +302,12 @@ class TracedImages:
     def middle(self, batch: int, index: int, draw: Draw) -> Tensor:
         """The drawn tokens of the state of block ``index`` before its MLP's contribution.
 
-        On the original's input; shape (images, drawn tokens, width).
+        On the original's input; shape as of ``drawn``.
         """
         key = (batch, index, draw)
         if (known := self._middles.get(key)) is not None:
             return known
-        middle = self.hold(draw.take(self._middle(batch, index), self.places(batch)))
+        middle = self.hold(self.drawn(batch, draw, self._middle(batch, index)))
         if self._spent + middle.nbytes <= self._limit // MIDDLES_SHARE:
             self._middles[key] = middle
             self._spent += middle.nbytes
@@ -306,3 +321,9 @@ class TracedImages:
                 return writers[-1].tokens(seen.run(block, index, hidden))
         read = input_of(block, writers[0].name, seen.runner(block, index), hidden)
         return hidden + writers[0].contribution(block, read)
+
+
+def _counts(seen: Trace) -> tuple[int, int]:
+    """Images of a batch, and its tokens in all, without padding."""
+    images, tokens = seen.states[0].shape[:2]
+    return images, images * tokens if seen.real is None else int(seen.real.sum())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockfit.fit.moments import Regression
-from blockfit.search.calibrate import drawn_tokens
+from blockfit.search.calibrate import drawn_of_real, drawn_tokens
 
 ROWS_PER_INPUT = 6
 """Most tokens that a repair is solved from, per input of the layer (docs/measurements.md).
@@ -53,14 +53,37 @@ class Draw:
             return patches
         return max(min(1, patches), round(self.share * patches))
 
-    def take(self, states: Tensor, places: range) -> Tensor:
-        """The drawn tokens of states (images, tokens, width), images at ``places`` of all."""
+    def take(self, states: Tensor, places: range, real: Tensor | None = None) -> Tensor:
+        """The drawn tokens of states (images, tokens, width), images at ``places`` of all.
+
+        Of padded texts (``real`` says which of their tokens are no padding) the drawn tokens of
+        all come in one row, shape (1, drawn, width).
+        """
+        if real is not None:
+            texts, tokens = self._of_real(real, places)
+            return states[texts.to(states.device), tokens.to(states.device)][None]
         patches = states.shape[1] - self.prefix_tokens
         if self.drawn(patches) == patches:
             return states
         picked = _positions(self.prefix_tokens, patches, self.drawn(patches), places)
         images = torch.arange(len(states), device=states.device)[:, None]
         return states[images, picked.to(states.device)]
+
+    def _of_real(self, real: Tensor, places: range) -> tuple[Tensor, Tensor]:
+        return drawn_of_real(real, self.prefix_tokens, self.drawn, 0, places)
+
+    def weights_of_real(self, prefix_weight: float, real: Tensor, places: range) -> Tensor | None:
+        """``weights`` of the drawn tokens of padded texts, in the order in which ``take`` has them.
+
+        Each text's prefix tokens weigh as much less as fewer of its other tokens are drawn.
+        """
+        if self.prefix_tokens == 0 or (prefix_weight == 1.0 and self.share >= 1.0):
+            return None
+        texts, tokens = (index.cpu() for index in self._of_real(real, places))
+        of_each = real[:, self.prefix_tokens :].sum(1).tolist()
+        parts = [prefix_weight * (self.drawn(n) / n if n else 1.0) for n in of_each]
+        own = torch.tensor(parts, dtype=torch.float64)[texts]
+        return torch.where(tokens < self.prefix_tokens, own, torch.ones_like(own))
 
     def weights(self, prefix_weight: float, tokens: int) -> Tensor | None:
         """Weight of every drawn token of an image with so many; ``None`` where all weigh 1.
