@@ -621,7 +621,7 @@ def export_onnx(
         small: as in ``export_plain``, or any model.
         path: ends in ``.onnx``.
         options: of ``blockfit.formats.onnx_file.export_onnx``: ``images``, ``resolution``,
-            ``batch``, ``opset``, ``compare_levels``, ``overwrite``.
+            ``batch``, ``opset``, ``dtype``, ``compare_levels``, ``overwrite``.
 
     Raises:
         BlockfitError: where it cannot be written or the outputs differ; nothing is left then.

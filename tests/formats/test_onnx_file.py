@@ -80,6 +80,42 @@ def test_any_resolution_where_the_model_can(name: str, tmp_path: Path) -> None:
     assert torch.allclose(found, output(small.model, images), atol=close)
 
 
+@pytest.mark.parametrize("name", ["timm-vit", "dinov2-classifier"])
+def test_half_precision_is_half_as_large_and_near(name: str, tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", name, MAPS, prepared(32), share=0.5)
+    whole = export_onnx(small, tmp_path / "whole.onnx")
+    done = export_onnx(small, tmp_path / "half.onnx", dtype="float16")
+    assert (whole.dtype, done.dtype) == ("float32", "float16")
+    kinds = {tensor.data_type for tensor in onnx.load(done.path).graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    assert onnx.TensorProto.FLOAT not in kinds
+    weights = 2 * sum(parameter.numel() for parameter in small.model.parameters())
+    assert whole.size_bytes - done.size_bytes > 0.95 * weights
+    assert next(small.model.parameters()).dtype == torch.float32
+    images = FAMILIES[name].images(3, seed=5)
+    own, found = (next(iter(Session(f.path).outputs(images).values())) for f in (whole, done))
+    assert found.dtype == torch.float16
+    error = float((own - found.float()).abs().max())
+    assert 0 < error < 8 * torch.finfo(torch.float16).eps * float(own.abs().max())
+    assert done.parity.max_abs_error > whole.parity.max_abs_error
+
+
+def test_the_command_writes_half_precision_and_refuses_what_no_runtime_reads(
+    tmp_path: Path,
+) -> None:
+    command = ("export", "demo", "--onnx", "-o", tmp_path / "demo.onnx", *FEW, "--weights")
+    refused = blockfit_command(*command, "bfloat16")
+    assert refused.code == 2
+    assert "float32 or float16 weights, not bfloat16; give one of these as --weights" in (
+        refused.error
+    )
+    other = ("export", "demo", "--pt2", "-o", tmp_path / "demo.pt2", "--weights", "float16")
+    assert "--plain and --onnx only" in blockfit_command(*other).error
+    told: dict[str, Any] = blockfit_command(*command, "float16", "--json").json
+    assert told["dtype"] == "float16"
+    assert told["parity"]["agreement"] == 1
+
+
 def test_any_resolution_is_refused_where_the_model_cannot(tmp_path: Path) -> None:
     small = saved(tmp_path / "small", "torchvision-vit", MAPS)
     with pytest.raises(BlockfitError, match=r"cannot take images of any size .*fixed resolution"):

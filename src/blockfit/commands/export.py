@@ -77,7 +77,7 @@ def export(
 
     It is compared with the model before it is kept.
     """
-    from blockfit.formats.onnx_file import OPSET
+    from blockfit.formats.onnx_file import OPSET, onnx_dtype
     from blockfit.formats.traced import Resolution
 
     form = _form(plain=plain, onnx=onnx, pt2=pt2, hub=hub)
@@ -87,10 +87,12 @@ def export(
     if form != "onnx":
         only_onnx = {"--opset": opset, "--compare-levels": compare_levels}
         opt.refuse(only_onnx, "goes with --onnx only")
-    if form != "plain":
-        opt.refuse({"--weights": weights}, "goes with --plain only")
+    if form not in ("plain", "onnx"):
+        opt.refuse({"--weights": weights}, "goes with --plain and --onnx only")
     shape = None if resolution is None else Resolution.parse(resolution)
     _check_output(form, output, overwrite)
+    if form == "onnx":
+        onnx_dtype(weights)  # refused before the model is loaded
     with out.working():
         out.say(f"loading {model}")
         saved = _saved(model, code, form)
@@ -103,7 +105,7 @@ def export(
         how: dict[str, Any] = {"images": pictures, "overwrite": overwrite}
         if form not in FOLDERS:
             how |= {"resolution": shape, "batch": fixed_batch}
-        if form == "plain":
+        if form in ("plain", "onnx"):
             how |= {"dtype": weights}
         if form == "onnx":
             how |= {"opset": OPSET if opset is None else opset, "compare_levels": compare_levels}
@@ -168,7 +170,7 @@ def _show_file(out: Output, done: Exported) -> None:
 
 
 def _show_onnx(out: Output, done: ExportedOnnx) -> None:
-    out.line(f"{_described(done)}, opset {done.opset}, in {done.path}")
+    out.line(f"{_described(done)}, opset {done.opset}, {done.dtype}, in {done.path}")
     out.line(f"compared with the model: {done.parity}")
     rows = []
     for level in done.levels:

@@ -23,6 +23,7 @@ from blockfit.formats.passport import passport
 from blockfit.formats.program import Exported, Setting
 from blockfit.formats.traced import Resolution, input_name, run
 from blockfit.models.cost import alternate
+from blockfit.models.load import read_dtype
 
 SUFFIX = ".onnx"
 FORM = FileForm(SUFFIX, "blockfit.versions", (".data",))
@@ -75,17 +76,37 @@ class ExportedOnnx(Exported):
     Args:
         opset: version of the operator set.
         input: its name.
+        dtype: of the weights and the input, such as ``float32``.
         levels: compared, where that was asked for.
     """
 
     opset: int
     input: str
+    dtype: str
     levels: tuple[Level, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         levels = [level.to_json() for level in self.levels]
-        return {**super().to_json(), "opset": self.opset, "input": self.input, "levels": levels}
+        own = {"opset": self.opset, "input": self.input, "dtype": self.dtype}
+        return {**super().to_json(), **own, "levels": levels}
+
+
+def onnx_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of an ONNX file's weights; ``None`` for the model's own.
+
+    Raises:
+        BlockfitError: where onnxruntime does not run it on the CPU.
+    """
+    if dtype is None:
+        return None
+    found = read_dtype(dtype)
+    if found not in (torch.float32, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        raise BlockfitError(
+            f"an ONNX file holds float32 or float16 weights, not {name}; give one of these as dtype="
+        )
+    return found
 
 
 @checked
@@ -97,6 +118,7 @@ def export_onnx(
     resolution: Resolution | None = None,
     batch: int | None = None,
     opset: int = OPSET,
+    dtype: torch.dtype | str | None = None,
     compare_levels: bool = False,
     overwrite: bool = False,
 ) -> ExportedOnnx:
@@ -112,6 +134,8 @@ def export_onnx(
         resolution: height and width, or any; by default those of the model's preprocessing.
         batch: take this many images only, instead of any number.
         opset: version of the ONNX operator set.
+        dtype: of the weights, the input and the outputs: ``"float16"`` or ``"float32"``; by default
+            the model's. In float16 the outputs may differ by rounding.
         compare_levels: time and compare all graph optimisation levels, and OpenVINO if installed.
         overwrite: replace the file.
 
@@ -120,24 +144,28 @@ def export_onnx(
             differ, or the file is taken. Nothing is left behind then.
     """
     target = check_file(path, FORM, overwrite)
+    wanted = onnx_dtype(dtype)
     for name in ("onnx", "onnxscript", "onnxruntime"):
         need(name, "onnx")
     setting = Setting.of(saved, images, resolution, batch)
-    if setting.example().dtype == torch.bfloat16:
+    held = setting.held_in(wanted)
+    kind = held.example().dtype
+    if kind == torch.bfloat16:
         raise BlockfitError(
             "onnxruntime runs no bfloat16 on the CPU; load the model in float32 or float16"
         )
     name = input_name(saved.model)
-    program = _converted(setting, name, opset)
+    program = _converted(held, name, opset)
     with new_file(path, FORM, overwrite) as partial:
-        weights = sum(p.numel() * p.element_size() for p in setting.bare.parameters())
+        weights = sum(p.numel() * p.element_size() for p in held.bare.parameters())
         program.save(partial, external_data=weights > ONE_FILE)
         session = Session(partial)
-        parity = setting.compare(session.outputs, "ONNX file")
+        parity = setting.compare(session.outputs, "ONNX file", wanted)
         levels = tuple(_levels(setting, partial)) if compare_levels else ()
         del session
     done = setting.exported(target, parity)
-    return ExportedOnnx(**vars(done), opset=opset, input=name, levels=levels)
+    held_as = str(kind).removeprefix("torch.")
+    return ExportedOnnx(**vars(done), opset=opset, input=name, dtype=held_as, levels=levels)
 
 
 def _converted(setting: Setting, name: str, opset: int) -> Any:

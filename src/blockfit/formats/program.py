@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,19 @@ class Setting:
             self.pictures.portions(self.batch, size) for size in self.sizes
         )
 
-    def compare(self, found: Run, what: str) -> Parity:
+    def held_in(self, dtype: torch.dtype | None) -> Setting:
+        """The same with weights of another dtype, of a copy of the model."""
+        if dtype is None:
+            return self
+        return replace(self, bare=copy.deepcopy(self.bare).to(dtype))
+
+    def compare(self, found: Run, what: str, dtype: torch.dtype | None = None) -> Parity:
         """Compare with the model.
+
+        Args:
+            found: what was exported.
+            what: it is, for the message.
+            dtype: of its weights; by default the model's.
 
         Raises:
             BlockfitError: where the two differ.
@@ -161,7 +173,8 @@ class Setting:
         parity = compare(
             lambda images: run(self.bare, images), found, self.images(), source, self.classes
         )
-        parity.check(what, next(p.dtype for p in self.bare.parameters() if p.is_floating_point()))
+        own = next(p.dtype for p in self.bare.parameters() if p.is_floating_point())
+        parity.check(what, dtype or own)
         return parity
 
     def exported(self, path: Path, parity: Parity) -> Exported:
