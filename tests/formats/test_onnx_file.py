@@ -106,9 +106,7 @@ def test_the_command_writes_half_precision_and_refuses_what_no_runtime_reads(
     command = ("export", "demo", "--onnx", "-o", tmp_path / "demo.onnx", *FEW, "--weights")
     refused = blockfit_command(*command, "bfloat16")
     assert refused.code == 2
-    assert "float32 or float16 weights, not bfloat16; give one of these as --weights" in (
-        refused.error
-    )
+    assert "float32 or float16 weights, not bfloat16; give one as --weights" in (refused.error)
     other = ("export", "demo", "--pt2", "-o", tmp_path / "demo.pt2", "--weights", "float16")
     assert "--plain and --onnx only" in blockfit_command(*other).error
     told: dict[str, Any] = blockfit_command(*command, "float16", "--json").json

@@ -104,7 +104,7 @@ def onnx_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if found not in (torch.float32, torch.float16):
         name = str(dtype).removeprefix("torch.")
         raise BlockfitError(
-            f"an ONNX file holds float32 or float16 weights, not {name}; give one of these as dtype="
+            f"an ONNX file holds float32 or float16 weights, not {name}; give one as dtype="
         )
     return found
 
