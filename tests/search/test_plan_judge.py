@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from families import one_thread as one_thread
 from small import small_images, small_vit
 
 import blockfit
 from blockfit.search.held_out import HeldOut
+from blockfit.search.plan_judge import PlanJudge
 
 
 def test_a_map_that_is_worse_than_identity_leaves_narrowed_parts_as_they_are(
@@ -35,3 +37,25 @@ def test_a_map_that_is_worse_than_identity_leaves_narrowed_parts_as_they_are(
     small = blockfit.compress(small_vit(6), images, plan=mixed)
     assert [entry.map for entry in small.plan] == ["identity"]
     assert small.plan.narrowings == kept
+
+
+def test_with_enough_images_the_judged_solution_takes_over_what_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is kept is the same either way; only the solution that judges it is another."""
+    images, given = small_images(40), []
+    point = PlanJudge.point
+
+    def noted(self: PlanJudge, plan: Any, choices: Any = None) -> Any:
+        given.append(choices)
+        return point(self, plan, choices)
+
+    monkeypatch.setattr(PlanJudge, "point", noted)
+    made = []
+    for tokens in (10**9, 0):
+        monkeypatch.setattr("blockfit.search.cuts.SETTLED", tokens)
+        made.append(blockfit.compress(small_vit(4), images, params=0.8, cuts="mlp", final=0))
+    assert given[0] is None
+    assert set(given[1].neurons) == {cut.block for cut in made[1].plan.narrowings}
+    one, other = (result.model.state_dict() for result in made)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -121,7 +121,10 @@ def of_compress(recipe: Recipe, budget: Budget | None) -> tuple[Step, ...]:
         return (*cut, Step(r"latency", 10, 8), solved, *_ENDED)
     if budget.kind in ("max_kl", "max_drop"):
         return (*cut, Step(r"judging max_", 30, 6), solved, *_ENDED)
-    return (*cut, solved, Step(r"solving .*on all", 12), *_ENDED)
+    kept = Step(r"solving .*on all", 14)
+    if recipe.uniform:  # several plans are judged, then the best one is solved
+        return (*cut, solved, kept, *_ENDED)
+    return (*cut, kept, Step(solved.begins, 5), *_ENDED)
 
 
 def of_sweep(recipe: Recipe, points: int) -> tuple[Step, ...]:

@@ -85,22 +85,21 @@ class PlanJudge:
         """The solution in the precision of the model."""
         return solution if self._precision is None else solution.rounded(self._precision)
 
-    def point(self, plan: Plan) -> Point:
+    def point(self, plan: Plan, choices: Choices | None = None) -> Point:
         """Solve a plan on the fit images and judge it; maps worse than identity are replaced by it.
 
         What comes after a replaced map is solved and judged again.
-        """
-        return self.judged(plan)[0]
 
-    def judged(self, plan: Plan) -> tuple[Point, Choices]:
-        """``point``, and what the solution chose, for one on more images."""
+        Args:
+            plan: the cuts.
+            choices: what stays of narrowed parts, where another solution knows it.
+        """
         while True:
-            choices = Choices()
             solution = self.solve(plan, choices)
             fidelity, errors, top1 = self.held_out.judge(solution)
             worse = {e.span for e in errors if e.error > e.identity_error}
             if not worse:
-                return Point(solution, fidelity, tuple(errors), top1), choices
+                return Point(solution, fidelity, tuple(errors), top1)
             changed = [
                 Replacement(entry.span, "identity") if str(entry.span) in worse else entry
                 for entry in plan
