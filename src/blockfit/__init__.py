@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for type checkers and editors; each name is imported when i
         save,
         sweep,
     )
+    from blockfit.data.texts import texts
     from blockfit.errors import BlockfitError, BlockfitWarning
     from blockfit.evaluation.analysis import Analysis
     from blockfit.evaluation.evaluate import Evaluation
@@ -84,6 +85,7 @@ __all__ = [
     "reproduce",
     "save",
     "sweep",
+    "texts",
 ]
 
 _ELSEWHERE = {
@@ -103,6 +105,7 @@ _ELSEWHERE = {
     "Replacement": "fit.plan",
     "Span": "fit.plan",
     "find_blocks": "models.stages",
+    "texts": "data.texts",
 }
 """Modules of the public names that are not in ``api``."""
 

@@ -117,6 +117,11 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "image_column": [3, ["a"]], "label_column": [3, ["a"]], "split": [3, ["a"]],
         "workers": [*WHOLE, None], "max_pixels": [2.5, "a", [3], 0, -1],
     },
+    "texts": {
+        "source": [None, 3, object(), {}, [1]], "tokenizer": [None, 3, "x", [1]],
+        "column": [3, ["a"], "a"], "split": [3, ["a"], "a"], "limit": [2.5, "a", [3], 0, -1],
+        "seed": [*WHOLE, None], "batch_size": [*WHOLE, 0, None],
+    },
     "find_blocks": {
         "model": [None, 3, "x", [1]], "example": [3, "x", [1]], "path": [3, ["a"]],
         "prefix_tokens": [2.5, "a", [1], -1, 99],
@@ -161,6 +166,13 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         "save": (blockfit.save, {"model": small, "folder": folder / "small"}),
         "load": (blockfit.load, {"name": folder / "small", "model": model}),
         "images": (blockfit.images, {"source": small_pictures(8)}),
+        "texts": (
+            blockfit.texts,
+            {
+                "source": ["one", "two"],
+                "tokenizer": lambda texts: {"input_ids": torch.ones(len(texts), 3).long()},
+            },
+        ),
         "find_blocks": (blockfit.find_blocks, {"model": model, "example": small_pictures(2)}),
     }  # fmt: skip
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -32,6 +32,20 @@ def tokenizer(model: nn.Module, source: Source) -> Tokenize:
     Raises:
         BlockfitError: where there is none; it says where it was looked for.
     """
+    if source.library in ("open_clip", "transformers"):
+        return tokenizer_of(model, source)
+    raise BlockfitError(
+        f"{source.name} comes without a tokenizer; zero-shot needs a model of images and texts "
+        "from transformers or open_clip, loaded by name or from a folder"
+    )
+
+
+def tokenizer_of(model: nn.Module, source: Source) -> Tokenize:
+    """``tokenizer`` of any model of texts.
+
+    Raises:
+        BlockfitError: likewise.
+    """
     try:
         if source.library == "open_clip":
             return _open_clip_tokenizer(source.name)
@@ -43,8 +57,8 @@ def tokenizer(model: nn.Module, source: Source) -> Tokenize:
             "original's folder, with its tokenizer's files in it, as against="
         ) from error
     raise BlockfitError(
-        f"{source.name} comes without a tokenizer; zero-shot needs a model of images and texts "
-        "from transformers or open_clip, loaded by name or from a folder"
+        f"{source.name} comes without a tokenizer; give one of transformers, or a function from a "
+        "list of texts to a mapping of tensors"
     )
 
 
@@ -52,6 +66,8 @@ def _transformers_tokenizer(model: nn.Module, name: str) -> Tokenize:
     transformers = need("transformers", "transformers")
     files = {} if Path(name).is_dir() else hub.only_cached({})
     own = transformers.AutoTokenizer.from_pretrained(name, **files)
+    if own.pad_token is None:  # decoders; padding is masked, whatever it is
+        own.pad_token = own.eos_token
     config = getattr(getattr(model, "config", None), "text_config", None)
     longest = getattr(config, "max_position_embeddings", None)
     # SigLIP was trained on padded texts only, and reads its last token.
