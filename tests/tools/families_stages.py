@@ -81,11 +81,30 @@ def _swin(library: Any) -> nn.Module:
     return model
 
 
+def _nest(library: Any) -> nn.Module:
+    model: nn.Module = library.Nest(
+        img_size=64, embed_dims=(16, 32, 64), num_heads=(1, 2, 4), depths=(2, 2, 2),
+        num_classes=CLASSES,
+    )  # fmt: skip
+    return model
+
+
+def _maxvit(library: Any) -> nn.Module:
+    model: nn.Module = library.MaxVit(
+        (64, 64), 16, 4, [16, 32], [1, 1], 8, stochastic_depth_prob=0.0, num_classes=CLASSES
+    )
+    return model
+
+
 _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)}
 _HF_SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2],
             "num_heads": [1, 2], "window_size": 4}  # fmt: skip
 _MIXED = {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 2, 1],
           "num_attention_heads": [1, 2, 2, 4], "image_size": 64}  # fmt: skip
+_SAM2 = {"hidden_size": 16, "image_size": [64, 64], "num_attention_heads": 1,
+         "blocks_per_stage": [1, 2, 2, 1], "embed_dim_per_stage": [16, 32, 64, 128],
+         "num_attention_heads_per_stage": [1, 2, 4, 8], "global_attention_blocks": [4],
+         "window_size_per_stage": [8, 4, 4, 2]}  # fmt: skip
 
 STAGED: dict[str, Staged] = {
     "timm-swin": Staged(
@@ -115,6 +134,19 @@ STAGED: dict[str, Staged] = {
         _timm("twins_svt_small", img_size=64, embed_dims=(16, 32, 32, 64), num_heads=(1, 2, 2, 4),
               depths=(1, 1, 2, 1), image=64), ALL, 5, 5,
     ),
+    "timm-maxvit": Staged(
+        _timm("maxvit_tiny_tf_224", 64, img_size=64, embed_dim=(32, 64), depths=(1, 1)), ALL, 4, 2,
+        0.9,
+    ),
+    "timm-nest": Staged(_by_hand("timm.models.nest", _nest, 64), ALL, 6, 3),
+    "timm-tiny-vit": Staged(
+        _timm("tiny_vit_5m_224", 64, embed_dims=(16, 32, 32, 64), num_heads=(1, 2, 2, 4),
+              depths=(1, 1, 2, 1), window_sizes=(4, 4, 4, 4)), MLP, 4, 3, 0.8,
+    ),
+    "timm-davit": Staged(
+        _timm("davit_tiny", 64, embed_dims=(16, 32, 32, 64), num_heads=(1, 2, 2, 4),
+              depths=(1, 1, 1, 1)), MLP, 8, 4, 0.75,
+    ),
     "swin": Staged(_transformers("SwinForImageClassification", **_HF_SWIN), ALL, 4, 2),
     "swin-bare": Staged(_transformers("SwinModel", **_HF_SWIN), ALL, 4, 2),
     "convnext": Staged(
@@ -136,6 +168,16 @@ STAGED: dict[str, Staged] = {
     "segformer-dense": Staged(
         _transformers("SegformerForSemanticSegmentation", 64, decoder_hidden_size=16, **_MIXED),
         ALL, 5, 4,
+    ),
+    "focalnet": Staged(
+        _transformers("FocalNetForImageClassification", 64, image_size=64, embed_dim=16,
+                      depths=[1, 1, 2, 1]), MLP, 5, 4, 0.8,
+    ),
+    "sam2-trunk": Staged(
+        _transformers("Sam2HieraDetModel", 64, **_SAM2), ALL, 6, 3
+    ),
+    "torchvision-maxvit": Staged(
+        _by_hand("torchvision.models.maxvit", _maxvit, 64), ALL, 4, 2, 0.9
     ),
     "torchvision-swin": Staged(
         _by_hand("torchvision.models.swin_transformer", _swin), MLP, 4, 2, 0.8
