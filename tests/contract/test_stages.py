@@ -145,6 +145,17 @@ def test_the_states_of_the_walk_are_those_of_the_solved_model(name: str) -> None
     assert (output(small, images) - whole).norm() < (output(cut, images) - whole).norm()
 
 
+@pytest.mark.parametrize("name", ["timm-swin", "timm-convnext"])
+def test_onnxruntime_runs_narrowed_stages(name: str, tmp_path: Path) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    model, images, blocks = found(name)
+    apply_plan(model, blocks, plan_for(model, blocks, images), ())
+    pictures = blockfit.images([images])
+    done = blockfit.export_onnx(model, tmp_path / "small.onnx", images=pictures)
+    assert done.parity.max_abs_error < 1e-4 * done.parity.largest_value
+
+
 def test_states_that_are_not_kept_are_computed_again() -> None:
     model, images, blocks = found("timm-swin")
     batches = blockfit.images([images])

@@ -79,7 +79,7 @@ def find_parts(
             return Parts({}, dict.fromkeys(("mlp", "values", "keys"), why))
         look("mlp", lambda: _mlp(probe, writers[-1]))
         if len(writers) < 2:
-            why = "it has no attention, or one whose output projection is not called as a layer"
+            why = "no output projection of an attention simply adds to what the block returns"
             refused |= dict.fromkeys(("values", "keys"), why)
         else:
             look("values", lambda: _values(probe, writers[0]))
