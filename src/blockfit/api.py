@@ -30,6 +30,7 @@ from blockfit.files import check_file, check_kept, check_target, expanded, resol
 from blockfit.fit.plan import Plan, Span
 from blockfit.formats import exported_folder, hub_folder, onnx_file, plain, program
 from blockfit.formats import folder as store
+from blockfit.formats.card import Origin
 from blockfit.formats.exported_folder import ExportedFolder
 from blockfit.formats.folder import Saved
 from blockfit.formats.onnx_file import ExportedOnnx
@@ -563,6 +564,8 @@ def export_plain(
     *,
     images: Any = None,
     dtype: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
     overwrite: bool = False,
 ) -> ExportedFolder:
     """Write a compressed model as an ordinary checkpoint of its library.
@@ -574,15 +577,26 @@ def export_plain(
         folder: new or empty; read back and compared with the model before it takes its name.
         images: to compare on; two sample photographs by default.
         dtype: of the weights, ``"float16"`` or ``"bfloat16"``; by default the model's own.
+        base_model: repository of the original on the Hub, as ``OWNER/NAME``, for the model card;
+            by default the model's name where it is one.
+        license: of the original, for the model card; by default what the model states.
         overwrite: replace a checkpoint that lies there.
 
     Raises:
         BlockfitError: where the library's config cannot say what is left; nothing is written then.
     """
     check_target(folder, exported_folder.FORM, overwrite)
+    Origin(base_model, license)  # refused before a model is loaded
     saved = as_saved(small)
-    pictures = _pictures(images, saved)
-    return plain.export_plain(saved, folder, images=pictures, dtype=dtype, overwrite=overwrite)
+    return plain.export_plain(
+        saved,
+        folder,
+        images=_pictures(images, saved),
+        dtype=dtype,
+        base_model=base_model,
+        license=license,
+        overwrite=overwrite,
+    )
 
 
 @checked
@@ -591,6 +605,8 @@ def export_hub(
     folder: str | Path,
     *,
     images: Any = None,
+    base_model: str | None = None,
+    license: str | None = None,
     overwrite: bool = False,
 ) -> ExportedFolder:
     """Write a compressed transformers model as a folder for the Hub, with code of its own.
@@ -599,15 +615,23 @@ def export_hub(
         small: as in ``export_plain``.
         folder: as in ``export_plain``.
         images: as in ``export_plain``.
+        base_model: as in ``export_plain``.
+        license: as in ``export_plain``.
         overwrite: replace a folder that was exported there.
 
     Raises:
         BlockfitError: for a model of another library, or where the outputs differ.
     """
     check_target(folder, exported_folder.FORM, overwrite)
+    Origin(base_model, license)  # refused before a model is loaded
     saved = as_saved(small)
     return hub_folder.export_hub(
-        saved, folder, images=_pictures(images, saved), overwrite=overwrite
+        saved,
+        folder,
+        images=_pictures(images, saved),
+        base_model=base_model,
+        license=license,
+        overwrite=overwrite,
     )
 
 

@@ -53,6 +53,7 @@ BUDGETS: dict[str, list[Any]] = {
 }
 NAME = [None, 3, object(), [1], b"x"]
 EXPORT = {"small": NAME, "folder": PATH, "images": [3, object(), {}], "overwrite": FLAG}
+CARD = {"base_model": [3, "no name", ["a/b"]], "license": [3, "", ["mit"]]}
 WRONG: dict[str, dict[str, list[Any]]] = {
     "calibrate": {k: v for k, v in COMMON.items() if k != "resume"} | CUTS | {
         "judge": FLAG, "preprocessing": CODE,
@@ -96,7 +97,8 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "original": NAME, "smalls": [None, 3, "x", [3]], "settings": [3, {}], "blocks": [3, []],
         "say": CODE,
     },
-    "export_plain": EXPORT | {"dtype": [3, b"x", ["a"], "int8"]}, "export_hub": EXPORT,
+    "export_plain": EXPORT | CARD | {"dtype": [3, b"x", ["a"], "int8"]},
+    "export_hub": EXPORT | CARD,
     "export_onnx": {"small": NAME, "path": PATH}, "export_program": {"small": NAME, "path": PATH},
     "push_to_hub": {"small": NAME, "repository": [3, None], "private": FLAG, "overwrite": FLAG},
     "report": {"runs": [3, None, [3]], "path": PATH, "pictures": [3, b"x"]},

@@ -42,6 +42,13 @@ Opset = Annotated[
 WeightDtype = Annotated[
     str | None, opt.option("--weights", "float16 or bfloat16; else the model's.", opt.HOW, "DTYPE")
 ]
+BaseModel = Annotated[
+    str | None,
+    opt.option("--base-model", "The original on the Hub, for the card.", opt.HOW, "OWNER/NAME"),
+]
+License = Annotated[
+    str | None, opt.option("--license", "Of the original, for the card.", opt.HOW, "ID")
+]
 CompareLevels = Annotated[
     bool, opt.option("--compare-levels", "Time onnxruntime's graph optimisation levels.", opt.HOW)
 ]
@@ -70,6 +77,8 @@ def export(
     opset: Opset = None,
     compare_levels: CompareLevels = False,
     weights: WeightDtype = None,
+    base_model: BaseModel = None,
+    license: License = None,
     images: Pictures = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -77,9 +86,11 @@ def export(
 
     It is compared with the model before it is kept.
     """
+    from blockfit.formats.card import Origin
     from blockfit.formats.onnx_file import OPSET, onnx_dtype
     from blockfit.formats.traced import Resolution
 
+    card = {"base_model": base_model, "license": license}
     form = _form(plain=plain, onnx=onnx, pt2=pt2, hub=hub)
     traced = {"--resolution": resolution, "--fixed-batch": fixed_batch}
     if form in FOLDERS:
@@ -89,6 +100,11 @@ def export(
         opt.refuse(only_onnx, "goes with --onnx only")
     if form not in ("plain", "onnx"):
         opt.refuse({"--weights": weights}, "goes with --plain and --onnx only")
+    if form in FOLDERS:
+        Origin(**card)  # refused before the model is loaded
+    else:
+        told = {"--base-model": base_model, "--license": license}
+        opt.refuse(told, "goes with --plain and --hub only: a file has no model card")
     shape = None if resolution is None else Resolution.parse(resolution)
     _check_output(form, output, overwrite)
     if form == "onnx":
@@ -103,7 +119,9 @@ def export(
             out.show_images(pictures)
         out.say(f"writing {output} and comparing it with the model")
         how: dict[str, Any] = {"images": pictures, "overwrite": overwrite}
-        if form not in FOLDERS:
+        if form in FOLDERS:
+            how |= card
+        else:
             how |= {"resolution": shape, "batch": fixed_batch}
         if form in ("plain", "onnx"):
             how |= {"dtype": weights}

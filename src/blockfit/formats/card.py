@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from blockfit.errors import BlockfitError
 from blockfit.fit.plan import PARTS, Plan
 from blockfit.formats.folder import Saved
 from blockfit.formats.parity import Parity
@@ -28,7 +30,40 @@ _IMPORTS = {"torchvision": "import json\n\nimport safetensors.torch\nimport torc
 """By library, what the lines that load a checkpoint need beside it."""
 
 
-def model_card(saved: Saved, parity: Parity, how_to_load: str, needs_code: bool = False) -> str:
+@dataclass(frozen=True)
+class Origin:
+    """What the user says of the original, where its folder or its name does not.
+
+    Args:
+        base_model: its repository on the Hub, as ``OWNER/NAME``; else found in the model's name.
+        license: of its weights, by the Hub's identifier or in words; else what the model states.
+
+    Raises:
+        BlockfitError: where the base model is no name of a repository, or the licence is empty.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
+            raise BlockfitError(
+                f"base_model={self.base_model!r} is no repository of the Hub; give one, such as "
+                "facebook/dinov2-small"
+            )
+        if self.license is not None and not re.fullmatch(r"\S[^\n]*", self.license):
+            raise BlockfitError(
+                f"license={self.license!r} names no licence; give one in a line, such as apache-2.0"
+            )
+
+
+def model_card(
+    saved: Saved,
+    parity: Parity,
+    how_to_load: str,
+    needs_code: bool = False,
+    origin: Origin | None = None,
+) -> str:
     """The text of ``README.md``: metadata in YAML, then Markdown.
 
     Only what the saved folder says is written: figures that its run did not measure are left out.
@@ -38,15 +73,19 @@ def model_card(saved: Saved, parity: Parity, how_to_load: str, needs_code: bool 
         parity: of the exported folder.
         how_to_load: a line of Python, for a repository called ``OWNER/NAME``.
         needs_code: the folder comes with code of its own.
+        origin: what the user says of the original.
     """
     from huggingface_hub import ModelCardData
 
+    origin = origin or Origin()
+    if origin.license is not None:
+        saved = replace(saved, source=replace(saved.source, licence=origin.license))
     shown = replace(parity, source=public(parity.source))
-    name = public(saved.source.name)
+    name = origin.base_model or public(saved.source.name)
     cls = str(saved.source.arguments.get("class", ""))
     data = ModelCardData(
         license=_licence_id(saved.source.licence),
-        base_model=_on_hub(saved.source),
+        base_model=origin.base_model or _on_hub(saved.source),
         library_name=saved.source.library,
         pipeline_tag=next(
             (task for end, task in TASKS.items() if cls.endswith(end)), "image-feature-extraction"
@@ -61,6 +100,7 @@ def model_card(saved: Saved, parity: Parity, how_to_load: str, needs_code: bool 
         _plan(saved),
         _figures(saved.report),
         _calibration(saved.report),
+        _command(saved.report.get("command")),
         f"## Check\n\nThis folder against the model it was written from: {shown}.",
         f"Made with blockfit {installed_versions()['blockfit']}, torch {saved.versions['torch']}.",
     )
@@ -136,6 +176,8 @@ def _plan(saved: Saved) -> str:
     text = "## Plan\n\nBlocks are numbered from 0."
     if rows:
         text += "\n\n| span | blocks removed | map |\n|---|---|---|\n" + "\n".join(rows)
+    if saved.plan.removed_blocks or saved.plan.narrowings:
+        text += f"\n\n```text\n{picture(saved.plan, saved.blocks.depth)}\n```"
     if saved.plan.narrowings:
         text += (
             "\n\nDimensions that stay, of those that there were; of values and keys, of each head:"
@@ -143,6 +185,45 @@ def _plan(saved: Saved) -> str:
         )
         text += "\n".join(_narrowed(block, saved.plan) for block in saved.plan.narrowed_blocks)
     return text
+
+
+_BAR = 10
+"""Characters of a part that is whole."""
+
+
+def picture(plan: Plan, depth: int) -> str:
+    """What is left of every block as bars of text, a line per block.
+
+    Args:
+        plan: of the model.
+        depth: its blocks, those that went among them.
+    """
+    parts = [part for part in PARTS if any(cut.part == part for cut in plan.narrowings)]
+    width = _BAR + 6
+    lines = ["block  " + "".join(f"{part:<{width}}" for part in parts or ["kept"])]
+    gone = {block: entry.map for entry in plan for block in entry.span.blocks}
+    for block in range(depth):
+        cells = [_bar(cut.kept / cut.size) if (cut := plan.at(block).get(part)) else _bar(1.0)
+                 for part in parts or ["kept"]]  # fmt: skip
+        told = f"– {gone[block]}" if block in gone else "".join(f"{c:<{width}}" for c in cells)
+        lines.append(f"{block:>5}  {told}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _bar(left: float) -> str:
+    full = max(1, round(_BAR * left))
+    return f"{'█' * full}{'░' * (_BAR - full)} {left:.0%}"
+
+
+def _command(line: object) -> str:
+    """The command line, without the folders of the machine where it ran."""
+    if not isinstance(line, str) or not line:
+        return ""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a report of the user's own
+        return ""
+    return f"## How it was made\n\n```bash\n{shlex.join(map(public, words))}\n```"
 
 
 def _narrowed(block: int, plan: Plan) -> str:

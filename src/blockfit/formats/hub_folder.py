@@ -21,7 +21,7 @@ from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.files import check_target, new_folder
 from blockfit.formats import hub_code
-from blockfit.formats.card import model_card
+from blockfit.formats.card import Origin, model_card
 from blockfit.formats.exported_folder import (
     CARD,
     CODE,
@@ -84,7 +84,13 @@ class {made}{stock}({stock}):
 
 @checked
 def export_hub(
-    saved: Saved, folder: str | Path, *, images: Images | None = None, overwrite: bool = False
+    saved: Saved,
+    folder: str | Path,
+    *,
+    images: Images | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    overwrite: bool = False,
 ) -> ExportedFolder:
     """Write a compressed transformers model as a folder for the Hub, with code of its own.
 
@@ -97,12 +103,16 @@ def export_hub(
         saved: from ``store.load_saved``.
         folder: new or empty.
         images: to compare on; see ``parity.Pictures``.
+        base_model: repository of the original on the Hub, as ``OWNER/NAME``, for the model card;
+            by default the model's name where it is one.
+        license: of the original, for the model card; by default what the model states.
         overwrite: replace a folder that was exported there.
 
     Raises:
         BlockfitError: for a model of another library, where the outputs differ, or the folder is
             taken. Nothing is left behind then.
     """
+    origin = Origin(base_model, license)
     target = check_target(folder, FORM, overwrite)
     check_no_int8(saved.model, "exported")
     if saved.source.library != "transformers":
@@ -122,7 +132,7 @@ def export_hub(
         save_file(_weights(saved.model), partial / WEIGHTS, metadata={"format": "pt"})
         write_preprocessor(saved.source, partial)
         parity = compared(saved, _read_back(saved, partial), images, "Hub folder")
-        card = model_card(saved, parity, load.format("OWNER/NAME"), needs_code=True)
+        card = model_card(saved, parity, load.format("OWNER/NAME"), True, origin)
         (partial / CARD).write_text(card, encoding="utf-8")
     count = sum(parameter.numel() for parameter in saved.model.parameters())
     return ExportedFolder(

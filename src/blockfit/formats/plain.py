@@ -23,7 +23,7 @@ from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.files import check_target, new_folder
-from blockfit.formats.card import model_card
+from blockfit.formats.card import Origin, model_card
 from blockfit.formats.exported_folder import (
     CARD,
     CONFIG,
@@ -56,6 +56,8 @@ def export_plain(
     *,
     images: Images | None = None,
     dtype: torch.dtype | str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
     overwrite: bool = False,
 ) -> ExportedFolder:
     """Write a compressed model as an ordinary checkpoint of its library.
@@ -71,6 +73,9 @@ def export_plain(
         images: to compare on; see ``parity.Pictures``.
         dtype: of the weights, ``"float16"`` or ``"bfloat16"``; by default the model's own, held in
             half precision where that loses nothing.
+        base_model: repository of the original on the Hub, as ``OWNER/NAME``, for the model card;
+            by default the model's name where it is one.
+        license: of the original, for the model card; by default what the model states.
         overwrite: replace a checkpoint that lies there.
 
     Raises:
@@ -78,6 +83,7 @@ def export_plain(
             checkpoint format, its config cannot say what is left, the outputs differ, or the
             folder is taken.
     """
+    origin = Origin(base_model, license)
     wanted = None if dtype is None else read_dtype(dtype)
     target = check_target(folder, FORM, overwrite)
     check_no_int8(saved.model, "exported")
@@ -91,7 +97,8 @@ def export_plain(
         held = next(p.dtype for p in model.parameters() if p.is_floating_point())
         parity = compared(saved, form.read(partial), images, "plain checkpoint", held)
         (partial / CARD).write_text(
-            model_card(saved, parity, load.replace("{name}", form.online)), encoding="utf-8"
+            model_card(saved, parity, load.replace("{name}", form.online), origin=origin),
+            encoding="utf-8",
         )
     count = sum(parameter.numel() for parameter in model.parameters())
     local = form.local.replace("{folder}", str(folder))
