@@ -15,7 +15,7 @@ from commandline import Done, blockfit_command
 from commandline import small as small
 from exporting import output
 from exporting import saved as narrowed
-from families import FAMILIES
+from families import EXPORTED, FAMILIES
 from families import one_thread as one_thread
 from safetensors.torch import load_file
 
@@ -86,9 +86,7 @@ def test_integers_and_factors_are_the_nearest_to_the_weights(
         assert torch.equal(stored[name].float(), saved.model.state_dict()[name])
 
 
-@pytest.mark.parametrize(
-    "name", ["timm-vit", "timm-beit", "dinov2-classifier", "siglip-vision", "torchvision-vit"]
-)
+@pytest.mark.parametrize("name", EXPORTED["int8"])
 @pytest.mark.parametrize("kind", INT8_KINDS)
 def test_families_run_in_int8(name: str, kind: str) -> None:
     family = FAMILIES[name]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from commandline import blockfit_command
 from exporting import elsewhere, environment, output, prepared, saved, uniform
-from families import EXPORTED, FAMILIES
+from families import EXPORTED, FAMILIES, POOLED_BY_AN_MLP
 from families import one_thread as one_thread
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,7 +38,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment(tmp_path_factory.mktemp("environment"))
 
 
-@pytest.mark.parametrize("name", EXPORTED["plain"])
+@pytest.mark.parametrize("name", ["dinov2-classifier", "timm-vit"])
 def test_the_library_alone_reads_it_and_gives_the_same_outputs(
     name: str, tmp_path: Path, python: Path
 ) -> None:
@@ -146,17 +146,7 @@ def told(name: str, model: nn.Module, images: Tensor) -> Tensor:
         return primary_output(FAMILIES[name].run(model, images))
 
 
-POOLED_BY_AN_MLP = {
-    "siglip-vision", "siglip-two-towers", "timm-siglip", "timm-siglip-bare", "timm-naflex-map",
-}  # fmt: skip
-"""Their config has one width for the blocks and for the MLP that pools, which is not narrowed."""
-
-NARROWABLE = sorted(
-    name for name in FAMILIES.keys() - {"timm-eva02"} if not name.startswith("plain")
-)
-
-
-@pytest.mark.parametrize("name", sorted({*NARROWABLE} - POOLED_BY_AN_MLP))
+@pytest.mark.parametrize("name", EXPORTED["stock"])
 def test_one_width_for_all_mlps_is_a_stock_checkpoint(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     small = uniform(name, 0.5, (), prepared(family.image))

@@ -21,7 +21,10 @@ from torch import nn
 __all__ = [
     "CLASSES",
     "DEPTH",
+    "EXPORTED",
     "FAMILIES",
+    "NARROWABLE",
+    "POOLED_BY_AN_MLP",
     "WIDTH",
     "Family",
     "InPlaceBlock",
@@ -64,12 +67,22 @@ TORCHVISION: dict[str, Family] = {
 
 FAMILIES: dict[str, Family] = {**TIMM, **TRANSFORMERS, **TORCHVISION, **OPENCLIP, **PLAIN}
 
+POOLED_BY_AN_MLP = {
+    "siglip-vision", "siglip-two-towers", "timm-siglip", "timm-siglip-bare", "timm-naflex-map",
+}  # fmt: skip
+"""Their config has one width for the blocks and for the MLP that pools, which is not narrowed."""
+
+NARROWABLE = tuple(name for name in FAMILIES if name not in {*PLAIN, "timm-eva02"})
+"""Those of a library whose MLPs can be narrowed: EVA-02's have a norm inside."""
+
 EXPORTED: dict[str, tuple[str, ...]] = {
+    "stock": tuple(name for name in NARROWABLE if name not in POOLED_BY_AN_MLP),
+    "Hub": tuple(TRANSFORMERS),
     "ONNX": (
         "timm-vit", "vit-classifier", "deit-teacher", "dinov2-classifier", "clip-vision",
         "torchvision-vit",
     ),
-    "Hub": tuple(TRANSFORMERS),
-    "plain": ("dinov2-classifier", "timm-vit"),
+    "torch.export": ("timm-vit", "dinov2-classifier", "torchvision-vit", "plain"),
+    "int8": ("timm-vit", "timm-beit", "dinov2-classifier", "siglip-vision", "torchvision-vit"),
 }  # fmt: skip
-"""By form, the families whose exports the tests run; an export takes seconds, so not all."""
+"""By form, the families whose exports the tests run; most take seconds, so not all."""
