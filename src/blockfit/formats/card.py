@@ -18,6 +18,9 @@ from blockfit.models.source import Source
 from blockfit.provenance import installed_versions
 from blockfit.units import amount, number, percent, share
 
+_FOLDERS = re.compile(r"(^|[=:,]|file://)((?:~[\w-]*|\.{1,2})?/(?!/)[^=:,]*)")
+"""A path on the machine, where a word of a command begins or after what may stand before it."""
+
 TASKS = {
     "ForImageClassification": "image-classification",
     "ForSemanticSegmentation": "image-segmentation",
@@ -223,7 +226,8 @@ def _command(line: object) -> str:
         words = shlex.split(line)
     except ValueError:  # a report of the user's own
         return ""
-    return f"## How it was made\n\n```bash\n{shlex.join(map(public, words))}\n```"
+    bare = (_FOLDERS.sub(lambda path: path[1] + Path(path[2]).name, word) for word in words)
+    return f"## How it was made\n\n```bash\n{shlex.join(bare)}\n```"
 
 
 def _narrowed(block: int, plan: Plan) -> str:
