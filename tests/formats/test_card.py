@@ -46,11 +46,24 @@ def test_the_card_says_what_the_user_says_of_the_original() -> None:
 
 
 def test_the_card_holds_the_command_without_folders_of_the_machine() -> None:
-    command = "blockfit compress /home/me/vit --images '~/my photos' --params 62% -o ./small"
-    small = replace(uniform("vit-classifier", 0.5), report={"command": command})
-    text = model_card(small, PARITY, "load()")
+    small = uniform("vit-classifier", 0.5)
+
+    def card_of(command: str) -> str:
+        return model_card(replace(small, report={"command": command}), PARITY, "load()")
+
+    text = card_of("blockfit compress /home/me/vit --images '~/my photos' --params 62% -o ./small")
     assert "blockfit compress vit --images 'my photos' --params 62% -o small" in text
     assert "/home" not in text
+    for word, kept in {
+        "--images=/home/me/photos": "--images=photos",
+        "folder:/home/me/photos": "folder:photos",
+        "file:///home/me/photos": "file://photos",
+        "--split=../a/b,/home/c": "--split=b,c",
+        "hf://datasets/me/photos": "hf://datasets/me/photos",
+        "https://some.where/photos.tar": "https://some.where/photos.tar",
+        "me/photos": "me/photos",
+    }.items():
+        assert f"--images {kept}\n" in card_of(f"blockfit compress vit --images {word}")
 
 
 @pytest.mark.parametrize(
