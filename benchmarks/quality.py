@@ -3,7 +3,7 @@
 One run, one model, one calibration that all methods share, the same test images for every cell. Run
 by ``make bench-quality``: at every size the top-1 (with its 95% interval) and the KL from the
 original. A line is printed per finished cell, and all finished cells are kept in ``--out``: a run
-that was stopped goes on behind them. With other models and images::
+that was stopped goes on after them. With other models and images::
 
     python benchmarks/quality.py --model timm/deit_small_patch16_224 --images TRAIN --data TEST
 

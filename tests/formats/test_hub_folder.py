@@ -209,6 +209,18 @@ def test_a_result_goes_up_in_the_form_that_can_hold_it(
     assert Api.said == [("me/small", True), "vit" if folded else "blockfit_vit"]
 
 
+def test_what_was_not_exported_is_not_pushed(tmp_path: Path) -> None:
+    assert "there is no folder" in blockfit_command("push", tmp_path / "no", "me/small").error
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "blockfit.json").write_text("{}")
+    said = blockfit_command("push", own, "me/small").error
+    assert "blockfit's own form" in said
+    assert f"`blockfit export {own} --hub -o FOLDER` and push FOLDER" in said
+    (own / "blockfit.json").unlink()
+    assert "has no config.json" in blockfit_command("push", own, "me/small").error
+
+
 def test_push_to_no_repository_and_without_a_network_is_one_sentence(hub: Path) -> None:
     assert "cannot push to not a name" in blockfit_command("push", hub, "not a name").error
     assert "cannot push to me/small" in blockfit_command("push", hub, "me/small").error

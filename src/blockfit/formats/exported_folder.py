@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,13 @@ def push_folder(
         BlockfitError: where the folder is no exported one, or the Hub refuses or is out of reach.
     """
     folder = expanded(folder)
+    if not folder.is_dir():
+        raise BlockfitError(f"there is no folder {folder}; check the path")
+    if (folder / "blockfit.json").is_file():
+        raise BlockfitError(
+            f"{folder} is in blockfit's own form, which other tools cannot load; make one for the "
+            f"Hub with `blockfit export {shlex.quote(str(folder))} --hub -o FOLDER` and push FOLDER"
+        )
     wanted = (CONFIG, WEIGHTS, CARD)
     if (folder / CONFIG_FILE).is_file():
         wanted = (CONFIG_FILE, OPEN_CLIP_WEIGHTS, CARD)
