@@ -124,7 +124,7 @@ def test_too_little_room_is_refused_with_what_would_do() -> None:
         check_batch(8, state, 6, 50_000)
     with pytest.raises(BlockfitError, match="raise max_memory="):
         check_batch(8, state, 6, 100)
-    with pytest.raises(BlockfitError, match="cannot read '2 apples' as memory"):
+    with pytest.raises(BlockfitError, match="cannot read '2 apples' as max_memory"):
         analyze(small_vit(), small_images(8), max_memory="2 apples")
     done = blockfit_command(
         "sweep", "demo", "--images", "digits", "--limit", "16", "-o", "/nowhere/x",

@@ -233,7 +233,9 @@ class CutSearch:
         """
         if share.kind == "latency" or share.value >= 1:
             return
-        gone = (self.sizes.fractions(self._most_of(index)) for index in range(self.depth))
+        gone = [self.sizes.fractions(self._most_of(index)) for index in range(self.depth)]
+        if any(share.kind not in left for left in gone):
+            return  # FLOPs without a block that the model needs cannot be counted
         least = 1 - sum(1 - left[share.kind] for left in gone)
         if least > share.value:
             raise BlockfitError(
