@@ -216,7 +216,7 @@ def test_what_was_not_exported_is_not_pushed(tmp_path: Path) -> None:
     (own / "blockfit.json").write_text("{}")
     said = blockfit_command("push", own, "me/small").error
     assert "blockfit's own form" in said
-    assert f"`blockfit export {own} --hub -o FOLDER` and push FOLDER" in said
+    assert f"(`blockfit export {own}`, or export_hub) and push that" in said
     (own / "blockfit.json").unlink()
     assert "has no config.json" in blockfit_command("push", own, "me/small").error
 

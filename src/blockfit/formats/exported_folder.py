@@ -150,8 +150,8 @@ def push_folder(
         raise BlockfitError(f"there is no folder {folder}; check the path")
     if (folder / "blockfit.json").is_file():
         raise BlockfitError(
-            f"{folder} is in blockfit's own form, which other tools cannot load; make one for the "
-            f"Hub with `blockfit export {shlex.quote(str(folder))} --hub -o FOLDER` and push FOLDER"
+            f"{folder} is in blockfit's own form, which other tools cannot load; export it for the "
+            f"Hub first (`blockfit export {shlex.quote(str(folder))}`, or export_hub) and push that"
         )
     wanted = (CONFIG, WEIGHTS, CARD)
     if (folder / CONFIG_FILE).is_file():
