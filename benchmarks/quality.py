@@ -1,4 +1,4 @@
-"""What is lost for what is removed: blockfit beside its own spans, the paper and other baselines.
+"""What is lost for what is removed: blockfit, its own spans, the paper and other baselines.
 
 One run, one model, one calibration that all methods share, the same test images for every cell. Run
 by ``make bench-quality``: at every size the top-1 (with its 95% interval) and the KL from the

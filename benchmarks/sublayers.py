@@ -1,4 +1,4 @@
-"""Would a map in the place of one attention or one MLP pay beside narrowing?
+"""Would a map in the place of one attention or one MLP pay in addition to narrowing?
 
 For every sublayer, the effect (KL on held-out images) of its mean in its place, and of an affine
 map of its normed input; then the knapsack with that sublayer gone against the knapsack without such

@@ -1,4 +1,4 @@
-"""Train a small Swin and a small ConvNeXt, then narrow both beside published recipes.
+"""Train a small Swin and a small ConvNeXt, then narrow both, next to published recipes.
 
     python examples/hierarchical.py --train ../shared/data/cifar10/train.parquet \\
         --test ../shared/data/cifar10/test.parquet -o build/hierarchical

@@ -1,4 +1,4 @@
-"""Repeat the main measurement on any model and images: blockfit beside baselines at equal sizes.
+"""Repeat the main measurement on any model and images: blockfit and baselines at equal sizes.
 
     python examples/repeat.py --model MODEL --train TRAIN --test TEST -o repeat/
 

@@ -1,4 +1,4 @@
-"""A compressed image classifier in ONNX behind HTTP.
+"""A compressed image classifier in ONNX, served over HTTP.
 
     blockfit export small/ --onnx -o small.onnx
     pip install 'blockfit[serve]'

@@ -30,6 +30,9 @@ if sys.platform != "win32":
 PARTIAL = ".blockfit-partial"
 """How the names of unfinished folders and files end; they lie hidden beside what they become."""
 
+SAVED = "blockfit.json"
+"""The file by which a folder is known as one of blockfit's own form."""
+
 _CHUNK = 1 << 20
 
 

@@ -19,7 +19,7 @@ import blockfit
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
-from blockfit.models.blocks import Blocks, block_modules, find_blocks, overridden, record
+from blockfit.models.blocks import Blocks, block_modules, find_chain, overridden, record
 from blockfit.models.head import observe
 from blockfit.models.surgery import apply_plan, is_replaced, removed_plan
 
@@ -98,7 +98,7 @@ def planned_by_hand(
 def test_blocks_are_found_as_the_model_states_them(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     assert (blocks.path, blocks.depth, blocks.width) == (family.place(model), DEPTH, WIDTH)
     assert blocks.prefix_tokens == family.prefix_tokens(model)
     assert blocks.output_items == (2 if family.tuple_output else 0)
@@ -109,7 +109,7 @@ def test_blocks_are_found_as_the_model_states_them(name: str) -> None:
 def test_recorded_states_are_the_models_own(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     with torch.no_grad(), record(model, blocks) as states:
         family.run(model, family.images(seed=1))
         before = [state.clone() for state in states]
@@ -130,7 +130,7 @@ def test_recorded_states_are_the_models_own(name: str) -> None:
 def test_identity_in_place_of_a_block_drops_it_and_then_gives_it_back(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images()
-    blocks, original = find_blocks(model), run(family, model, images)
+    blocks, original = find_chain(model), run(family, model, images)
     dropped = run(family, by_hand(family, model, {1: lambda hidden: hidden}), images)
     with overridden(model, blocks, {1: lambda hidden: hidden}):
         assert_same(run(family, model, images), dropped)
@@ -144,7 +144,7 @@ def test_outputs_equal_those_of_blocks_replaced_by_hand(name: str, plan: Plan) -
     family = FAMILIES[name]
     model, images = family.build(), family.images()
     kind, form, keys = type(model), type(family.run(model, images)), set(model.state_dict())
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     removed = [family.blocks(model)[i] for i in plan.removed_blocks]
     maps = random_maps(plan, blocks)
     expected = run(family, planned_by_hand(family, model, plan, maps), images)
@@ -162,7 +162,7 @@ def test_outputs_equal_those_of_blocks_replaced_by_hand(name: str, plan: Plan) -
     new = set(model.state_dict()) - keys
     assert all(".map." in f".{key}" for key in new)
     assert len(new) == sum(len(module.state_dict()) for module in maps)
-    assert find_blocks(model) == blocks
+    assert find_chain(model) == blocks
     assert removed_plan(model, blocks) == plan
 
 
@@ -177,7 +177,7 @@ def test_intermediates_keep_their_number_and_are_right(name: str, called_before:
     if family.intermediates is None:
         pytest.skip("the model offers no hidden states")
     model, images, plan = family.build(), family.images(), PLANS["affine 1:3"]
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     maps = random_maps(plan, blocks)
     number = len(family.intermediates(copy.deepcopy(model), images))
     expected = family.intermediates(planned_by_hand(family, model, plan, maps), images)
@@ -194,7 +194,7 @@ def test_state_dict_loads_strictly_into_a_fresh_model_with_the_same_plan(name: s
     family, plan = FAMILIES[name], PLANS["identity 0:1, affine 2:4"]
     first, second, images = family.build(0), family.build(1), family.images()
     for seed, model in enumerate((first, second)):
-        blocks = find_blocks(model)
+        blocks = find_chain(model)
         apply_plan(model, blocks, plan, random_maps(plan, blocks, seed))
     assert any(
         map(
@@ -212,7 +212,7 @@ def test_state_dict_loads_strictly_into_a_fresh_model_with_the_same_plan(name: s
 def test_copies_run_in_other_precisions(name: str, dtype: torch.dtype) -> None:
     family, plan = FAMILIES[name], PLANS["affine 1:3"]
     model, images = family.build(), family.images()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     apply_plan(model, blocks, plan, random_maps(plan, blocks))
     expected = run(family, model, images)
     twin = copy.deepcopy(model)
@@ -228,7 +228,7 @@ def test_copies_run_in_other_precisions(name: str, dtype: torch.dtype) -> None:
 def test_refused_plans_change_nothing(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     good = PLANS["affine 1:3"]
     maps = random_maps(good, blocks)
     wide = random_maps(good, replace(blocks, width=WIDTH + 1))
@@ -266,7 +266,7 @@ def test_refused_plans_change_nothing(name: str) -> None:
 def test_removed_weights_are_freed_although_the_model_was_called_before(name: str) -> None:
     family, plan = FAMILIES[name], PLANS["affine 1:3"]
     model, images = family.build(), family.images()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     with torch.no_grad():
         if family.intermediates is not None:
             family.intermediates(model, images)
@@ -287,7 +287,7 @@ def test_removed_weights_are_freed_although_the_model_was_called_before(name: st
 def test_compiles_into_one_graph(name: str) -> None:
     family, plan = FAMILIES[name], PLANS["affine 1:3"]
     model, images = family.build(), family.images()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     try:
         run(family, torch.compile(model, backend="eager", fullgraph=True), images)
     except torch._dynamo.exc.Unsupported:
@@ -306,7 +306,7 @@ def test_gradients_reach_the_map_and_the_blocks_before_it(name: str) -> None:
     if name == "plain-in-place":
         pytest.skip("a block that writes into its input cannot be trained")
     model = family.build().train()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     apply_plan(model, blocks, plan, random_maps(plan, blocks))
     tensors(family.run(model, family.images()))[-1].square().sum().backward()
     modules = block_modules(model, blocks)
@@ -320,7 +320,7 @@ def test_gradients_reach_the_map_and_the_blocks_before_it(name: str) -> None:
 def test_features_lead_to_the_logits_through_the_head(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images()
-    seen = observe(model, find_blocks(model), images)
+    seen = observe(model, find_chain(model), images)
     final = run(family, model, images)
     if not family.heads:
         assert seen.logits is None

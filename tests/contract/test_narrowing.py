@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Narrowing, Plan
 from blockfit.formats.folder import load, save
-from blockfit.models.blocks import Blocks, block_modules, find_blocks
+from blockfit.models.blocks import Blocks, block_modules, find_chain
 from blockfit.models.forward import call, evaluating
 from blockfit.models.head import primary_output
 from blockfit.models.load import source_of
@@ -101,7 +101,7 @@ def output_of_masked(model: nn.Module, blocks: Blocks, plan: Plan, images: Tenso
 def test_the_parts_that_a_family_has_are_found(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()
-    blocks = find_blocks(model, family.images(2))
+    blocks = find_chain(model, family.images(2))
     parts = parts_of(model, blocks, family.images(4), 1)
     expected = {"mlp"} - ({"mlp"} if name in NO_MLP else set())
     if name not in NO_ATTENTION:
@@ -115,7 +115,7 @@ def test_the_parts_that_a_family_has_are_found(name: str) -> None:
 def test_narrowed_blocks_compute_what_the_masked_model_does(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images(3, seed=1)
-    blocks = find_blocks(model, images)
+    blocks = find_chain(model, images)
     plan = plan_for(family, model, blocks, 0.5)
     expected = output_of_masked(model, blocks, plan, images)
     assert (expected - output(model, images)).abs().max() > 1e-4  # something was cut
@@ -132,7 +132,7 @@ def test_narrowed_blocks_compute_what_the_masked_model_does(name: str) -> None:
 def test_narrowing_to_the_full_size_changes_no_bit(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images(3, seed=1)
-    blocks = find_blocks(model, images)
+    blocks = find_chain(model, images)
     expected = output(model, images)
     apply_plan(model, blocks, plan_for(family, model, blocks, 1.0), ())
     assert torch.equal(output(model, images), expected)
@@ -142,7 +142,7 @@ def test_narrowing_to_the_full_size_changes_no_bit(name: str) -> None:
 def test_a_narrowed_model_is_saved_and_loads_to_the_same_bits(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images(3, seed=1)
-    blocks, source = find_blocks(model, images), source_of(model)
+    blocks, source = find_chain(model, images), source_of(model)
     plan = plan_for(family, model, blocks, 0.5)
     apply_plan(model, blocks, plan, ())
     save(tmp_path / "small", model, blocks, plan, source=source, report={})
@@ -158,7 +158,7 @@ def test_a_narrowed_model_is_saved_and_loads_to_the_same_bits(name: str, tmp_pat
 def test_a_narrowed_model_trains_and_copies(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images(3, seed=1)
-    blocks = find_blocks(model, images)
+    blocks = find_chain(model, images)
     plan = plan_for(family, model, blocks, 0.5)
     apply_plan(model, blocks, plan, ())
     other = copy.deepcopy(model)
@@ -176,7 +176,7 @@ def test_a_narrowed_model_trains_and_copies(name: str) -> None:
 def test_a_copy_in_half_precision_computes_alike(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images(3, seed=1)
-    blocks = find_blocks(model, images)
+    blocks = find_chain(model, images)
     apply_plan(model, blocks, plan_for(family, model, blocks, 0.5), ())
     expected = output(model, images)
     half = copy.deepcopy(model).to(torch.bfloat16)
@@ -190,7 +190,7 @@ def test_a_copy_in_half_precision_computes_alike(name: str) -> None:
 def test_layers_that_cannot_belong_to_a_part_are_refused() -> None:
     family = FAMILIES["timm-vit"]
     model, images = family.build(), family.images(3, seed=1)
-    blocks, before = find_blocks(model, images), output(model, images)
+    blocks, before = find_chain(model, images), output(model, images)
     cuts = {cut.part: cut for cut in plan_for(family, model, blocks, 0.5).narrowings}
     mlp, values, keys = (cuts[part] for part in ("mlp", "values", "keys"))
     for cut, why in (
@@ -214,7 +214,7 @@ def test_layers_that_cannot_belong_to_a_part_are_refused() -> None:
 def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     family = FAMILIES["vit-classifier"]
     model, images = family.build(), family.images(3, seed=1)
-    blocks, before = find_blocks(model, images), output(model, images)
+    blocks, before = find_chain(model, images), output(model, images)
     plan = plan_for(family, model, blocks, 0.5)
     wrong = replace(plan.narrowings[-1], size=24, kept=8)
     for cut, why in (

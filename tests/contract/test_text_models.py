@@ -14,7 +14,7 @@ from families import one_thread as one_thread
 from torch import Tensor, nn
 
 import blockfit
-from blockfit.models.blocks import block_modules, find_blocks
+from blockfit.models.blocks import block_modules, find_chain
 from blockfit.models.probe import Probe
 
 transformers = pytest.importorskip("transformers")
@@ -77,7 +77,7 @@ def primary(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 @every_model
 def test_blocks_are_found_and_their_maps_get_what_the_model_gives_them(name: str) -> None:
     model = build(name)
-    blocks = find_blocks(model, TEXTS[0])
+    blocks = find_chain(model, TEXTS[0])
     assert (blocks.path, blocks.depth, blocks.width) == (MODELS[name][1], 4, 32)
     result = blockfit.compress(model, blockfit.images(TEXTS), spans=["1:3"])
     by_hand = copy.deepcopy(model)
@@ -169,7 +169,7 @@ def test_what_can_be_narrowed_is_found_and_the_rest_is_refused_with_the_reason(
 ) -> None:
     model = build(name)
     with torch.no_grad():
-        found = Probe(model, find_blocks(model, TEXTS[0]), TEXTS[0]).parts(1)
+        found = Probe(model, find_chain(model, TEXTS[0]), TEXTS[0]).parts(1)
     assert set(found.whole) == parts
     assert found.refused.keys() == refused.keys()
     for part, words in refused.items():

@@ -20,7 +20,7 @@ from blockfit.evaluation.evaluate import evaluate
 from blockfit.evaluation.summaries import evaluation
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks, find_chain
 from blockfit.models.cost import flops, parameters, size_bytes
 from blockfit.search.fidelity import Fidelity
 from blockfit.search.solve import Solution
@@ -40,7 +40,7 @@ def solution_of(plan: Plan, blocks: Blocks) -> Solution:
 def pair(name: str, plan: Plan = PLAN) -> tuple[Any, Any, Blocks, Solution]:
     """An original, what a solution makes of it, its blocks, and the solution."""
     original = FAMILIES[name].build()
-    blocks = find_blocks(original, FAMILIES[name].images())
+    blocks = find_chain(original, FAMILIES[name].images())
     solution = solution_of(plan, blocks)
     compressed = copy.deepcopy(original)
     solution.apply(compressed, blocks)

@@ -21,7 +21,7 @@ from blockfit.evaluation.precision import check_precision, overflow_warnings
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
 from blockfit.formats import folder as store
-from blockfit.models.blocks import Blocks, block_modules, find_blocks
+from blockfit.models.blocks import Blocks, block_modules, find_chain
 from blockfit.models.surgery import apply_plan
 
 
@@ -32,7 +32,7 @@ def digits(count: int) -> Images:
 def with_map(factor: float) -> tuple[nn.Module, Blocks]:
     """The demo model whose blocks 4 and 5 are replaced by a multiplication."""
     model = blockfit.load("demo")
-    blocks = find_blocks(model, torch.randn(2, 1, 8, 8))
+    blocks = find_chain(model, torch.randn(2, 1, 8, 8))
     plan = Plan.of(["4:6"], "scale")
     maps: list[Any] = [empty_map(entry, blocks.width) for entry in plan]
     maps[0].weight.data.fill_(factor)

@@ -20,7 +20,7 @@ from blockfit.evaluation.protocols import (
     linear_probe_sgd,
     recall,
 )
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 
 
 def cloud(count: int, seed: int, apart: float = 3.0, classes: int = 4, width: int = 12) -> Features:
@@ -115,7 +115,7 @@ def test_a_head_of_the_original_is_judged_on_the_compressed_models_features() ->
 def test_features_are_one_vector_per_image(name: str, width: int) -> None:
     family = FAMILIES[name]
     model, pictures = family.build(), family.images(6)
-    blocks = find_blocks(model, pictures)
+    blocks = find_chain(model, pictures)
     found = extract(model, blocks, images((pictures, torch.arange(6)), batch_size=4))
     assert found.values.shape == (6, width)
     assert found.values.dtype == np.float32
@@ -129,7 +129,7 @@ def test_features_are_one_vector_per_image(name: str, width: int) -> None:
 def test_wrong_calls_say_what_is_missing() -> None:
     family = FAMILIES["timm-vit"]
     model = family.build()
-    blocks = find_blocks(model, family.images())
+    blocks = find_chain(model, family.images())
     with pytest.raises(BlockfitError, match="holds no images with a label"):
         extract(model, blocks, images(family.images()))
     with pytest.raises(BlockfitError, match="unknown protocol 'svm'; choose one of knn"):

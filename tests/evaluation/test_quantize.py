@@ -27,7 +27,7 @@ from blockfit.evaluation.stages import quantize, stages
 from blockfit.fit.plan import Plan
 from blockfit.formats import folder as store
 from blockfit.formats.int8 import targets, to_int8
-from blockfit.models.blocks import block_modules, find_blocks
+from blockfit.models.blocks import block_modules, find_chain
 from blockfit.models.cost import flops, parameters, size_bytes
 from blockfit.models.demo import load_demo
 from blockfit.models.head import primary_output
@@ -93,7 +93,7 @@ def test_families_run_in_int8(name: str, kind: str) -> None:
     model, images = family.build(), family.images(2)
     with torch.no_grad():
         exact = primary_output(family.run(model, images))
-        names = to_int8(model, find_blocks(model, images), kind, images)
+        names = to_int8(model, find_chain(model, images), kind, images)
         rounded = primary_output(family.run(model, images))
     assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
     # Attention that reads its weights without calling a layer keeps them.
@@ -168,7 +168,7 @@ def test_what_cannot_be_rounded_is_refused(small: tuple[Path, Done]) -> None:
 
 def test_layers_outside_the_blocks_are_left_alone() -> None:
     model = load_demo()
-    names = targets(model, find_blocks(model, IMAGES), IMAGES)
+    names = targets(model, find_chain(model, IMAGES), IMAGES)
     assert len(names) == 48
     assert all(name.startswith("blocks.") for name in names)
 

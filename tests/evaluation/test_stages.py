@@ -11,7 +11,7 @@ from families import WIDTH, PlainBlock, PlainViT, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 
 SMALL: dict[str, Any] = {"image_size": 64, "num_labels": 3}
 
@@ -56,7 +56,7 @@ def test_pyramids_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(
         BlockfitError, match=r"is hierarchical: .* turns from \d+ × .* to \d+ × "
     ) as e:
-        find_blocks(model)
+        find_chain(model)
     assert "\n" not in str(e.value)
     assert type(model).__name__ in str(e.value)
 
@@ -86,8 +86,8 @@ def test_a_users_pyramid_is_refused_and_one_stage_of_it_is_not(width: int) -> No
     model, example = Pyramid(width).eval(), torch.randn(2, 3, 32, 32)
     change = f"turns from 16 × {WIDTH} to 8 × {width}.*blocks=early"
     with pytest.raises(BlockfitError, match=change):
-        find_blocks(model, example)
-    late = find_blocks(model, example, path="late")
+        find_chain(model, example)
+    late = find_chain(model, example, path="late")
     assert (late.depth, late.width, late.prefix_tokens) == (4, width, 0)
 
 
@@ -96,7 +96,7 @@ def test_a_plain_model_in_a_row_of_parts_that_change_the_shape_is_found() -> Non
     turned = nn.Sequential(nn.Linear(16, WIDTH), nn.LayerNorm(WIDTH))
     blocks = nn.Sequential(*[PlainBlock() for _ in range(3)])
     model = nn.Sequential(stem, turned, blocks, nn.Sequential(nn.Linear(WIDTH, 2))).eval()
-    assert find_blocks(model, torch.randn(2, 3, 32, 32)).path == "2"
+    assert find_chain(model, torch.randn(2, 3, 32, 32)).path == "2"
 
 
 def test_blocks_on_maps_before_a_neck_are_refused_but_not_called_hierarchical() -> None:
@@ -116,7 +116,7 @@ def test_blocks_on_maps_before_a_neck_are_refused_but_not_called_hierarchical() 
 
     message = r"found no blocks.*'blocks' with 4 modules, but block 0 does not take a tensor"
     with pytest.raises(BlockfitError, match=message):
-        find_blocks(OnMaps().eval(), torch.randn(2, 3, 32, 32))
+        find_chain(OnMaps().eval(), torch.randn(2, 3, 32, 32))
 
 
 def test_a_decoder_that_gets_more_tokens_back_is_no_stage() -> None:
@@ -135,7 +135,7 @@ def test_a_decoder_that_gets_more_tokens_back_is_no_stage() -> None:
                 hidden = block(hidden)
             return hidden
 
-    assert find_blocks(Masked().eval()).path == "transformer"
+    assert find_chain(Masked().eval()).path == "transformer"
 
 
 class PairBlock(PlainBlock):
@@ -156,7 +156,7 @@ def test_blocks_that_hand_on_two_streams_are_refused() -> None:
 
     message = "'transformer' with 4 modules, but block 1 reads more than one tensor of what block 0"
     with pytest.raises(BlockfitError, match=message):
-        find_blocks(Pairs(PairBlock).eval())
+        find_chain(Pairs(PairBlock).eval())
 
 
 def test_dropouts_and_identities_in_a_row_are_no_blocks() -> None:
@@ -171,7 +171,7 @@ def test_dropouts_and_identities_in_a_row_are_no_blocks() -> None:
                 hidden = block(hidden)
             return hidden.mean(1)
 
-    assert find_blocks(Chain().eval()).path == "transformer"
+    assert find_chain(Chain().eval()).path == "transformer"
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_models_whose_longest_list_is_no_stack_of_blocks_are_refused(
 ) -> None:
     model = of_timm(name)().eval()
     with pytest.raises(BlockfitError, match=message):
-        find_blocks(model)
+        find_chain(model)
 
 
 def test_the_smaller_part_can_be_named() -> None:
-    assert find_blocks(of_timm("volo_d1_224")().eval(), path="post_network").depth == 2
+    assert find_chain(of_timm("volo_d1_224")().eval(), path="post_network").depth == 2

@@ -24,7 +24,7 @@ from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Narrowing, Plan, Replacement, Span
 from blockfit.formats.folder import Saved
 from blockfit.formats.plain import export_plain, plain_model
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.models.head import primary_output
 from blockfit.models.load import source_of
 from blockfit.models.preprocessing import Preprocessing
@@ -84,7 +84,7 @@ def test_maps_that_need_a_module_are_refused_by_name(tmp_path: Path) -> None:
 def test_models_without_a_checkpoint_format_are_refused(tmp_path: Path) -> None:
     family = FAMILIES["plain"]
     model = family.build()
-    whole = Saved(model, find_blocks(model), Plan(), {}, source_of(model), installed_versions())
+    whole = Saved(model, find_chain(model), Plan(), {}, source_of(model), installed_versions())
     with pytest.raises(BlockfitError, match="has no checkpoint format of its own"):
         export_plain(whole, tmp_path / "plain")
 

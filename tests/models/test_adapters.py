@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import blockfit
 from blockfit.models.adapters import adapters_in
-from blockfit.models.blocks import block_modules, find_blocks
+from blockfit.models.blocks import block_modules, find_chain
 from blockfit.models.residual import find_writers
 from blockfit.models.trace import trace
 
@@ -119,7 +119,7 @@ def test_adapters_that_are_not_merged_are_refused_with_what_to_do(kind: Any) -> 
 
 
 def writers_of(model: nn.Module) -> list[str]:
-    blocks = find_blocks(model, small_pictures(2))
+    blocks = find_chain(model, small_pictures(2))
     with torch.no_grad():
         seen = trace(model, blocks, small_pictures(4), [2])
     block = block_modules(model, blocks)[2]

@@ -19,7 +19,7 @@ from blockfit.models.blocks import (
     block_modules,
     call,
     example_input,
-    find_blocks,
+    find_chain,
     overridden,
     record,
 )
@@ -54,7 +54,7 @@ def towers_example() -> dict[str, Tensor]:
 
 
 def test_blocks_are_plain_values(model: nn.Module) -> None:
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     assert blocks == Blocks("transformer", DEPTH, WIDTH, 1, "x", 0)
     assert Blocks.from_json(json.loads(json.dumps(blocks.to_json()))) == blocks
     assert "stages" not in blocks.to_json()
@@ -71,13 +71,13 @@ def test_two_towers_of_the_same_depth_are_both_named() -> None:
 
     model, example = Stereo().eval(), torch.randn(2, 3, 32, 32)
     with pytest.raises(BlockfitError, match=r"'left.transformer' and 'right.transformer'.*blocks="):
-        find_blocks(model, example)
-    assert find_blocks(model, example, path="right.transformer").path == "right.transformer"
+        find_chain(model, example)
+    assert find_chain(model, example, path="right.transformer").path == "right.transformer"
 
 
 @pytest.mark.parametrize("depth", [2, DEPTH, DEPTH + 2])
 def test_the_tower_that_reads_the_images_wins_however_long_the_other_is(depth: int) -> None:
-    found = find_blocks(TwoTowers(depth).eval(), towers_example())
+    found = find_chain(TwoTowers(depth).eval(), towers_example())
     assert (found.path, found.prefix_tokens) == ("vision.transformer", 1)
 
 
@@ -85,20 +85,20 @@ def test_a_tower_that_ignores_the_noise_asks_for_its_prefix_tokens() -> None:
     model, example = TwoTowers().eval(), towers_example()
     example["ids"] = example["ids"][:1].repeat(2, 1)
     with pytest.raises(BlockfitError, match="does not depend on the input; pass prefix_tokens"):
-        find_blocks(model, example, path="words")
-    assert find_blocks(model, example, path="words", prefix_tokens=0).prefix_tokens == 0
+        find_chain(model, example, path="words")
+    assert find_chain(model, example, path="words", prefix_tokens=0).prefix_tokens == 0
 
 
 def test_a_wrong_path_is_refused_with_what_looks_like_it(model: nn.Module) -> None:
     with pytest.raises(BlockfitError, match=r"no module 'transfromer'.*'transformer'"):
-        find_blocks(model, path="transfromer")
+        find_chain(model, path="transfromer")
 
 
 def test_a_path_to_something_else_is_refused_with_the_reason(model: nn.Module) -> None:
     with pytest.raises(BlockfitError, match="'stem' holds no two modules"):
-        find_blocks(model, path="stem")
+        find_chain(model, path="stem")
     with pytest.raises(BlockfitError, match=r"no module 'head\.0'"):
-        find_blocks(model, path="head.0")
+        find_chain(model, path="head.0")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_lists_that_do_not_hand_on_their_state_are_no_blocks(
             return hidden
 
     with pytest.raises(BlockfitError, match=f"found no blocks.*'transformer'.*{message}"):
-        find_blocks(Between())
+        find_chain(Between())
 
 
 def test_unused_shared_and_reversed_blocks_are_no_blocks() -> None:
@@ -131,18 +131,18 @@ def test_unused_shared_and_reversed_blocks_are_no_blocks() -> None:
             return hidden
 
     with pytest.raises(BlockfitError, match="block 3 ran when block 0 was due"):
-        find_blocks(Backwards())
+        find_chain(Backwards())
     shared = PlainViT()
     shared.transformer = nn.ModuleList([PlainBlock()] * DEPTH)
     with pytest.raises(BlockfitError, match="one and the same module"):
-        find_blocks(shared)
+        find_chain(shared)
 
     class Half(PlainViT):
         def forward(self, images: Tensor) -> Tensor:
             return self.transformer[1](self.transformer[0](self.tokens(images)))
 
     with pytest.raises(BlockfitError, match="only 2 of its 4 modules ran"):
-        find_blocks(Half())
+        find_chain(Half())
 
 
 def test_tokens_before_images_are_refused() -> None:
@@ -154,18 +154,18 @@ def test_tokens_before_images_are_refused() -> None:
             return hidden
 
     with pytest.raises(BlockfitError, match=r"take \(tokens, batch, width\)"):
-        find_blocks(TokensFirst())
+        find_chain(TokensFirst())
 
 
 def test_a_model_without_lists_is_refused() -> None:
     with pytest.raises(BlockfitError, match=r"no list of same-class modules.*blocks="):
-        find_blocks(nn.Linear(3, 3), torch.randn(2, 3))
+        find_chain(nn.Linear(3, 3), torch.randn(2, 3))
 
 
 def test_a_convolutional_model_is_refused() -> None:
     layers = [nn.Conv2d(3, 3, 1) for _ in range(4)]
     with pytest.raises(BlockfitError, match=r"found no blocks.*the model itself"):
-        find_blocks(nn.Sequential(*layers), torch.randn(2, 3, 8, 8))
+        find_chain(nn.Sequential(*layers), torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -180,36 +180,36 @@ def test_a_convolutional_model_is_refused() -> None:
 )
 def test_bad_examples_are_refused(model: nn.Module, example: Any, message: str) -> None:
     with pytest.raises(BlockfitError, match=message):
-        find_blocks(model, example)
+        find_chain(model, example)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_model_that_does_not_say_its_size_asks_for_an_example(model: nn.Module) -> None:
     del model.img_size
     with pytest.raises(BlockfitError, match="pass an example"):
-        find_blocks(model)
-    assert find_blocks(model, {"images": torch.randn(1, 3, 32, 32)}).prefix_tokens == 1
+        find_chain(model)
+    assert find_chain(model, {"images": torch.randn(1, 3, 32, 32)}).prefix_tokens == 1
 
 
 def test_nan_weights_are_named(model: PlainViT) -> None:
     with torch.no_grad():
         model.stem.weight.fill_(float("nan"))
     with pytest.raises(BlockfitError, match="the input of block 0 holds NaN"):
-        find_blocks(model)
+        find_chain(model)
 
 
 def test_prefix_tokens_can_be_set_and_are_checked(model: nn.Module) -> None:
-    assert find_blocks(model, prefix_tokens=3).prefix_tokens == 3
+    assert find_chain(model, prefix_tokens=3).prefix_tokens == 3
     with pytest.raises(BlockfitError, match="prefix_tokens is 17, but the model has 17 tokens"):
-        find_blocks(model, prefix_tokens=17)
+        find_chain(model, prefix_tokens=17)
 
 
 def test_on_the_meta_device_only_the_prefix_tokens_are_missing() -> None:
     with torch.device("meta"):
         model = PlainViT()
     with pytest.raises(BlockfitError, match="pass prefix_tokens"):
-        find_blocks(model)
-    assert find_blocks(model, prefix_tokens=1) == Blocks("transformer", DEPTH, WIDTH, 1, "x", 0)
+        find_chain(model)
+    assert find_chain(model, prefix_tokens=1) == Blocks("transformer", DEPTH, WIDTH, 1, "x", 0)
 
 
 def test_finding_leaves_modes_hooks_gradients_and_random_state(
@@ -222,9 +222,9 @@ def test_finding_leaves_modes_hooks_gradients_and_random_state(
     grads = [p.requires_grad for p in model.parameters()]
     state = torch.get_rng_state()
     kept = images.clone()
-    find_blocks(model, images)
+    find_chain(model, images)
     with pytest.raises(BlockfitError):
-        find_blocks(model, images[:, :1])
+        find_chain(model, images[:, :1])
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == grads
     assert torch.equal(torch.get_rng_state(), state)
@@ -244,7 +244,7 @@ def test_dropout_and_random_masks_do_not_hide_prefix_tokens() -> None:
 
     model = Noisy().train()
     state = torch.get_rng_state()
-    assert find_blocks(model).prefix_tokens == 1
+    assert find_chain(model).prefix_tokens == 1
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -254,14 +254,14 @@ def test_an_example_of_bytes_is_varied_too() -> None:
             return super().forward(images.float() / 255)
 
     example = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    assert find_blocks(FromBytes(), example).prefix_tokens == 1
+    assert find_chain(FromBytes(), example).prefix_tokens == 1
 
 
 def test_example_input_follows_size_channels_and_precision(model: nn.Module) -> None:
     example = example_input(model.to(torch.bfloat16))
     assert isinstance(example, Tensor)
     assert (example.shape, example.dtype) == ((2, 3, 32, 32), torch.bfloat16)
-    assert find_blocks(model).prefix_tokens == 1
+    assert find_chain(model).prefix_tokens == 1
 
 
 def test_text_and_vision_model_of_a_library() -> None:
@@ -278,23 +278,23 @@ def test_text_and_vision_model_of_a_library() -> None:
     images = example_input(model)
     assert isinstance(images, Tensor)
     for example in (images, {"pixel_values": images, "input_ids": torch.randint(50, (2, 4))}):
-        found = find_blocks(model, example)
+        found = find_chain(model, example)
         assert (found.path, found.depth) == ("vision_model.encoder.layers", 2)
         assert found.prefix_tokens == 1
     with pytest.raises(BlockfitError, match="only 0 of its 2 modules ran"):
-        find_blocks(model, path="text_model.encoder.layers")
+        find_chain(model, path="text_model.encoder.layers")
 
 
 def test_a_compressed_model_is_found_again_although_inner_lists_are_unique_now() -> None:
     model = FAMILIES["plain-nested"].build()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     plan = Plan.of(["0:3"], "identity")
     apply_plan(model, blocks, plan, [empty_map(r, WIDTH) for r in plan])
-    assert find_blocks(model) == blocks
+    assert find_chain(model) == blocks
 
 
 def test_changed_models_are_refused(model: PlainViT) -> None:
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     model.transformer = model.transformer[:2]
     with pytest.raises(BlockfitError, match="expected 4 blocks at 'transformer' and found 2"):
         block_modules(model, blocks)
@@ -311,11 +311,11 @@ def test_two_lists_of_one_length_in_one_module_are_refused() -> None:
             return self.norm1(self.block1(self.block0(self.norm0(x)[:, 1:])))
 
     with pytest.raises(BlockfitError, match="two lists of 2 modules"):
-        find_blocks(Mixed(), torch.randn(2, 5, WIDTH))
+        find_chain(Mixed(), torch.randn(2, 5, WIDTH))
 
 
 def test_recording_stops_and_starts_anew(model: nn.Module, images: Tensor) -> None:
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     with record(model, blocks) as states:
         call(model, {"images": images})
         call(model, images)
@@ -327,7 +327,7 @@ def test_recording_stops_and_starts_anew(model: nn.Module, images: Tensor) -> No
 
 
 def test_overriding_ends_with_an_exception_too(model: nn.Module, images: Tensor) -> None:
-    blocks, expected = find_blocks(model), model(images)
+    blocks, expected = find_chain(model), model(images)
 
     def broken(hidden: Tensor) -> Tensor:
         raise RuntimeError("broken")
@@ -341,7 +341,7 @@ def test_overriding_ends_with_an_exception_too(model: nn.Module, images: Tensor)
 def test_overriding_by_a_module_adds_no_parameters_and_is_recorded(
     model: nn.Module, images: Tensor
 ) -> None:
-    blocks, keys = find_blocks(model), list(model.state_dict())
+    blocks, keys = find_chain(model), list(model.state_dict())
     double = nn.Linear(WIDTH, WIDTH)
     with overridden(model, blocks, {2: double}), record(model, blocks) as states:
         model(images)
@@ -350,7 +350,7 @@ def test_overriding_by_a_module_adds_no_parameters_and_is_recorded(
 
 
 def test_a_forward_that_was_set_by_hand_comes_back(model: PlainViT, images: Tensor) -> None:
-    block, blocks = model.transformer[1], find_blocks(model)
+    block, blocks = model.transformer[1], find_chain(model)
     block.forward = lambda x: x + 1
     with overridden(model, blocks, {1: lambda hidden: hidden}):
         pass
@@ -358,7 +358,7 @@ def test_a_forward_that_was_set_by_hand_comes_back(model: PlainViT, images: Tens
 
 
 def test_overriding_a_block_that_is_not_there_changes_nothing(model: nn.Module) -> None:
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     functions = dict.fromkeys([0, DEPTH], lambda hidden: hidden)
     with pytest.raises(BlockfitError, match="no block 4"), overridden(model, blocks, functions):
         pass

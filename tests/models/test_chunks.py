@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import blockfit
 from blockfit.errors import BlockfitError
-from blockfit.models.blocks import block_modules, find_blocks
+from blockfit.models.blocks import block_modules, find_chain
 
 DEPTH = 12
 
@@ -73,7 +73,7 @@ def test_blocks_in_chunks_are_found_one_by_one(
 ) -> None:
     model = model_of(arranged)
     for path in (None, "transformer"):
-        blocks = find_blocks(model, path=path)
+        blocks = find_chain(model, path=path)
         assert (blocks.path, blocks.depth, blocks.prefix_tokens) == ("transformer", DEPTH, 1)
         assert block_modules(model, blocks) == the_blocks(model)
 
@@ -88,7 +88,7 @@ def test_two_blocks_are_two_blocks_also_where_they_lie_in_chunks(
     gone = sum(p.numel() for p in PlainBlock().parameters())
     count = [sum(p.numel() for p in m.parameters()) for m in (model, small.model)]
     assert count[0] - count[1] == 2 * gone
-    assert find_blocks(small.model) == small.blocks
+    assert find_chain(small.model) == small.blocks
 
     hidden = model.tokens(images)
     removed = small.plan.removed_blocks
@@ -116,12 +116,12 @@ def test_maps_and_repairs_reach_blocks_in_chunks() -> None:
 def test_chunks_that_do_more_than_run_their_blocks_are_refused() -> None:
     model = model_of(lambda blocks: in_chunks(blocks, chunk=SkippingChunk))
     with pytest.raises(BlockfitError) as refused:
-        find_blocks(model)
+        find_chain(model)
     assert str(refused.value) == (
         "the 4 modules at 'transformer' hold 12 blocks, but block 3 does not read what block 2 "
         "returned; to remove whole modules, give blocks=transformer"
     )
-    assert find_blocks(model, path="transformer").depth == 4
+    assert find_chain(model, path="transformer").depth == 4
 
 
 class Added(nn.Module):
@@ -153,7 +153,7 @@ def test_a_block_of_two_sublayers_of_one_class_stays_one_block() -> None:
         )
         for _ in range(6)
     )
-    blocks = find_blocks(model.eval())
+    blocks = find_chain(model.eval())
     assert (blocks.path, blocks.depth) == ("transformer", 6)
 
 
@@ -171,4 +171,4 @@ def test_a_block_that_runs_one_class_over_rows_and_then_columns_stays_one_block(
 
     model = PlainViT()
     model.transformer = nn.ModuleList(Axial() for _ in range(5))
-    assert find_blocks(model.eval()).depth == 5
+    assert find_chain(model.eval()).depth == 5

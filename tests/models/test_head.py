@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import blockfit
 from blockfit.errors import BlockfitError
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.models.head import observe, primary_output
 
 
@@ -48,7 +48,7 @@ def test_poolers_and_layers_on_the_way_to_the_head_make_no_logits(images: Tensor
             return {"last_hidden_state": hidden, "pooled": self.pooler(hidden[:, 0]).tanh()}
 
     model = Pooled().eval()
-    seen = observe(model, find_blocks(model), images)
+    seen = observe(model, find_chain(model), images)
     assert seen.logits is None
     torch.testing.assert_close(seen.features, model(images)["last_hidden_state"].flatten(1))
 
@@ -59,7 +59,7 @@ def test_a_head_behind_a_pooler_reads_what_the_pooler_gives(images: Tensor) -> N
             return self.head(self.pooler(hidden[:, 0]).tanh()).float()
 
     model = Classifier().eval().to(torch.bfloat16)
-    seen = observe(model, find_blocks(model), images.bfloat16())
+    seen = observe(model, find_chain(model), images.bfloat16())
     assert seen.logits is not None
     assert seen.logits.dtype == torch.float32
     torch.testing.assert_close(model.head(seen.features).float(), seen.logits)
@@ -71,7 +71,7 @@ def test_the_sum_of_two_heads_is_logits_and_both_are_features(images: Tensor) ->
             return SimpleNamespace(logits=self.head(hidden[:, 0]) + self.other(hidden[:, 1]))
 
     model = Summed().eval()
-    seen = observe(model, find_blocks(model), images)
+    seen = observe(model, find_chain(model), images)
     assert seen.features.shape == (3, 2 * WIDTH)
     first, second = seen.features.chunk(2, dim=1)
     torch.testing.assert_close(model.head(first) + model.other(second), seen.logits)
@@ -83,7 +83,7 @@ def test_probabilities_are_no_logits(images: Tensor) -> None:
             return self.head(hidden[:, 0]).softmax(-1)
 
     model = Softmax().eval()
-    seen = observe(model, find_blocks(model), images)
+    seen = observe(model, find_chain(model), images)
     assert seen.logits is None
     torch.testing.assert_close(seen.features, model(images))
 
@@ -99,13 +99,13 @@ def test_a_linear_layer_before_the_blocks_is_no_head(images: Tensor) -> None:
             return self.head(hidden[:, 0])
 
     model = Early().eval()
-    assert observe(model, find_blocks(model), images).logits is None
+    assert observe(model, find_chain(model), images).logits is None
 
 
 @pytest.mark.parametrize("name", ["plain", "dinov2-classifier", "timm-deit-distilled"])
 def test_observing_leaves_modes_hooks_and_random_state(name: str) -> None:
     model, images = FAMILIES[name].build(), FAMILIES[name].images()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     expected = observe(model, blocks, images)
     model.train()
     for module in model.modules():
@@ -124,7 +124,7 @@ def test_observing_leaves_modes_hooks_and_random_state(name: str) -> None:
 
 def test_logits_that_are_not_finite_are_logits_still(images: Tensor) -> None:
     model = FAMILIES["plain"].build()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     with torch.no_grad():
         model.head.bias[0] = float("nan")
         model.head.bias[1] = float("inf")
@@ -136,14 +136,14 @@ def test_logits_that_are_not_finite_are_logits_still(images: Tensor) -> None:
 
 def test_a_mapping_is_observed_like_its_tensor(images: Tensor) -> None:
     model = FAMILIES["plain"].build()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     seen, same = observe(model, blocks, images), observe(model, blocks, {"images": images})
     assert torch.equal(seen.features, same.features)
 
 
 def test_a_forward_that_fails_leaves_no_hooks(images: Tensor) -> None:
     model = FAMILIES["plain"].build().train()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     with pytest.raises(RuntimeError):
         observe(model, blocks, images[:, :1])
     assert all(m.training and not m._forward_hooks for m in model.modules())
@@ -173,7 +173,7 @@ def test_the_primary_output_is_the_most_telling_tensor() -> None:
 )
 def test_why_no_head_is_recognised_is_said(name: str, why: str) -> None:
     model, images = FAMILIES[name].build(), FAMILIES[name].images()
-    seen = observe(model, find_blocks(model), images)
+    seen = observe(model, find_chain(model), images)
     assert seen.no_head == why
     assert (seen.logits is None) == bool(why)
 

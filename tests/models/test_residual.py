@@ -19,7 +19,7 @@ from small import (
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
-from blockfit.models.blocks import Blocks, block_modules, find_blocks
+from blockfit.models.blocks import Blocks, block_modules, find_chain
 from blockfit.models.residual import (
     Skip,
     Writer,
@@ -66,7 +66,7 @@ def seen_by(
 
 def family_block(name: str, index: int) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
     model = FAMILIES[name].build()
-    return seen_by(model, find_blocks(model), FAMILIES[name].images(), index)
+    return seen_by(model, find_chain(model), FAMILIES[name].images(), index)
 
 
 def jacobian(

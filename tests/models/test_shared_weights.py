@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import blockfit
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.models.probe import Probe
 
 
@@ -33,7 +33,7 @@ def test_they_stay_as_they_are_and_the_reason_is_said(change: Callable[[SmallViT
     model = small_vit(6)
     change(model)
     with torch.no_grad():
-        probe = Probe(model, find_blocks(model, small_pictures(2)), small_pictures(4))
+        probe = Probe(model, find_chain(model, small_pictures(2)), small_pictures(4))
         for index in (2, 3):
             assert "mlp" not in probe.parts(index).whole
             assert "mlp.narrow: weights tied to others" in probe.parts(index).refused["mlp"]

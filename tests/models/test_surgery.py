@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import Linear, LowRank, PerTokenType, empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
-from blockfit.models.blocks import Blocks, block_modules, find_blocks, overridden, record
+from blockfit.models.blocks import Blocks, block_modules, find_chain, overridden, record
 from blockfit.models.surgery import apply_plan, is_replaced, removed_plan
 
 PLAN = Plan.of(["1:3"], "affine")
@@ -40,7 +40,7 @@ def affine(seed: int = 0) -> Linear:
 
 def compressed(name: str = "plain", plan: Plan = PLAN) -> tuple[Any, Blocks]:
     model = FAMILIES[name].build()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     apply_plan(model, blocks, plan, [affine(i) for i in range(len(plan))])
     return model, blocks
 
@@ -64,7 +64,7 @@ def test_maps_are_copied_so_that_one_can_serve_two_models(images: Tensor) -> Non
     own = affine()
     models = [FAMILIES["plain"].build().half(), FAMILIES["plain"].build()]
     for model in models:
-        apply_plan(model, find_blocks(model), PLAN, [own])
+        apply_plan(model, find_chain(model), PLAN, [own])
     assert own.weight.dtype == torch.float32
     assert models[0].transformer[2].map.weight.dtype == torch.float16
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_maps_take_precision_mode_and_gradients_from_the_removed_block() -> None
     model = FAMILIES["plain"].build().to(torch.float64).requires_grad_(False)
     model.transformer[2].train()
     model.transformer[3].requires_grad_(True)
-    apply_plan(model, find_blocks(model), Plan.of(["1:3", "3:4"], "affine"), [affine(), affine()])
+    apply_plan(model, find_chain(model), Plan.of(["1:3", "3:4"], "affine"), [affine(), affine()])
     frozen, trained = model.transformer[2], model.transformer[3]
     assert (frozen.training, frozen.map.training, trained.training) == (True, True, False)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
@@ -86,7 +86,7 @@ def test_maps_take_precision_mode_and_gradients_from_the_removed_block() -> None
 
 def test_every_kind_of_map_can_be_put_in(images: Tensor) -> None:
     model = FAMILIES["plain"].build()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     rank = LowRank(WIDTH, 2)
     nn.init.normal_(rank.up)
     nn.init.normal_(rank.down)
@@ -110,7 +110,7 @@ def test_every_kind_of_map_can_be_put_in(images: Tensor) -> None:
 
 def test_maps_of_another_kind_or_split_are_refused() -> None:
     model = FAMILIES["plain"].build()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     with pytest.raises(BlockfitError, match="the map of span 1:3 has weights"):
         apply_plan(model, blocks, PLAN, [Linear(WIDTH, bias=False)])
     plan = Plan.of(["1:3"], "affine", per_token_type=True)
@@ -136,12 +136,12 @@ def test_a_second_plan_may_remove_other_blocks_but_not_fold_into_a_replaced_one(
 
 def test_removed_plan_of_a_whole_model_is_empty() -> None:
     model = FAMILIES["plain"].build()
-    assert removed_plan(model, find_blocks(model)) == Plan()
+    assert removed_plan(model, find_chain(model)) == Plan()
 
 
 def test_hooks_of_removed_blocks_move_over_and_can_still_be_removed(images: Tensor) -> None:
     model = FAMILIES["plain"].build()
-    blocks, calls = find_blocks(model), []
+    blocks, calls = find_chain(model), []
     old = model.transformer[2]
     handles = [
         old.register_forward_hook(lambda m, a, k, o: calls.append("after"), with_kwargs=True),
@@ -159,7 +159,7 @@ def test_hooks_of_removed_blocks_move_over_and_can_still_be_removed(images: Tens
 
 def test_states_are_recorded_across_the_surgery(images: Tensor) -> None:
     model = FAMILIES["plain"].build()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     with record(model, blocks) as states:
         apply_plan(model, blocks, PLAN, [affine()])
         model(images)
@@ -173,7 +173,7 @@ def test_plain_attributes_stay_readable_and_parts_are_gone() -> None:
     old = model.transformer[2]
     old.attention_type, old.index, old.note = "full", 2, None
     old.cache = [torch.zeros(3)]
-    apply_plan(model, find_blocks(model), PLAN, [affine()])
+    apply_plan(model, find_chain(model), PLAN, [affine()])
     new = model.transformer[2]
     assert (new.attention_type, new.index, new.note) == ("full", 2, None)
     assert not hasattr(new, "cache")
@@ -184,7 +184,7 @@ def test_plain_attributes_stay_readable_and_parts_are_gone() -> None:
 def test_a_block_registered_in_two_places_is_replaced_in_both() -> None:
     model = FAMILIES["plain"].build()
     model.also = nn.ModuleDict({"middle": model.transformer[1]})
-    apply_plan(model, find_blocks(model), PLAN, [affine()])
+    apply_plan(model, find_chain(model), PLAN, [affine()])
     assert model.also["middle"] is model.transformer[1]
     assert is_replaced(model.also["middle"])
 
@@ -201,7 +201,7 @@ def test_methods_that_need_the_removed_parts_do_not_break_the_replacement(images
             super()._load_from_state_dict(*args, **kwargs)
 
     model = PlainViT(Particular)
-    apply_plan(model, find_blocks(model), PLAN, [affine()])
+    apply_plan(model, find_chain(model), PLAN, [affine()])
     model.train().eval()
     model.load_state_dict(model.state_dict())
     assert model(images).isfinite().all()
@@ -247,7 +247,7 @@ def test_gradient_checkpointing_enabled_before_or_after_the_surgery_trains(when:
     pytest.importorskip("transformers")
     family = FAMILIES["dinov2-classifier"]
     model: Any = family.build()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     if when == "before":
         model.gradient_checkpointing_enable()
     apply_plan(model, blocks, PLAN, [affine()])

@@ -9,7 +9,7 @@ from small import small_blocks, small_pictures, small_vit
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
-from blockfit.models.blocks import block_modules, find_blocks, record
+from blockfit.models.blocks import block_modules, find_chain, record
 from blockfit.models.forward import call
 from blockfit.models.trace import check_finite, trace
 
@@ -20,7 +20,7 @@ def test_blocks_run_one_by_one_give_the_states_of_the_whole_model(name: str) -> 
     """Also blocks that are called with masks or keywords, or that write into their input."""
     family = FAMILIES[name]
     model, images = family.build(), family.images()
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     with record(model, blocks) as states:
         call(model, images)
     seen = trace(model, blocks, images, range(DEPTH + 1))

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.models.surgery import apply_plan
 from blockfit.search.budget import KINDS, Budget, Sizes, read_number
 
@@ -103,7 +103,7 @@ PLANS = [
 def test_sizes_of_plans_are_those_of_the_built_models(name: str) -> None:
     family = FAMILIES[name]
     model, images = family.build(), family.images(3)
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     sizes = Sizes(model, blocks, images)
     before = copy.deepcopy(model.state_dict())
     for plan in PLANS:

@@ -14,7 +14,7 @@ from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Span, spans_up_to
-from blockfit.models.blocks import find_blocks, record
+from blockfit.models.blocks import find_chain, record
 from blockfit.search.calibrate import calibrate, moments_of
 from blockfit.search.states import TracedImages
 
@@ -32,7 +32,7 @@ def flat(moments: Moments, token_type: str = "all") -> Tensor:
 def test_the_moments_are_those_of_the_stored_states(name: str) -> None:
     family = FAMILIES[name]
     model, pictures = family.build(), family.images(7)
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     spans = spans_up_to(DEPTH, DEPTH)
     moments = calibrate(model, blocks, open_images(pictures, batch_size=3), spans)
     with record(model, blocks) as states:

@@ -14,7 +14,7 @@ from small import small_images, small_vit
 
 import blockfit
 from blockfit.fit.plan import PARTS, Plan
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.models.probe import Probe
 from blockfit.search.budget import Budget
 from blockfit.search.cuts import CutSearch
@@ -107,7 +107,7 @@ def test_the_plan_of_another_architecture_is_refused(part: str) -> None:
 
     own, other, pictures = vit(32), vit(64), torch.randn(24, 3, 16, 16)
     with torch.no_grad():
-        found = Probe(own, find_blocks(own), pictures[:4]).parts(1).whole[part]
+        found = Probe(own, find_chain(own), pictures[:4]).parts(1).whole[part]
     plan = Plan((), (dataclasses.replace(found, kept=found.size // 2),))
     assert blockfit.compress(own, pictures, plan=plan).plan == plan
     with pytest.raises(blockfit.BlockfitError, match=f"the plan narrows {part} of .* same arch"):

@@ -17,7 +17,7 @@ from blockfit.data.labels import Matching
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
-from blockfit.models.blocks import Blocks, find_blocks, record
+from blockfit.models.blocks import Blocks, find_chain, record
 from blockfit.models.head import observe
 from blockfit.search.fidelity import Fidelity, FidelityMeter
 from blockfit.search.held_out import HeldOut
@@ -70,7 +70,7 @@ PLANS = {
 def test_a_score_is_the_fidelity_of_the_applied_model(name: str) -> None:
     family: Family = FAMILIES[name]
     model, images = family.build(), family.images(8)
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     known = TracedImages.of(model, blocks, open_images(images[:4], batch_size=4))
     held_out = HeldOut(
         TracedImages.everywhere(model, blocks, open_images(images[4:], batch_size=2))
@@ -241,7 +241,7 @@ def test_map_errors_are_those_of_the_applied_models_states_beside_identity() -> 
 def test_a_model_without_prefix_tokens_has_no_error_of_them() -> None:
     family = FAMILIES["plain-no-prefix"]
     model, images = family.build(), family.images(4)
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     held_out = HeldOut(TracedImages.everywhere(model, blocks, open_images(images)))
     (error,) = held_out.judge(random_solution(Plan.of(["1:2"], "affine"), blocks))[1]
     assert (error.prefix, error.identity_prefix) == (None, None)
@@ -251,7 +251,7 @@ def test_a_model_without_prefix_tokens_has_no_error_of_them() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_judging_changes_neither_model_nor_solution(dtype: torch.dtype) -> None:
     model = small_vit().to(dtype).train()
-    blocks = find_blocks(model, NEW[:2].to(dtype))
+    blocks = find_chain(model, NEW[:2].to(dtype))
     known = TracedImages.of(model, blocks, open_images(FIT.to(dtype)))
     held_out = HeldOut(
         TracedImages.everywhere(model, blocks, open_images(NEW.to(dtype), batch_size=8))

@@ -16,7 +16,7 @@ from blockfit import api
 from blockfit.data.images import images
 from blockfit.evaluation.evaluate import evaluate
 from blockfit.fit.plan import Span
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.models.cost import flops
 from blockfit.models.forward import first_images, image_count, two_different
 from blockfit.search.calibrate import calibrate
@@ -99,7 +99,7 @@ def test_case_13_interpolated_positions_are_those_of_the_asked_resolution() -> N
     data = images(Batches(*batches), model, limit=20, batch_size=8)
     assert len(data) == 20
     assert all(batch["interpolate_pos_encoding"] is True for batch in data)  # type: ignore[index]
-    blocks = find_blocks(model, next(iter(data)))
+    blocks = find_chain(model, next(iter(data)))
     originals = TracedImages.of(model, blocks, data)
     with torch.no_grad():
         right = model.vit.embeddings(pictures[:2], interpolate_pos_encoding=True)
@@ -164,7 +164,7 @@ def test_case_15_pictures_of_several_sizes_are_compressed_and_judged(form: str) 
 
 def test_case_15_moments_of_several_sizes_are_those_of_each_picture_alone() -> None:
     model, pictures = small_vit(), mixed(16, 2)
-    blocks = find_blocks(model, pictures[0][None])
+    blocks = find_chain(model, pictures[0][None])
     span = Span(1, 3)
     whole = calibrate(model, blocks, images(pictures, batch_size=5), [span])
     alone = calibrate(model, blocks, images(pictures, batch_size=1), [span])

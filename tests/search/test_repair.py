@@ -15,7 +15,7 @@ from torch import Tensor
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Plan
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.models.head import observe
 from blockfit.search import tokens as rows
 from blockfit.search.solve import Options, solve
@@ -181,7 +181,7 @@ def test_repair_brings_the_final_features_of_every_library_nearer(name: str) -> 
     family = FAMILIES[name]
     model = family.build()
     images = family.images(40)
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     known = TracedImages.of(model, blocks, open_images(images[:28], batch_size=14))
     check = untouched(model)
     error = {}
@@ -204,7 +204,7 @@ def test_a_folded_map_is_the_map_of_the_mlps_contribution(name: str) -> None:
     family = FAMILIES.get(name)
     model = small_vit() if family is None else family.build()
     fit, new = (FIT, NEW) if family is None else (family.images(32), family.images(5, seed=1))
-    blocks = find_blocks(model, fit)
+    blocks = find_chain(model, fit)
     known = TracedImages.of(model, blocks, open_images(fit, batch_size=8))
     plan = Plan.of(["2:4"], "folded")
     small = applied(model, blocks, solve(known, plan, Options(ridge=0.0, repair="none")))

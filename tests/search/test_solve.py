@@ -15,7 +15,7 @@ from torch import nn
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import PARTS, Plan, Replacement, Span
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks, find_chain
 from blockfit.models.probe import Probe
 from blockfit.models.surgery import swapped
 from blockfit.search.prefixes import Beginnings
@@ -109,7 +109,7 @@ def test_blocks_that_write_into_their_input_are_solved_like_others() -> None:
     plan = Plan.of(["1:2"], "affine")
     solutions = []
     for model in (tame, wild):
-        known = TracedImages.of(model, find_blocks(model), open_images(images, batch_size=6))
+        known = TracedImages.of(model, find_chain(model), open_images(images, batch_size=6))
         before = [{b: s.clone() for b, s in t.states.items()} for t in known.traces]
         solutions.append(solve(known, plan))
         for seen, kept in zip(known.traces, before, strict=True):
@@ -131,7 +131,7 @@ def test_a_bfloat16_model_is_solved_too() -> None:
 
 
 def small_blocks_of(model: nn.Module) -> Blocks:
-    return find_blocks(model, small_pictures(2).bfloat16())
+    return find_chain(model, small_pictures(2).bfloat16())
 
 
 def test_prefix_tokens_count_by_their_weight() -> None:

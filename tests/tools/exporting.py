@@ -16,7 +16,7 @@ from blockfit.data.images import images as open_images
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Narrowing, Plan, Replacement, Span, runs_of
 from blockfit.formats.folder import Saved, load_saved, save
-from blockfit.models.blocks import block_modules, find_blocks
+from blockfit.models.blocks import block_modules, find_chain
 from blockfit.models.forward import call, evaluating
 from blockfit.models.head import primary_output
 from blockfit.models.load import source_of
@@ -57,7 +57,7 @@ def saved(
     family = FAMILIES[name]
     model = family.build()
     pictures = family.images(12)
-    blocks = find_blocks(model, pictures)
+    blocks = find_chain(model, pictures)
     source = source_of(model)
     if preprocessing is not None:
         object.__setattr__(source, "preprocessing", preprocessing)
@@ -106,7 +106,7 @@ def uniform(
     """A tiny model whose MLPs all keep a share of their neurons, and without some blocks."""
     family = FAMILIES[name]
     model, pictures = family.build(seed), family.images(4)
-    blocks, source = find_blocks(model, pictures), source_of(model)
+    blocks, source = find_chain(model, pictures), source_of(model)
     source = replace(source, preprocessing=preprocessing)
     with evaluating(model):
         seen = trace(model, blocks, pictures, range(blocks.depth))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.fit.plan import Span
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks, find_chain
 
 WIDTH, CLASSES, PREFIX = 16, 4, 1
 
@@ -95,7 +95,7 @@ def small_vit(
 
 def small_blocks(model: nn.Module) -> Blocks:
     """Where its blocks are, found by looking."""
-    return find_blocks(model, small_pictures(2))
+    return find_chain(model, small_pictures(2))
 
 
 def small_pictures(count: int, seed: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
 from blockfit.formats.folder import save
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks, find_chain
 from blockfit.models.demo import DigitsViT, demo_arguments
 from blockfit.models.forward import call
 from blockfit.models.head import primary_output
@@ -38,7 +38,7 @@ def small_model(
     if change is not None:
         change(model)
     model.eval()
-    source, blocks = source_of(model), find_blocks(model, images)
+    source, blocks = source_of(model), find_chain(model, images)
     maps = [empty_map(entry, blocks.width, blocks.prefix_tokens) for entry in plan]
     for parameter in (p for m in maps for p in m.parameters()):
         parameter.data += 0.1 * torch.randn_like(parameter)

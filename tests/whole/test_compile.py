@@ -16,7 +16,7 @@ from torch import nn
 
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.models.head import primary_output
 from blockfit.models.surgery import apply_plan
 
@@ -37,7 +37,7 @@ def _forgotten() -> Iterator[None]:
 
 def compressed(model: nn.Module, images: Any, kind: str) -> nn.Module:
     """Blocks 1 and 2 are replaced by a map whose weights are random."""
-    blocks = find_blocks(model, images)
+    blocks = find_chain(model, images)
     plan = Plan.of(["1:3"], kind, **PLANS[kind])
     maps = [empty_map(entry, blocks.width, blocks.prefix_tokens) for entry in plan]
     for parameter in maps[0].parameters():

@@ -16,7 +16,7 @@ from blockfit import api
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.analysis import analyze
 from blockfit.fit.plan import spans_up_to
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.search.calibrate import calibrate
 
 accelerate = pytest.importorskip("accelerate")
@@ -48,7 +48,7 @@ def test_an_offloaded_model_is_calibrated_and_analysed_as_it_is_in_memory(
     whole = calibrate(model, small_blocks(model), images, spans)
     away = offload(copy.deepcopy(model), tmp_path)
     assert any(parameter.is_meta for parameter in away.parameters())
-    blocks = find_blocks(away, next(iter(images)))
+    blocks = find_chain(away, next(iter(images)))
     assert blocks == small_blocks(model)
     found = calibrate(away, blocks, images, spans)
     for span in spans:

@@ -10,7 +10,7 @@ import pytest
 from families import one_thread as one_thread
 
 import blockfit
-from blockfit.models.blocks import find_blocks
+from blockfit.models.blocks import find_chain
 from blockfit.models.head import observe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ def test_a_folder_loads_as_its_class_with_twelve_blocks(name: str) -> None:
     model: Any = blockfit.load(folder)
     kind, prefix = MODELS[name]
     assert type(model).__name__ == kind
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     assert (blocks.depth, blocks.width, blocks.prefix_tokens) == (12, 96, prefix)
     weights = folder / "model.safetensors"
     assert weights.stat().st_size < 6e6
@@ -44,7 +44,7 @@ def test_it_knows_the_images_of_its_page(name: str, cifar10_test: Path) -> None:
     model = blockfit.load(ROOT / "models" / name)
     images = blockfit.images(str(cifar10_test), model, limit=300)
     right = 0
-    blocks = find_blocks(model)
+    blocks = find_chain(model)
     for batch in images.batches():
         seen = observe(model, blocks, batch.inputs)
         assert seen.logits is not None

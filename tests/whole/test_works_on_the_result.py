@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Narrowing, Plan
-from blockfit.models.blocks import Blocks, block_modules, find_blocks
+from blockfit.models.blocks import Blocks, block_modules, find_chain
 from blockfit.models.forward import evaluating
 from blockfit.models.probe import Probe
 from blockfit.models.surgery import apply_plan, is_replaced
@@ -31,7 +31,7 @@ every_library = pytest.mark.parametrize("name", NAMES)
 def small(name: str, model: nn.Module | None = None) -> tuple[Any, Tensor, Any]:
     """A tiny model without blocks 1 and 2, the others narrowed; images, what it says of them."""
     model = FAMILIES[name].build() if model is None else model
-    images, blocks = FAMILIES[name].images(), find_blocks(model)
+    images, blocks = FAMILIES[name].images(), find_chain(model)
     plan = Plan(Plan.of(["1:3"], "affine").replacements, tuple(halves(model, blocks, images)))
     maps = [empty_map(entry, blocks.width, blocks.prefix_tokens) for entry in plan]
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_gradient_checkpointing(name: str) -> None:
 def test_forward_hooks(name: str) -> None:
     model, images, _ = small(name)
     seen: list[int] = []
-    for index, block in enumerate(block_modules(model, find_blocks(model))):
+    for index, block in enumerate(block_modules(model, find_chain(model))):
         block.register_forward_hook(lambda *_, index=index: seen.append(index))
     logits(model, images)
     assert seen == [0, 1, 2, 3]
@@ -180,7 +180,7 @@ def test_a_class_of_its_own_for_every_block() -> None:
     Counting.ran.clear()
     assert_says(model, images, expected)
     assert len(Counting.ran) == 2
-    assert [is_replaced(b) for b in block_modules(model, find_blocks(model))] == [
+    assert [is_replaced(b) for b in block_modules(model, find_chain(model))] == [
         False, True, True, False,
     ]  # fmt: skip
 
@@ -195,7 +195,7 @@ def test_attention_maps(called_before: bool) -> None:
         model(images, output_attentions=True)
     model, images, _ = small("dinov2-classifier", model)
     seen: dict[int, Tensor] = {}
-    for index, block in enumerate(block_modules(model, find_blocks(model))):
+    for index, block in enumerate(block_modules(model, find_chain(model))):
         for path, part in block.named_modules():
             if path == "attention.attention" or path == "attention":
                 part.register_forward_hook(

@@ -135,7 +135,7 @@ def _check(tokenize: Tokenize, few: Sequence[str]) -> None:
 
 def _read(source: Any, column: str | None, split: str | None) -> Texts:
     if isinstance(source, str | Path):
-        file = Path(source)
+        file = Path(source).expanduser()
         if file.is_file() and file.suffix.lower() not in (".parquet", ".arrow"):
             if column is not None or split is not None:
                 raise BlockfitError(f"{file} is a text file, without column= or split=")

@@ -22,7 +22,7 @@ from blockfit.files import FolderForm, check_target, new_folder
 from blockfit.fit.plan import Span, spans_up_to
 from blockfit.fit.similarity import COLUMNS, Tables, merged, part
 from blockfit.formats.folder import module_of
-from blockfit.models.blocks import Blocks, call, find_blocks, record
+from blockfit.models.blocks import Blocks, call, find_chain, record
 from blockfit.models.cost import runs_on
 from blockfit.models.forward import evaluating, first_images
 from blockfit.models.load import source_of
@@ -180,7 +180,7 @@ def analyze(
     model = module_of(model)
     images = prepared_images(images, model, preprocessing, seed).draw(CALIBRATION_IMAGES, seed)
     example = images.first("analyse")
-    where = find_blocks(model, example, blocks)
+    where = find_chain(model, example, blocks)
     patches = _tokens(model, where, example) - where.prefix_tokens
     taken = min(TOKENS_PER_IMAGE, patches)
     groups = _groups(where, room)

@@ -15,7 +15,7 @@ from torch import nn
 from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line, need
-from blockfit.files import FolderForm, expanded
+from blockfit.files import SAVED, FolderForm, expanded
 from blockfit.formats.folder import WEIGHTS, Saved
 from blockfit.formats.parity import Parity, Pictures, compare
 from blockfit.formats.traced import Bare, primary, run
@@ -148,7 +148,7 @@ def push_folder(
     folder = expanded(folder)
     if not folder.is_dir():
         raise BlockfitError(f"there is no folder {folder}; check the path")
-    if (folder / "blockfit.json").is_file():
+    if (folder / SAVED).is_file():
         raise BlockfitError(
             f"{folder} is in blockfit's own form, which other tools cannot load; export it for the "
             f"Hub first (`blockfit export {shlex.quote(str(folder))}`, or export_hub) and push that"

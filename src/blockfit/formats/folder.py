@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError, first_line
-from blockfit.files import PARTIAL, FolderForm, check_target, expanded, new_folder
+from blockfit.files import PARTIAL, SAVED, FolderForm, check_target, expanded, new_folder
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
 from blockfit.formats.int8 import put_int8
@@ -47,7 +47,7 @@ from blockfit.models.tensors import (
 from blockfit.provenance import installed_versions
 from blockfit.untrusted import open_tensors
 
-MARK = "blockfit.json"
+MARK = SAVED
 WEIGHTS = "model.safetensors"
 FILES = (MARK, WEIGHTS, "config.json", "preprocessor_config.json")
 """All that a saved folder may hold."""

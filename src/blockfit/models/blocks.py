@@ -38,7 +38,7 @@ __all__ = [
     "block_modules",
     "call",
     "example_input",
-    "find_blocks",
+    "find_chain",
     "named_blocks",
     "overridden",
     "record",
@@ -235,7 +235,7 @@ def overridden(
 
 
 @checked
-def find_blocks(
+def find_chain(
     model: nn.Module,
     example: Batch | None = None,
     path: str | None = None,

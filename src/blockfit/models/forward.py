@@ -38,6 +38,10 @@ FORWARD_ERRORS = (
 """What the code of a model raises where it cannot be run on what it is given."""
 
 
+class Enough(Exception):
+    """Ends a forward as soon as what was looked for has been seen."""
+
+
 def call(model: nn.Module, inputs: Batch) -> Any:
     """One forward: ``model(inputs)``, or ``model(**inputs)`` for a mapping.
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from blockfit.errors import BlockfitError, first_line, need
+from blockfit.files import SAVED
 from blockfit.models import hub
 from blockfit.models.preprocessing import (
     Preprocessing,
@@ -59,7 +60,7 @@ class Loaded(NamedTuple):
 def load_folder(
     folder: Path, trust_remote_code: bool, dtype: torch.dtype, options: dict[str, Any]
 ) -> Loaded:
-    if (folder / "blockfit.json").is_file():
+    if (folder / SAVED).is_file():
         raise BlockfitError(f"{folder} was saved by blockfit; load it with blockfit.load")
     config = folder / "config.json"
     if not config.is_file():

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError, first_line, need
+from blockfit.files import SAVED
 from blockfit.models.described import describe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -196,7 +197,7 @@ def read_preprocessing(given: str | int) -> Preprocessing:
     file = Path(text).expanduser()
     if file.is_file():
         return _in_file(file)
-    if (own := file / "blockfit.json").is_file():
+    if (own := file / SAVED).is_file():
         try:
             told = json.loads(own.read_text())["base"]["preprocessing"]
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.numerics import exact
-from blockfit.models.forward import forward_as
+from blockfit.models.forward import Enough, forward_as
 
 RunBlock = Callable[[Tensor], Tensor]
 """Runs one block on a hidden state with the arguments that its model gives it."""
+
+Silenced = Mapping[str, Tensor | float]
+"""What layers return instead of their own outputs, by their names."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +134,18 @@ def written(block: nn.Module, outputs: Mapping[str, Tensor | float]) -> Iterator
         yield
 
 
-class _Enough(Exception):
-    """Ends a block's forward as soon as what was looked for has been seen."""
-
-
 def input_of(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) -> Tensor:
     """What the named linear layer of ``block`` is given; the rest of the block is not run."""
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0].detach())
-        raise _Enough
+        raise Enough
 
     handle = block.get_submodule(name).register_forward_pre_hook(hook)
     try:
         run(hidden)
-    except _Enough:
+    except Enough:
         return seen[0]
     finally:
         handle.remove()
@@ -252,7 +251,7 @@ def outputs_of(
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             seen[name] = output.detach()
             if len(seen) == len(names):
-                raise _Enough
+                raise Enough
 
         return hook
 
@@ -261,7 +260,7 @@ def outputs_of(
             undo.callback(block.get_submodule(name).register_forward_hook(note(name)).remove)
         try:
             run(hidden)
-        except _Enough:
+        except Enough:
             return seen
     raise BlockfitError(f"the block did not run its layers {', '.join(names)}")
 
@@ -302,40 +301,18 @@ def find_writers(
         At most two writers: of the attention (first) and of the MLP (last).
     """
     width = hidden.shape[-1]
-    order: list[tuple[str, Tensor]] = []
-    solvable: set[str] = set()
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Linear, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.shape == hidden.shape:
-                order.append((name, output.detach().clone()))
-                if _solvable(module, shared) and _is_product(module, args, output):
-                    solvable.add(name)
-
-        return hook
-
     linears = [
         name
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == width
     ]
-    with ExitStack() as undo, torch.no_grad():
-        for name in linears:
-            undo.callback(block.get_submodule(name).register_forward_hook(note(name)).remove)
-        run(hidden)
-    names = [name for name, _ in order]
-    silenced: dict[str, Tensor | float] = {}
-    found: list[Writer] = []
-    for name, output in reversed(order):
-        if names.count(name) != 1:
-            continue
+    outputs = [one for one in _outputs(block, run, hidden, linears, shared) if _like(one, hidden)]
+
+    def writer(name: str, output: Tensor, silenced: Silenced) -> Writer | None:
         gain = _gain(block, run, hidden, name, output, silenced)
-        if gain is not None:
-            silenced[name] = 0.0
-            found = [Writer(name, gain), *found] if name in solvable else found
-            if len(found) == 2:
-                break
-    return found
+        return None if gain is None else Writer(name, gain)
+
+    return _last_two(outputs, writer)
 
 
 def find_placed_writers(
@@ -350,37 +327,88 @@ def find_placed_writers(
         hidden: shape (batch, …), the channels last or first of the rest.
         shared: ids of parameters that something beside the block uses too; never solved.
     """
-    seen: list[tuple[str, Tensor, bool]] = []
+    linears = [name for name, module in block.named_modules() if type(module) is nn.Linear]
+    outputs = _outputs(block, run, hidden, linears, shared)
+
+    def writer(name: str, output: Tensor, silenced: Silenced) -> Writer | None:
+        return _placed(block, run, hidden, name, output, silenced)
+
+    return _last_two(outputs, writer)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a linear layer returned, and whether it may be solved: it is the product alone."""
+
+    name: str
+    value: Tensor
+    solvable: bool
+
+
+def _like(output: _Output, hidden: Tensor) -> bool:
+    return output.value.shape == hidden.shape
+
+
+def _outputs(
+    block: nn.Module,
+    run: RunBlock,
+    hidden: Tensor,
+    linears: Collection[str],
+    shared: Collection[int],
+) -> list[_Output]:
+    """What linear layers of a block return, in the order in which they run."""
+    seen: list[_Output] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                good = _solvable(module, shared) and _is_product(module, args, output)
-                seen.append((name, output.detach().clone(), good))
+                solvable = _solvable(module, shared) and _is_product(module, args, output)
+                seen.append(_Output(name, output.detach().clone(), solvable))
 
         return hook
 
-    linears = [name for name, module in block.named_modules() if type(module) is nn.Linear]
     with ExitStack() as undo, torch.no_grad():
         for name in linears:
             undo.callback(block.get_submodule(name).register_forward_hook(note(name)).remove)
         run(hidden)
-    names = [name for name, _, _ in seen]
+    return seen
+
+
+def _last_two(
+    outputs: Sequence[_Output], writer_of: Callable[[str, Tensor, Silenced], Writer | None]
+) -> list[Writer]:
+    """The last two layers that are writers once those after them are silenced."""
+    names = [one.name for one in outputs]
     silenced: dict[str, Tensor | float] = {}
     found: list[Writer] = []
-    for name, output, good in reversed(seen):
-        writer = _placed(block, run, hidden, name, output, silenced)
-        if names.count(name) != 1 or writer is None:
+    for one in reversed(outputs):
+        if names.count(one.name) != 1:
             continue
-        silenced[name] = 0.0
-        found = [writer, *found] if good else found
-        if len(found) == 2:
-            break
+        writer = writer_of(one.name, one.value, silenced)
+        if writer is None:
+            continue
+        silenced[one.name] = 0.0
+        if one.solvable:
+            found = [writer, *found]
+            if len(found) == 2:
+                break
     return found
 
 
 DIGITS = 32
 """Rows of a layer are told apart by numbers that are written into them, a digit at a time."""
+
+
+def _with_output(
+    block: nn.Module, run: RunBlock, hidden: Tensor, name: str, silenced: Silenced
+) -> Callable[[Tensor | float], Tensor]:
+    """What the block returns, of what one of its layers returns."""
+
+    def out(value: Tensor | float) -> Tensor:
+        with torch.no_grad(), written(block, {**silenced, name: value}):
+            return exact(run(hidden))
+
+    return out
 
 
 def _placed(
@@ -389,14 +417,11 @@ def _placed(
     hidden: Tensor,
     name: str,
     output: Tensor,
-    silenced: Mapping[str, Tensor | float],
+    silenced: Silenced,
 ) -> Writer | None:
     """The writer that a layer is, with the place of its rows; ``None`` where it is none."""
 
-    def out(value: Tensor | float) -> Tensor:
-        with torch.no_grad(), written(block, {**silenced, name: value}):
-            return exact(run(hidden))
-
+    out = _with_output(block, run, hidden, name, silenced)
     base, width, images = out(0.0), output.shape[-1], len(hidden)
     if len(base) != images or output.numel() % (images * width) or base.ndim < 3:
         return None
@@ -485,14 +510,11 @@ def _gain(
     hidden: Tensor,
     name: str,
     output: Tensor,
-    silenced: Mapping[str, Tensor | float],
+    silenced: Silenced,
 ) -> Tensor | None:
     """The gain of one layer; ``None`` where its output is not simply added."""
 
-    def out(value: Tensor | float) -> Tensor:
-        with torch.no_grad(), written(block, {**silenced, name: value}):
-            return exact(run(hidden))
-
+    out = _with_output(block, run, hidden, name, silenced)
     base, real = out(0.0), out(output)
     # A unit of the size of the state itself, so that the difference stands clear of rounding.
     unit = float(base.abs().max().clamp_min(1.0))

@@ -39,7 +39,7 @@ def find_blocks(
 ) -> Blocks:
     """Find a model's blocks by looking: a chain of like blocks, or else residual blocks in stages.
 
-    A chain is what ``blockfit.models.blocks.find_blocks`` finds. Where there is none and no
+    A chain is what ``blockfit.models.blocks.find_chain`` finds. Where there is none and no
     ``path`` is given, the blocks are the smallest modules that run once and add what a linear
     layer in them returns to what they were given, whatever their class, width, number of tokens
     and layout: those of hierarchical models. They can be narrowed, but no span of them removed.
@@ -55,7 +55,7 @@ def find_blocks(
     """
     asked = path is not None or prefix_tokens is not None
     try:
-        chain = chains.find_blocks(model, example, path, prefix_tokens)
+        chain = chains.find_chain(model, example, path, prefix_tokens)
         if asked or not _is_a_stage(model, chain, example):
             return chain
         inputs = example_input(model) if example is None else example
@@ -163,8 +163,12 @@ def find_stages(model: nn.Module, inputs: Batch) -> Blocks | None:
         return _laid_out(model, inputs, found, next(iter(names), ""))
 
 
-def _laid_out(model: nn.Module, inputs: Batch, found: Sequence[_Call], name: str) -> Blocks:
-    """The blocks in runs of which each reads what the one before returned."""
+def _laid_out(model: nn.Module, inputs: Batch, found: Sequence[_Call], name: str) -> Blocks | None:
+    """The blocks in runs of which each reads what the one before returned.
+
+    ``None`` where what they return does not decide what the blocks after them are given: nothing
+    could be solved in order then.
+    """
     runs: list[list[_Call]] = []
     for one in found:
         last = runs[-1][-1] if runs else None
@@ -190,7 +194,7 @@ def _laid_out(model: nn.Module, inputs: Batch, found: Sequence[_Call], name: str
         )
         if _follows(model, blocks, inputs):
             return blocks
-    return blocks
+    return None
 
 
 def _follows(model: nn.Module, blocks: Blocks, inputs: Batch) -> bool:

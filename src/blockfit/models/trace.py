@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Batch, Blocks, block_modules, call, overridden
+from blockfit.models.forward import Enough
 from blockfit.models.padding import real_tokens
-
-
-class _Enough(Exception):
-    """Ends a model's forward as soon as what was looked for has been seen."""
 
 
 @dataclass
@@ -64,14 +61,14 @@ class Trace:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(self.blocks.hidden_in(args, kwargs).detach().clone())
-            raise _Enough
+            raise Enough
 
         block = block_modules(model, self.blocks)[index]
         handle = block.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             with torch.no_grad(), overridden(model, self.blocks, functions or {}, self.rests):
                 call(model, self.inputs)
-        except _Enough:
+        except Enough:
             return seen[0]
         finally:
             handle.remove()

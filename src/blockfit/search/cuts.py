@@ -139,7 +139,7 @@ class CutSearch:
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise BlockfitError(
                 f"the curves that were measured before are damaged ({first_line(error)}); measure "
-                "them anew, into a new folder"
+                "them again, into a new folder"
             ) from error
         for curve in curves:
             part = curve.whole
@@ -151,6 +151,11 @@ class CutSearch:
         for plan, _ in spans:
             plan.check(self.depth, self.protected)
         self._curves, self._spans, self._failed = curves, spans, failed
+
+    @property
+    def _removes(self) -> bool:
+        """Whether whole blocks may go."""
+        return "blocks" in self.recipe.cuts and not self.originals.blocks.stages
 
     def _part(self, block: int, name: str) -> Narrowing | None:
         return self.originals.probe.parts(block).whole.get(name)
@@ -176,7 +181,7 @@ class CutSearch:
         """Plans of one short span each, with their effects; measured at the first call."""
         if self._spans is None:
             self._spans = []
-            if "blocks" in self.recipe.cuts and not self.originals.blocks.stages:
+            if self._removes:
                 some = spans_up_to(self.depth, min(LONGEST_SPAN, self.depth - 2), self.protected)
                 self._spans = self._scored(some)
         return self._spans
@@ -245,7 +250,7 @@ class CutSearch:
 
     def _most_of(self, index: int) -> Plan:
         """All of one block that may go."""
-        if "blocks" in self.recipe.cuts and index not in self.protected:
+        if self._removes and index not in self.protected:
             return Plan.of([f"{index}:{index + 1}"], "identity")
         if index in self.whole:
             return Plan()

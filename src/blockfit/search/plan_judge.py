@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -74,12 +73,8 @@ class PlanJudge:
         return self._solved(self._all, plan, choices)
 
     def _solved(self, images: TracedImages, plan: Plan, choices: Choices | None) -> Solution:
-        how: dict[str, Any] = {
-            "options": self.options,
-            "progress": self._progress,
-            "choices": choices,
-        }
-        return self.rounded(solve(images, plan, **how))
+        solution = solve(images, plan, self.options, self._progress, choices=choices)
+        return self.rounded(solution)
 
     def rounded(self, solution: Solution) -> Solution:
         """The solution in the precision of the model."""

@@ -24,7 +24,7 @@ from blockfit.evaluation.paper.judge import Judge, fitting_judge
 from blockfit.evaluation.protocols import Features, linear_probe_sgd
 from blockfit.fit.maps import Linear, empty_map
 from blockfit.fit.plan import Plan, Replacement, Span
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks, find_chain
 from blockfit.search.fidelity import kl_divergence
 from blockfit.search.solve import Solution
 
@@ -171,7 +171,7 @@ def some(name: str, count: int = 10) -> Images:
 @pytest.mark.parametrize("name", ["dinov2-classifier", "plain-in-place", "plain-tuple", "timm-vit"])
 def test_many_verdicts_in_one_pass_equal_each_model_on_its_own(name: str) -> None:
     model = FAMILIES[name].build()
-    blocks = find_blocks(model, FAMILIES[name].images())
+    blocks = find_chain(model, FAMILIES[name].images())
     solutions = {key: solution_of(plan, blocks) for key, plan in PLANS.items()}
     if name == "plain-in-place":
         weight = model.get_parameter("transformer.3.norm1.weight")
@@ -200,7 +200,7 @@ def test_many_verdicts_in_one_pass_equal_each_model_on_its_own(name: str) -> Non
 def test_many_verdicts_run_only_the_blocks_that_solutions_change() -> None:
     """One pass for all: the stem runs per solution, a block only behind the first change."""
     model: Any = FAMILIES["plain"].build()
-    blocks = find_blocks(model, FAMILIES["plain"].images())
+    blocks = find_chain(model, FAMILIES["plain"].images())
     ran = [0] * blocks.depth
     for index, block in enumerate(model.transformer):
         block.attention.register_forward_hook(

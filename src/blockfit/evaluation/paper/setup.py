@@ -16,7 +16,7 @@ from blockfit.data.splits import Source, train_and_test
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.paper.judge import Judge, fitting_judge
 from blockfit.evaluation.paper.lab import FULL, QUICK, Draw, Lab, Settings
-from blockfit.models.blocks import Batch, Blocks, find_blocks
+from blockfit.models.blocks import Batch, Blocks, find_chain
 from blockfit.models.cost import parameters
 from blockfit.models.load import source_of
 from blockfit.models.surgery import removed_plan
@@ -122,7 +122,7 @@ def prepare(
     pictures = open_images(sources.judged, model, limit=sources.test_limit, **how)
     example = _example(pictures)
     reads(pictures)
-    where = find_blocks(model, example, blocks)
+    where = find_chain(model, example, blocks)
     if done := removed_plan(model, where):
         raise BlockfitError(f"the model is compressed already ({done}); give the original instead")
     kind = judge or fitting_judge(model, where, example, pictures)
