@@ -154,3 +154,12 @@ def test_the_command_shows_every_hidden_state(small: tuple[Path, Done]) -> None:
     original = blockfit_command("check", "demo", *FEW, "--dtype", "float16", "--json").json
     assert original["checks"][0]["agreement"] == 1
     assert "unknown dtype" in blockfit_command(*given, "--dtype", "int8").error
+
+
+def test_as_many_images_as_a_calibration_takes_are_enough(monkeypatch: Any) -> None:
+    monkeypatch.setattr("blockfit.search.session.CALIBRATION_IMAGES", 24)
+    check = ["check", "demo", "--images", "digits:test", "--dtype", "float16"]
+    done = blockfit_command(*check, "--json")
+    assert done.json["data"][0]["used"] == 24
+    assert "; --limit all for all" in blockfit_command(*check).err
+    assert blockfit_command(*check, "--limit", "30", "--json").json["data"][0]["used"] == 30

@@ -46,6 +46,7 @@ def test_a_command_knows_its_options_by_their_parameters():
     assert names["max_drop"] == "--max-drop"
     assert (names["output"], names["sweep_folder"]) == ("--output", "--from")
     assert names["spans"] == "--span"
+    assert names["latency_images"] == "--measure-latency"  # of the sweep that --from names
     assert "model" not in names
     other = option_names(inspect.signature(sweep).parameters.values())
     assert other["latency_images"] == "--measure-latency"

@@ -34,6 +34,7 @@ def check(
 ) -> None:
     """Compare a model in half precision with itself in float32."""
     from blockfit.evaluation.precision import HALVES, check_precision
+    from blockfit.search.session import CALIBRATION_IMAGES
 
     for name in dtype or ():
         if name not in HALVES:
@@ -42,8 +43,9 @@ def check(
     with out.working():
         out.say(f"loading {small}")
         model, where = loading.load_small(small)
-        pictures = reading.open(images, model)
-        out.show_images(pictures, loading.place())
+        given = reading.open(images, model)
+        pictures = given.draw(CALIBRATION_IMAGES, reading.seed)  # rounding needs no more
+        out.show_images(pictures, loading.place(), pictures is not given)
         if where is None or blocks is not None:
             where = blockfit.find_blocks(model, next(iter(pictures), None), blocks)
         found = []

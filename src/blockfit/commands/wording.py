@@ -29,6 +29,8 @@ def option_names(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
             if long:
                 names[parameter.name] = long[0]
     known = set(names.values())
+    if "--from" in known:  # what a sweep lacks is asked of the command that made it
+        known.add("--measure-latency")
     return {name: text for name, text in OTHER_NAMES.items() if text in known} | names
 
 
