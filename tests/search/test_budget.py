@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from looking import LOOKING, Uncountable, looking
 from small import small_blocks, small_pictures, small_vit
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from blockfit.errors import BlockfitError
@@ -144,6 +145,19 @@ def test_fractions_are_of_the_original() -> None:
     part = sizes.fractions(Plan.of(["1:3"], "affine"))
     assert part["removed"] == 2
     assert part["params"] == pytest.approx((total - 2 * block + 16 * 17) / total)
+
+
+def test_a_budget_of_parameters_counts_no_flops_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each count is a forward pass under torch's counter: as long as dozens of plain ones."""
+    sizes = Sizes(small_vit(6), small_blocks(small_vit(6)), small_pictures(2))
+    counted: list[nn.Module] = []
+    monkeypatch.setattr(Sizes, "_count", lambda _, model: counted.append(model))
+    plan = Plan.of(["1:3"], "affine")
+    assert sizes.known_fraction(plan, "params") == sizes.fraction(plan, "params") < 1
+    assert not counted
+    with pytest.raises(BlockfitError, match="flops of .* cannot be counted; give params="):
+        sizes.known_fraction(plan, "flops")
+    assert len(counted) == 1
 
 
 @pytest.mark.parametrize("kind", LOOKING.values(), ids=list(LOOKING))

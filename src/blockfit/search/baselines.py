@@ -128,10 +128,10 @@ class Baseline:
         """
 
         def meets(kept: int) -> bool:
-            return sizes.fractions(self._keeping(kept))[kind] <= value + 1e-9
+            return sizes.known_fraction(self._keeping(kept), kind) <= value + 1e-9
 
         if not meets(1):
-            left = sizes.fractions(self._keeping(1))[kind]
+            left = sizes.known_fraction(self._keeping(1), kind)
             raise BlockfitError(
                 f"{kind} {value:.1%} cannot be reached: {self.method} cuts MLPs alone, and with "
                 f"one neuron in each {left:.1%} remains; ask for more"

@@ -131,29 +131,56 @@ class Sizes:
         if self.flops is None:
             self._bare = shared_copy(model)
             self.flops = self._count(self._bare)
-        self._known: dict[Plan, tuple[int, int | None]] = {}
+        self._parameters: dict[Plan, int] = {}
+        self._flops: dict[Plan, int | None] = {}
 
     def of(self, plan: Plan) -> tuple[int, int | None]:
         """Parameters, and FLOPs for one image; ``None`` where they are unknown."""
-        if plan not in self._known:
-            small = copy.deepcopy(self._bare, {id(t): t for t in every_tensor(self._bare)})
-            device = next(self._bare.parameters()).device
-            with device:
-                maps = [empty_map(e, self.blocks.width, self.blocks.prefix_tokens) for e in plan]
-            apply_plan(small, self.blocks, plan, maps)
-            self._known[plan] = (sum(p.numel() for p in small.parameters()), self._count(small))
-        return self._known[plan]
+        return self._parameters_of(plan), self._flops_of(plan)
+
+    def fraction(self, plan: Plan, kind: str) -> float | None:
+        """What remains of the original: of ``params`` or ``flops``; ``None`` where unknown.
+
+        FLOPs take a forward pass to count, so they are counted for ``flops`` alone.
+        """
+        if kind == "params":
+            return self._parameters_of(plan) / self.parameters
+        flops = self._flops_of(plan)
+        return flops / self.flops if flops is not None and self.flops else None
+
+    def known_fraction(self, plan: Plan, kind: str) -> float:
+        """The same.
+
+        Raises:
+            BlockfitError: where the FLOPs are unknown.
+        """
+        found = self.fraction(plan, kind)
+        if found is None:
+            raise BlockfitError(f"the {kind} of {plan} cannot be counted; give params=")
+        return found
 
     def fractions(self, plan: Plan) -> dict[str, float]:
         """What remains of the original: ``params``, ``flops`` if known; and ``removed`` blocks."""
-        parameters, flops = self.of(plan)
-        out = {
-            "removed": float(len(plan.removed_blocks)),
-            "params": parameters / self.parameters,
-        }
-        if flops is not None and self.flops:
-            out["flops"] = flops / self.flops
-        return out
+        known = {kind: self.fraction(plan, kind) for kind in ("params", "flops")}
+        out = {"removed": float(len(plan.removed_blocks))}
+        return out | {kind: value for kind, value in known.items() if value is not None}
+
+    def _built(self, plan: Plan) -> nn.Module:
+        small = copy.deepcopy(self._bare, {id(t): t for t in every_tensor(self._bare)})
+        with next(self._bare.parameters()).device:
+            maps = [empty_map(e, self.blocks.width, self.blocks.prefix_tokens) for e in plan]
+        apply_plan(small, self.blocks, plan, maps)
+        return small
+
+    def _parameters_of(self, plan: Plan) -> int:
+        if plan not in self._parameters:
+            self._parameters[plan] = sum(p.numel() for p in self._built(plan).parameters())
+        return self._parameters[plan]
+
+    def _flops_of(self, plan: Plan) -> int | None:
+        if plan not in self._flops:
+            self._flops[plan] = self._count(self._built(plan))
+        return self._flops[plan]
 
     def warnings(self) -> list[str]:
         """What to warn of where FLOPs are unknown."""

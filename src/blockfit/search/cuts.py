@@ -228,7 +228,7 @@ class CutSearch:
             assert prices is not None
             saved = sum((c.size - c.kept) * prices.units[c.block, c.part] for c in cuts)
             return 1 - saved
-        return self.sizes.fractions(Plan((), cuts))[share.kind]
+        return self.sizes.known_fraction(Plan((), cuts), share.kind)
 
     def check_reach(self, share: Share) -> None:
         """Refuse a size that no plan can have, before effects are measured.
@@ -238,10 +238,12 @@ class CutSearch:
         """
         if share.kind == "latency" or share.value >= 1:
             return
-        gone = [self.sizes.fractions(self._most_of(index)) for index in range(self.depth)]
-        if any(share.kind not in left for left in gone):
-            return  # FLOPs without a block that the model needs cannot be counted
-        least = 1 - sum(1 - left[share.kind] for left in gone)
+        least = 1.0
+        for index in range(self.depth):
+            left = self.sizes.fraction(self._most_of(index), share.kind)
+            if left is None:
+                return  # FLOPs without a block that the model needs cannot be counted
+            least -= 1 - left
         if least > share.value:
             raise BlockfitError(
                 f"{share.kind} {share.value:.1%} cannot be reached: with all gone that may go, "
@@ -292,7 +294,7 @@ class CutSearch:
             plans = [plan for choice in choices for plan in self._forms(choice.plan)]
             if share.kind == "latency":
                 return plans
-            left = [self.sizes.fractions(plan)[share.kind] for plan in plans]
+            left = [self.sizes.known_fraction(plan, share.kind) for plan in plans]
             if left[0] <= share.value + 1e-9:
                 pairs = zip(plans, left, strict=True)
                 return [plan for plan, part in pairs if part <= share.value + 1e-9]
@@ -354,7 +356,7 @@ class CutSearch:
         def saved(plan: Plan) -> float:
             if prices is not None:
                 return prices.spans.get(len(plan.removed_blocks), 0.0)
-            return 1 - self.sizes.fractions(plan)[share.kind]
+            return 1 - self.sizes.known_fraction(plan, share.kind)
 
         return [Priced(plan.replacements[0], effect, saved(plan)) for plan, effect in self.spans]
 

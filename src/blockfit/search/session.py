@@ -475,7 +475,7 @@ class Session:
         for size in sizes:
             plans = search.proposals(size) if self._worth_trying(budget, size) else []
             for plan in plans:
-                smallest = min(smallest, self.sizes.fractions(plan)[budget.kind])
+                smallest = min(smallest, self.sizes.known_fraction(plan, budget.kind))
             if any(self._meets(budget, plan) for plan in plans):
                 point = search.solved(size, lambda plan: self._meets(budget, plan))
                 assert point is not None
@@ -486,14 +486,14 @@ class Session:
         )
 
     def _meets(self, budget: Budget, plan: Plan) -> bool:
-        return budget.met_by_size(self.sizes.fractions(plan))
+        return self.sizes.known_fraction(plan, budget.kind) <= budget.value + 1e-9
 
     def _worth_trying(self, budget: Budget, size: int) -> bool:
         """Whether removing the ``size`` largest blocks for nothing would meet the budget."""
         if budget.kind not in self._savings:
             depth = self.setting.blocks.depth
             single = [Plan.of([f"{i}:{i + 1}"], "identity") for i in range(depth)]
-            saved = [1 - self.sizes.fractions(plan)[budget.kind] for plan in single]
+            saved = [1 - self.sizes.known_fraction(plan, budget.kind) for plan in single]
             self._savings[budget.kind] = sorted(saved, reverse=True)
         return 1 - sum(self._savings[budget.kind][:size]) <= budget.value + 1e-9
 
@@ -549,9 +549,8 @@ class Session:
         """What a plan does, for warnings."""
         if not point.solution.plan.narrowings:
             return f"removing {point.removed} block{'' if point.removed == 1 else 's'}"
-        return (
-            f"leaving {self.sizes.fractions(point.solution.plan)['params']:.0%} of the parameters"
-        )
+        left = self.sizes.known_fraction(point.solution.plan, "params")
+        return f"leaving {left:.0%} of the parameters"
 
     def warnings(self, point: Point) -> list[str]:
         """What the user should know: images that change, a costly budget, the nearest safe one."""
