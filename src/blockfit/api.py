@@ -684,6 +684,8 @@ def push_to_hub(
     *,
     private: bool = False,
     overwrite: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Upload a compressed model to the Hugging Face Hub, with huggingface_hub's own settings.
 
@@ -695,6 +697,8 @@ def push_to_hub(
         repository: ``owner/name``.
         private: visible to its owner only, where the repository is new.
         overwrite: put the files into a repository that is there already.
+        base_model: as in ``export_plain``, for the model card.
+        license: as in ``export_plain``, for the model card.
 
     Returns:
         The address of the repository.
@@ -702,14 +706,16 @@ def push_to_hub(
     Raises:
         BlockfitError: where no form for the Hub can hold the model, or the Hub refuses.
     """
-    how = {"private": private, "overwrite": overwrite}
+    Origin(base_model, license)  # refused before a model is loaded
+    how: dict[str, Any] = {"private": private, "overwrite": overwrite}
+    card: dict[str, Any] = {"base_model": base_model, "license": license}
     if isinstance(small, (str, Path)) and not store.is_saved(small) and expanded(small).is_dir():
-        return exported_folder.push_folder(Path(small), repository, **how)
+        return exported_folder.push_folder(Path(small), repository, **how, **card)
     saved = as_saved(small)
     stock = saved.plan.not_plain(saved.blocks.depth) is None
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / "model"
-        (export_plain if stock else export_hub)(saved, folder)
+        (export_plain if stock else export_hub)(saved, folder, **card)
         return exported_folder.push_folder(folder, repository, **how)
 
 

@@ -175,8 +175,9 @@ class Api:
         Api.said.append((repo, private))
         return f"https://huggingface.co/{repo}"
 
-    def upload_folder(self, **told: Any) -> None:
-        Api.said.append(told)
+    def create_commit(self, *, operations: list[Any], **told: Any) -> None:
+        files = {entry.path_in_repo: entry.path_or_fileobj for entry in operations}
+        Api.said.append({**told, "files": files})
 
 
 def test_push_uploads_the_exported_files_alone(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,10 +186,33 @@ def test_push_uploads_the_exported_files_alone(hub: Path, monkeypatch: pytest.Mo
     assert told["url"] == "https://huggingface.co/me/small"
     assert Api.said[0] == ("me/small", True)
     assert Api.said[1]["repo_id"] == "me/small"
-    assert set(Api.said[1]["allow_patterns"]) >= {p.name for p in hub.iterdir()}
+    assert set(Api.said[1]["files"]) == {p.name for p in hub.iterdir()}
+    assert Api.said[1]["files"]["README.md"] == (hub / "README.md").read_bytes()
     assert "already created" in blockfit_command("push", hub, "me/taken").error
     assert blockfit_command("push", hub, "me/taken", "--overwrite").code == 0
     assert "has no config.json" in blockfit_command("push", hub.parent, "me/x").error
+
+
+def test_push_says_on_the_card_where_the_model_comes_from(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import ModelCard
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    before = (hub / "README.md").read_bytes()
+    told = ("--base-model", "google/vit-base", "--license", "Apache-2.0")
+    assert blockfit_command("push", hub, "me/small", *told).code == 0
+    card = ModelCard(Api.said[1]["files"]["README.md"].decode())
+    assert (card.data.base_model, card.data.license) == ("google/vit-base", "apache-2.0")
+    assert "Made from google/vit-base (licence: Apache-2.0) without training" in card.text
+    assert card.text.startswith("\n# google/vit-base")
+    assert (
+        card.text.partition("## How")[2] == ModelCard(before.decode()).text.partition("## How")[2]
+    )
+    assert (hub / "README.md").read_bytes() == before
+    wrong = blockfit_command("push", hub, "me/small", "--base-model", "tiny")
+    assert wrong.code == 2
+    assert "--base-model" in wrong.error
 
 
 @pytest.mark.parametrize("folded", [True, False], ids=["stock", "with code"])
@@ -196,17 +220,27 @@ def test_a_result_goes_up_in_the_form_that_can_hold_it(
     folded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Reader(Api):
-        def upload_folder(self, **told: Any) -> None:
-            config = json.loads((told["folder_path"] / "config.json").read_text())
-            Api.said.append(config["model_type"])
+        def create_commit(self, *, operations: list[Any], **told: Any) -> None:
+            (config,) = (o for o in operations if o.path_in_repo == "config.json")
+            (card,) = (o for o in operations if o.path_in_repo == "README.md")
+            kind = json.loads(Path(config.path_or_fileobj).read_text())["model_type"]
+            data = ModelCard(card.path_or_fileobj.decode()).data
+            Api.said.append((kind, data.base_model, data.license))
+
+    from huggingface_hub import ModelCard
 
     monkeypatch.setattr("huggingface_hub.HfApi", Reader)
     maps = Plan((Replacement(Span(2, 3), "folded"),)) if folded else MAPS
     small = saved(tmp_path / "small", "vit-classifier", maps)
     result = blockfit.Result(small.model, small.plan, {}, small.blocks, small.source)
-    url = result.push_to_hub("me/small", private=True)
+    origin = {"base_model": "me/vit", "license": "mit"}
+    url = result.push_to_hub("me/small", private=True, **origin)
     assert url == "https://huggingface.co/me/small"
-    assert Api.said == [("me/small", True), "vit" if folded else "blockfit_vit"]
+    kind = "vit" if folded else "blockfit_vit"
+    assert Api.said == [("me/small", True), (kind, "me/vit", "mit")]
+    if not folded:  # as transformers' own method of the model
+        small.model.push_to_hub("me/small", **origin)  # type: ignore[operator]
+        assert Api.said[-1] == (kind, "me/vit", "mit")
 
 
 def test_what_was_not_exported_is_not_pushed(tmp_path: Path) -> None:

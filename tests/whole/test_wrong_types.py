@@ -100,7 +100,8 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "export_plain": EXPORT | CARD | {"dtype": [3, b"x", ["a"], "int8"]},
     "export_hub": EXPORT | CARD,
     "export_onnx": {"small": NAME, "path": PATH}, "export_program": {"small": NAME, "path": PATH},
-    "push_to_hub": {"small": NAME, "repository": [3, None], "private": FLAG, "overwrite": FLAG},
+    "push_to_hub": CARD
+    | {"small": NAME, "repository": [3, None], "private": FLAG, "overwrite": FLAG},
     "report": {"runs": [3, None, [3]], "path": PATH, "pictures": [3, b"x"]},
     "reproduce": {
         "model": NAME, "data": [3, b"x", ["a"]], "folder": PATH, "train": [3], "test": [3],

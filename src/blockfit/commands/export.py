@@ -42,13 +42,6 @@ Opset = Annotated[
 WeightDtype = Annotated[
     str | None, opt.option("--weights", "float16 or bfloat16; else the model's.", opt.HOW, "DTYPE")
 ]
-BaseModel = Annotated[
-    str | None,
-    opt.option("--base-model", "The original on the Hub, for the card.", opt.HOW, "OWNER/NAME"),
-]
-License = Annotated[
-    str | None, opt.option("--license", "Of the original, for the card.", opt.HOW, "ID")
-]
 CompareLevels = Annotated[
     bool, opt.option("--compare-levels", "Time onnxruntime's graph optimisation levels.", opt.HOW)
 ]
@@ -77,8 +70,8 @@ def export(
     opset: Opset = None,
     compare_levels: CompareLevels = False,
     weights: WeightDtype = None,
-    base_model: BaseModel = None,
-    license: License = None,
+    base_model: opt.BaseModel = None,
+    license: opt.License = None,
     images: Pictures = None,
     overwrite: opt.Overwrite = False,
 ) -> None:

@@ -110,6 +110,10 @@ Spans = Annotated[
 Folder = Annotated[Path, option("--output", "Folder to write.", OUT, "FOLDER", "-o")]
 MaybeFolder = Annotated[Path | None, option("--output", "Folder to write.", OUT, "FOLDER", "-o")]
 Overwrite = Annotated[bool, option("--overwrite", "Replace what an earlier run wrote.", OUT)]
+BaseModel = Annotated[
+    str | None, option("--base-model", "The original on the Hub, for the card.", HOW, "OWNER/NAME")
+]
+License = Annotated[str | None, option("--license", "Of the original, for the card.", HOW, "ID")]
 ReportFile = Annotated[
     Path | None, option("--report", "Explain the run on one HTML page.", OUT, "FILE")
 ]

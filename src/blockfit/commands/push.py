@@ -23,12 +23,15 @@ def push(
     repository: Repository,
     private: Private = False,
     overwrite: opt.Overwrite = False,
+    base_model: opt.BaseModel = None,
+    license: opt.License = None,
 ) -> None:
     """Upload an exported folder to the Hugging Face Hub."""
     from blockfit.formats.exported_folder import push_folder
 
+    card: dict[str, str | None] = {"base_model": base_model, "license": license}
     with out.working():
         out.say(f"uploading {folder} to {repository}")
-        url = push_folder(folder, repository, private=private, overwrite=overwrite)
+        url = push_folder(folder, repository, private=private, overwrite=overwrite, **card)
     out.line(f"{folder} is at {url}")
     out.result({"folder": str(folder), "repository": repository, "url": url, "private": private})

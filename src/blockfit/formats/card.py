@@ -48,6 +48,11 @@ class Origin:
     base_model: str | None = None
     license: str | None = None
 
+    @property
+    def said(self) -> bool:
+        """Whether the user says anything."""
+        return self.base_model is not None or self.license is not None
+
     def __post_init__(self) -> None:
         if self.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
             raise BlockfitError(
@@ -108,6 +113,41 @@ def model_card(
         f"Made with blockfit {installed_versions()['blockfit']}, torch {saved.versions['torch']}.",
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
+
+
+def with_origin(text: str, origin: Origin) -> str:
+    """A card that ``model_card`` wrote, with what the user says of the original.
+
+    The metadata are set; the title and the sentence on the origin follow where they are still as
+    they were written.
+
+    Args:
+        text: of ``README.md``.
+        origin: what the user says.
+    """
+    from huggingface_hub import ModelCard
+
+    if not origin.said:
+        return text
+    card = ModelCard(text, ignore_metadata_errors=True)
+    body = card.text
+    if (found := _MADE_FROM.search(body)) is not None:
+        name = origin.base_model or found["name"]
+        told = found["told"] if origin.license is None else f"licence: {origin.license}"
+        body = body.replace(found[0], f"Made from {name} ({told}) without training:", 1)
+        title = re.escape(found["name"])
+        body = re.sub(rf"\A(\s*# ){title}(?=,? )", lambda title: f"{title[1]}{name}", body)
+    if origin.base_model is not None:
+        card.data["base_model"] = origin.base_model
+    if origin.license is not None:
+        card.data["license"] = _licence_id(origin.license)
+    return f"---\n{card.data.to_yaml()}\n---\n{body}"
+
+
+_MADE_FROM = re.compile(
+    r"Made from (?P<name>\S.*) \((?P<told>licence: .+|it does not state a licence)\) "
+    "without training:"
+)
 
 
 def _on_hub(source: Source) -> str | None:

@@ -16,6 +16,7 @@ from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line, need
 from blockfit.files import SAVED, FolderForm, expanded
+from blockfit.formats.card import Origin, with_origin
 from blockfit.formats.folder import WEIGHTS, Saved
 from blockfit.formats.parity import Parity, Pictures, compare
 from blockfit.formats.traced import Bare, primary, run
@@ -127,7 +128,13 @@ def compared(
 
 @checked
 def push_folder(
-    folder: Path, repository: str, *, private: bool = False, overwrite: bool = False
+    folder: Path,
+    repository: str,
+    *,
+    private: bool = False,
+    overwrite: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Upload what ``export_plain`` or ``export_hub`` wrote; nothing else of the folder goes along.
 
@@ -138,13 +145,18 @@ def push_folder(
         repository: ``owner/name``.
         private: visible to its owner only, where the repository is new.
         overwrite: put the files into a repository that is there already.
+        base_model: repository of the original on the Hub, as ``OWNER/NAME``, for the model card
+            that is uploaded; by default what the folder's card says. The folder stays.
+        license: of the original, likewise.
 
     Returns:
         The address of the repository.
 
     Raises:
-        BlockfitError: where the folder is no exported one, or the Hub refuses or is out of reach.
+        BlockfitError: where the folder is no exported one, the base model or the licence is none,
+            or the Hub refuses or is out of reach.
     """
+    origin = Origin(base_model, license)
     folder = expanded(folder)
     if not folder.is_dir():
         raise BlockfitError(f"there is no folder {folder}; check the path")
@@ -162,16 +174,18 @@ def push_folder(
             "checkpoint or for the Hub"
         )
     need("huggingface_hub", "transformers")
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError
 
+    files = {name: folder / name for name in FILES if (folder / name).is_file()}
+    card = with_origin(files[CARD].read_text(encoding="utf-8"), origin).encode()
+    contents: dict[str, Path | bytes] = {**files, CARD: card}
     try:
         api = HfApi()
         url = api.create_repo(repository, private=private, exist_ok=overwrite)
-        api.upload_folder(
+        api.create_commit(
             repo_id=repository,
-            folder_path=folder,
-            allow_patterns=list(FILES),
+            operations=[CommitOperationAdd(*entry) for entry in contents.items()],
             commit_message="Upload a model that blockfit made smaller",
         )
     except (OSError, HFValidationError) as error:

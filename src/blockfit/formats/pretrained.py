@@ -63,7 +63,13 @@ def save_pretrained(
 
 
 def push_to_hub(
-    model: nn.Module, repo_id: str, *, private: bool | None = None, **options: Any
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    **options: Any,
 ) -> str:
     """Upload the Hub form; returns the address of the repository.
 
@@ -71,6 +77,8 @@ def push_to_hub(
         model: compressed.
         repo_id: ``owner/name``.
         private: where the repository is new.
+        base_model: as in ``export_hub``, for the model card.
+        license: as in ``export_hub``, for the model card.
         options: of transformers' method; they have no use here.
 
     Raises:
@@ -78,7 +86,7 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as made:
         hub = Path(made) / "hub"
-        export_hub(saved_of(model), hub)
+        export_hub(saved_of(model), hub, base_model=base_model, license=license)
         return push_folder(hub, repo_id, private=bool(private), overwrite=True)
 
 

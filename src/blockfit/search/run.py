@@ -118,7 +118,7 @@ class Result:
         self.verbs["save"](self, folder, overwrite=overwrite)
 
     def push_to_hub(
-        self, repository: str, *, private: bool = False, overwrite: bool = False
+        self, repository: str, *, private: bool = False, overwrite: bool = False, **card: Any
     ) -> str:
         """Upload the model to the Hugging Face Hub.
 
@@ -126,6 +126,7 @@ class Result:
             repository: ``owner/name``.
             private: visible to its owner only, where the repository is new.
             overwrite: put the files into a repository that is there already.
+            card: ``base_model`` and ``license``, as in ``blockfit.push_to_hub``.
 
         Returns:
             The address of the repository.
@@ -134,7 +135,7 @@ class Result:
             BlockfitError: where no form for the Hub can hold the model, or the Hub refuses.
         """
         push = self.verbs["push_to_hub"]
-        return str(push(self, repository, private=private, overwrite=overwrite))
+        return str(push(self, repository, private=private, overwrite=overwrite, **card))
 
     def evaluate(self, data: Any, **options: Any) -> Any:
         """What the model is worth on images, as an ``Evaluation``.
