@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # for type checkers and editors; each name is imported when i
         save,
         sweep,
     )
-    from blockfit.data.texts import texts
+    from blockfit.data.texts import pairs, texts
     from blockfit.errors import BlockfitError, BlockfitWarning
     from blockfit.evaluation.analysis import Analysis
     from blockfit.evaluation.evaluate import Evaluation
@@ -80,6 +80,7 @@ __all__ = [
     "from_sweep",
     "images",
     "load",
+    "pairs",
     "push_to_hub",
     "report",
     "reproduce",
@@ -105,6 +106,7 @@ _ELSEWHERE = {
     "Replacement": "fit.plan",
     "Span": "fit.plan",
     "find_blocks": "models.stages",
+    "pairs": "data.texts",
     "texts": "data.texts",
 }
 """Modules of the public names that are not in ``api``."""

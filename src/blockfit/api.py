@@ -17,6 +17,8 @@ from blockfit.calibration import Calibration as Calibration
 from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, prepared_images
 from blockfit.data.images import images as images
+from blockfit.data.texts import pairs
+from blockfit.data.texts import texts as written_texts
 from blockfit.errors import BlockfitError, tell
 from blockfit.evaluation import bench as benchmark
 from blockfit.evaluation import evaluate as evaluation
@@ -82,8 +84,9 @@ def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) ->
 @checked
 def compress(
     model: nn.Module | str | Path,
-    images: Any,
+    images: Any = None,
     *,
+    texts: Any = None,
     spans: Iterable[Span | str | tuple[int, int]] | None = None,
     remove: int | None = None,
     params: float | str | None = None,
@@ -126,6 +129,10 @@ def compress(
         model: any module whose blocks map (batch, tokens, width) to the same shape, or a name.
         images: ``Images``, or whatever ``blockfit.images`` takes. 512 are drawn for the
             calibration; ``blockfit.images(…, limit=N)`` or ``limit="all"`` says otherwise.
+        texts: ``blockfit.texts(…)``, or its source where the model comes with its tokenizer: for
+            models of texts, and of images and texts. Of the latter, images alone make the image
+            tower smaller, texts alone the text tower, and both make both smaller under one budget,
+            by the similarities of images to texts.
         spans: what goes, by hand: ``["2:4", "9:11"]`` or ``[(2, 4), (9, 11)]``.
         remove: how many blocks go.
         params: the part of the parameters that may remain: ``0.62`` or ``"62%"``.
@@ -210,7 +217,7 @@ def compress(
     with Teller(say, progress) as teller:
         calibration = Calibration(
             model,
-            prepared_images(images, model, preprocessing, seed),
+            given_data(images, texts, model, preprocessing, seed),
             chosen,
             asked,
             held,
@@ -229,8 +236,9 @@ def compress(
 @checked
 def calibrate(
     model: nn.Module | str | Path,
-    images: Any,
+    images: Any = None,
     *,
+    texts: Any = None,
     recipe: str | Recipe = "default",
     cuts: Iterable[str] | str | None = None,
     multiple_of: int | None = None,
@@ -254,6 +262,7 @@ def calibrate(
     Args:
         model: as in ``compress``; it is left as it is.
         images: as in ``compress``.
+        texts: as in ``compress``.
         recipe: as in ``compress``; what ``calibration.compress`` does that names no other.
         cuts: as in ``compress``; likewise.
         multiple_of: as in ``compress``.
@@ -284,7 +293,8 @@ def calibrate(
     chosen = recipe_for(**asked)
     chosen.check_use("params=", protect=held.protect, whole=held.whole, multiple_of=multiple_of)
     module = _module(model)
-    teller, pictures = Teller(say, progress), prepared_images(images, module, preprocessing, seed)
+    teller = Teller(say, progress)
+    pictures = given_data(images, texts, module, preprocessing, seed)
     how: dict[str, Any] = {"blocks": blocks, "final": final, "judging": judge, "teller": teller}
     return Calibration(module, pictures, chosen, asked, held, **how).run()
 
@@ -426,8 +436,9 @@ def _solved(
 @told
 def evaluate(
     compressed: Result | Saved | nn.Module | str | Path,
-    data: Any,
+    data: Any = None,
     *,
+    texts: Any = None,
     against: nn.Module | str | Path | None = None,
     blocks: Blocks | None = None,
     measure: bool = True,
@@ -443,6 +454,8 @@ def evaluate(
         compressed: what ``compress`` returned, a module, or a name that ``load`` takes.
         data: ``Images``, or whatever ``blockfit.images`` takes; labels are used where there are
             any.
+        texts: as in ``compress``: alone, the outputs for texts are compared; with ``data``, the
+            embeddings of both towers, and the similarities of the images to the texts of a batch.
         against: the original or its name, for comparison.
         blocks: where both models' blocks are; known of a result and of a saved folder, else found.
         preprocessing: as in ``compress``.
@@ -463,7 +476,7 @@ def evaluate(
     own = source_of(model).preprocessing is not None or original is None
     return evaluation.evaluate(
         model,
-        prepared_images(data, model if own else original, preprocessing, 0),
+        given_data(data, texts, model if own or original is None else original, preprocessing, 0),
         against=original,
         blocks=where,
         measure=measure,
@@ -862,6 +875,22 @@ def as_saved(model: Any) -> Saved:
     if hasattr(whole, "blockfit_blocks"):
         return store.saved_of(whole)
     return Saved(whole, find_blocks(whole), Plan(), {}, source_of(whole), versions)
+
+
+def given_data(
+    images: Any, texts: Any, model: nn.Module, preprocessing: Given | None, seed: int
+) -> Images:
+    """What a verb was given as one set of batches: images, texts, or both.
+
+    Raises:
+        BlockfitError: for neither, and for texts that the model does not take.
+    """
+    if images is None and texts is None:
+        raise BlockfitError("there is nothing to run the model on: give images, texts= or both")
+    if images is None:
+        return texts if isinstance(texts, Images) else written_texts(texts, model, seed=seed)
+    pictures = prepared_images(images, model, preprocessing, seed)
+    return pictures if texts is None else pairs(pictures, texts, model)
 
 
 def _images(images: Any, model: nn.Module | None) -> Images:

@@ -190,7 +190,8 @@ class Calibration:
             seed=run.seed,
             max_memory=max_memory,
         )
-        judging, path = budget.kind in LOSSES, content.blocks.path
+        judging = budget.kind in LOSSES
+        path = None if content.blocks.stages else content.blocks.path
         at: dict[str, Any] = {"blocks": path, "judging": judging, "budget": budget, **how}
         made = cls(model, images, recipe, {"recipe": recipe}, held, **at)
         made._known = content.search

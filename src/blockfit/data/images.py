@@ -38,6 +38,7 @@ from blockfit.models.preprocessing import (
     preprocessing_of,
     read_preprocessing,
 )
+from blockfit.models.text_tower import Tokenize
 
 MOST_UNREADABLE = 0.1
 """The share of unreadable images beyond which a run stops."""
@@ -66,6 +67,41 @@ class LabelledBatch:
 
 
 @dataclass(frozen=True, eq=False)
+class Beside:
+    """Texts that images are given with, one to each, for models of both.
+
+    Args:
+        source: what they are, for people.
+        texts: by their positions.
+        tokenize: makes what the text tower is called with.
+        name: by which the image tower takes images.
+        order: which text goes with the image at a position, taken in turn.
+        left_out: what was no text, and why.
+    """
+
+    source: str
+    texts: Sequence[str]
+    tokenize: Tokenize
+    name: str
+    order: np.ndarray
+    left_out: Sequence[tuple[str, str]] = ()
+
+    def beside(self, inputs: Batch, positions: Sequence[int]) -> Batch:
+        """The images at some positions of all, with their texts."""
+        chosen = [self.texts[self.order[p % len(self.order)]] for p in positions]
+        pictures = {self.name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+        return {**pictures, **self.tokenize(chosen)}
+
+    def description(self) -> dict[str, Any]:
+        """What was used, as JSON values."""
+        return {
+            "source": self.source,
+            "total": len(self.texts),
+            "left_out": dict(self.left_out),
+        }
+
+
+@dataclass(frozen=True, eq=False)
 class Images:
     """Images that can be walked any number of times, in the same order; made by ``images``.
 
@@ -76,6 +112,7 @@ class Images:
     Args:
         limited: whether the user said how many there are to be.
         beyond: positions that were given and not drawn, in the order of the draw.
+        texts: that they are given with; their own labels are left away then.
     """
 
     records: Records | Stream
@@ -93,6 +130,7 @@ class Images:
     shard: tuple[int, int] = (0, 1)
     limited: bool = False
     beyond: np.ndarray = field(default_factory=lambda: np.arange(0))
+    texts: Beside | None = None
 
     def __len__(self) -> int:
         """The number of images, without those that a walk has found to be unreadable."""
@@ -143,6 +181,14 @@ class Images:
         Raises:
             BlockfitError: where more than ``MOST_UNREADABLE`` of the images cannot be read.
         """
+        for batch in self._batches(start):
+            if self.texts is not None:
+                positions = self.positions[batch.places].tolist()
+                inputs = self.texts.beside(batch.inputs, positions)
+                batch = replace(batch, inputs=inputs, labels=None, own_labels=None)
+            yield batch
+
+    def _batches(self, start: int) -> Iterator[LabelledBatch]:
         if isinstance(self.records, Stream):
             yield from self._streamed(self.records, start)
             return
@@ -257,6 +303,7 @@ class Images:
             "labels": self._labels_told(),
             "columns": dict(self.records.columns),
             "preprocessing": preprocessing,
+            **({} if self.texts is None else {"texts": self.texts.description()}),
         }
 
     def _part(self, positions: np.ndarray) -> Images:
@@ -346,7 +393,7 @@ class Images:
     def _labels_told(self) -> dict[str, Any] | None:
         """How labels were matched and how many images are not counted, as JSON values."""
         own = [i for i in self._own().tolist() if i not in self.unreadable]
-        if self.labelled.isdisjoint(own):
+        if self.texts is not None or self.labelled.isdisjoint(own):
             return None
         missing = Counter(self.uncounted[i] for i in own if i in self.uncounted)
         ordered = dict(missing.most_common())

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from blockfit.arguments import checked
-from blockfit.data.images import Images, images
+from blockfit.data.images import Beside, Images, images
 from blockfit.data.loaders import Stream
 from blockfit.data.tables import load_dataset, one_split
 from blockfit.errors import BlockfitError, first_line, need
-from blockfit.models.forward import image_tower
+from blockfit.models.forward import image_name, takes_texts
 from blockfit.models.load import source_of
 from blockfit.models.text_tower import Tokenize, tokenizer_of
 
@@ -59,6 +60,8 @@ def texts(
     Raises:
         BlockfitError: where there are no texts, no such column, or no tokenizer.
     """
+    if isinstance(tokenizer, nn.Module):
+        check_takes_texts(tokenizer)
     found, name, empty = _read(source, column, split)
     if not found:
         raise BlockfitError(f"{name} holds no texts; give some")
@@ -68,6 +71,79 @@ def texts(
     made = images(loader, limit=limit, seed=seed, batch_size=batch_size)
     assert isinstance(made.records, Stream)
     return replace(made, records=replace(made.records, source=name, left_out=empty))
+
+
+def check_takes_texts(model: nn.Module) -> None:
+    """Refuse texts for a model that takes none.
+
+    Raises:
+        BlockfitError: says what it takes.
+    """
+    if not takes_texts(model):
+        raise BlockfitError(
+            f"{type(model).__name__} takes no texts: it has no text tower, and its forward no "
+            "input_ids; give images alone"
+        )
+
+
+@checked
+def pairs(
+    pictures: Images, written: Any, model: nn.Module, tokenizer: Any = None, **options: Any
+) -> Images:
+    """Images and texts as batches of both, for both towers of a model.
+
+    As many texts as images go with them in their order: image–text pairs. Fewer are taken in turn;
+    of more some are drawn with the seed of the images. Which text goes with which image matters
+    little: a batch is judged by the similarities of all its images to all its texts.
+
+    Args:
+        pictures: images; their labels are left away.
+        written: what ``texts`` takes, or returned.
+        model: of images and texts.
+        tokenizer: as in ``texts``; the model's own by default.
+        options: of ``texts``: ``column`` and ``split``.
+
+    Raises:
+        BlockfitError: for a model without two towers, and where there are fewer than two texts.
+    """
+    name = image_name(model)
+    if name is None:
+        check_takes_texts(model)
+        raise BlockfitError(
+            f"{type(model).__name__} is no model of an image tower and a text tower; give images "
+            "or texts, not both"
+        )
+    if not isinstance(written, Images):
+        written = texts(written, model if tokenizer is None else tokenizer, **options)
+    held = _held(written)
+    if len({*held.texts}) < 2:
+        raise BlockfitError(
+            f"{written.records.source} holds one text; similarities need two different ones or more"
+        )
+    count, given = pictures.records.size, len(held.texts)
+    order = np.arange(given)
+    if given > count:
+        order = np.random.default_rng(pictures.seed).permutation(given)
+    assert isinstance(written.records, Stream)
+    left_out = written.records.left_out
+    beside = Beside(written.records.source, held.texts, held.tokenize, name, order, left_out)
+    return replace(pictures, texts=beside)
+
+
+@dataclass(frozen=True)
+class _Written:
+    texts: Sequence[str]
+    tokenize: Tokenize
+
+
+def _held(written: Images) -> _Written:
+    """The texts that ``texts`` holds, and their tokenizer."""
+    items = written.records.items if isinstance(written.records, Stream) else None
+    if not isinstance(items, DataLoader) or not isinstance(items.dataset, _Held):
+        raise BlockfitError("give texts as blockfit.texts returns them, a file, a table or a list")
+    chosen = [items.dataset[int(p)].text for p in written.positions]
+    assert isinstance(items.collate_fn, _Collate)
+    return _Written(chosen, items.collate_fn.tokenize)
 
 
 @dataclass(frozen=True)
@@ -98,11 +174,6 @@ class _Collate:
 
 def _tokenize(given: Any) -> Tokenize:
     if isinstance(given, nn.Module):
-        if image_tower(given) is not None:
-            raise BlockfitError(
-                f"{type(given).__name__} is a model of images and texts, whose image tower is what "
-                "is made smaller; give images, or its text tower alone as a model"
-            )
         source = source_of(given)
         return tokenizer_of(given, source)
     if hasattr(given, "pad_token") and callable(given):  # a tokenizer of transformers

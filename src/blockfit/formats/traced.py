@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError, first_line
 from blockfit.formats.folder import Saved, put_plan
+from blockfit.models.blocks import block_modules, call, example_input
 from blockfit.models.forward import evaluating, image_tower, parameters_of
 from blockfit.models.load import skeleton
 from blockfit.models.tensors import fill, storable
@@ -114,14 +116,33 @@ def bare_at(saved: Saved, native: tuple[int, int], resolution: Resolution | None
         resolution: the one to export; ``None`` for ``native``.
 
     Raises:
-        BlockfitError: where a timm model cannot be built for it.
+        BlockfitError: where a timm model cannot be built for it, and where images run through
+            nothing that was made smaller.
     """
     model = saved.model
+    _check_smaller_for_images(saved)
     if resolution is None or resolution.size == native:
         return Bare(model).eval()
     if saved.source.library == "timm":
         model = _any_size(saved) if resolution.size is None else _timm_at(model, resolution.size)
     return Bare(model, resized=True).eval()
+
+
+def _check_smaller_for_images(saved: Saved) -> None:
+    """Refuse a model of images and texts of which the text tower alone was made smaller."""
+    if not saved.plan or image_tower(saved.model) is None:
+        return
+    ran: list[bool] = []
+    with ExitStack() as undo, evaluating(saved.model), torch.no_grad():
+        for block in block_modules(saved.model, saved.blocks):
+            handle = block.register_forward_pre_hook(lambda module, args: ran.append(True))
+            undo.callback(handle.remove)
+        call(saved.model, example_input(saved.model))
+    if not ran:
+        raise BlockfitError(
+            f"what is exported of {type(saved.model).__name__} is its image tower, and its text "
+            "tower alone was made smaller; use export_hub, which holds both"
+        )
 
 
 def _timm_at(model: nn.Module, size: tuple[int, int]) -> nn.Module:

@@ -62,6 +62,7 @@ class Blocks:
         stages: dotted paths of the blocks where they are no chain at ``path``: in order, in runs of
             which each block reads what the one before it returned. Such blocks may differ in
             class, width, tokens and layout, and may be narrowed, but not replaced.
+        towers: whether the stages are two, the image tower of a model and its text tower.
     """
 
     path: str
@@ -71,6 +72,12 @@ class Blocks:
     input_name: str
     output_items: int
     stages: tuple[tuple[str, ...], ...] = field(default=(), metadata=LEFT_OUT)
+    towers: bool = field(default=False, metadata=LEFT_OUT)
+
+    @property
+    def first_of_texts(self) -> int:
+        """The first block of the text tower where there are two towers; 0 elsewhere."""
+        return len(self.stages[0]) if self.towers else 0
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -94,6 +101,12 @@ class Blocks:
         Raises:
             BlockfitError: where the blocks are in stages.
         """
+        if self.towers:
+            raise BlockfitError(
+                f"{what} needs one chain of blocks, and an image tower and a text tower are two, "
+                "in which MLPs and attentions can be narrowed, but no block removed; ask for "
+                "params, flops or latency, or give images or texts alone for one tower"
+            )
         if self.stages:
             raise BlockfitError(
                 f"{what} needs one chain of blocks with one number of tokens and one width; the "
@@ -138,6 +151,8 @@ class Blocks:
         count = sum(map(len, found.stages))
         if found.stages and (count != found.depth or not all(found.stages)):
             raise BlockfitError(f"{where}: stages hold {count} blocks, and depth is {found.depth}")
+        if found.towers and len(found.stages) != 2:
+            raise BlockfitError(f"{where}: two towers are two stages, not {len(found.stages)}")
         return found
 
 

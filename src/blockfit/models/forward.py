@@ -45,16 +45,15 @@ class Enough(Exception):
 def call(model: nn.Module, inputs: Batch) -> Any:
     """One forward: ``model(inputs)``, or ``model(**inputs)`` for a mapping.
 
-    Tensors are brought to the model's device and floating dtype first. A model of images and texts
-    that is given images alone runs its image tower and returns ``{"image_embeds": …}``. In eval
-    mode a model that draws random numbers (masking) draws the same ones in every call.
+    Tensors are brought to the model's device and floating dtype first. Of a model of images and
+    texts the towers run that are given something: the output is ``{"image_embeds": …}``,
+    ``{"text_embeds": …}`` or both. In eval mode a model that draws random numbers (masking) draws
+    the same ones in every call.
     """
     inputs = placed(model, inputs)
-    tower = image_tower(model)
     with nullcontext() if model.training else same_draws(model):
-        if tower is not None and (isinstance(inputs, Tensor) or not _TEXTS & inputs.keys()):
-            out = tower(**inputs) if isinstance(inputs, Mapping) else tower(inputs)
-            return {"image_embeds": getattr(out, "pooler_output", out)}
+        if (towers := _towers_for(model, inputs)) is not None:
+            return {name: _embeddings(*tower) for name, tower in towers.items()}
         if not isinstance(inputs, Mapping):
             return model(inputs)
         if not model.training and _fills_a_cache(model, inputs):
@@ -95,6 +94,62 @@ def image_tower(model: nn.Module) -> Callable[..., Any] | None:
         return None
     own = (getattr(model, name, None) for name in ("get_image_features", "encode_image"))
     return next(filter(callable, own), None)
+
+
+def text_tower(model: nn.Module) -> Callable[..., Any] | None:
+    """What gives the features of texts alone, where there is such a function."""
+    own = (getattr(model, name, None) for name in ("get_text_features", "encode_text"))
+    return next(filter(callable, own), None)
+
+
+def takes_texts(model: nn.Module) -> bool:
+    """Whether the model is called with texts, alone or beside images."""
+    return not _TEXTS.isdisjoint(p.name for p in parameters_of(model.forward))
+
+
+def image_name(model: nn.Module) -> str | None:
+    """By which name the image tower takes images; ``None`` for a model that is no two towers."""
+    tower = image_tower(model)
+    if tower is None or text_tower(model) is None:
+        return None
+    return next((p.name for p in parameters_of(tower)), None)
+
+
+def of_towers(
+    model: nn.Module, inputs: Batch
+) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """What a batch of images and texts gives to either tower of a model of both.
+
+    ``None`` for a batch of one kind alone, and for a model without two towers.
+    """
+    tower = image_tower(model)
+    if tower is None or text_tower(model) is None or not isinstance(inputs, Mapping):
+        return None
+    own = {p.name for p in parameters_of(tower)}
+    images = {name: value for name, value in inputs.items() if name in own}
+    texts = {name: value for name, value in inputs.items() if name not in own}
+    return (images, texts) if images and not _TEXTS.isdisjoint(texts) else None
+
+
+def _towers_for(
+    model: nn.Module, inputs: Batch
+) -> dict[str, tuple[Callable[..., Any], Batch]] | None:
+    """Output → the tower that makes it and what that is given; ``None`` for the whole model."""
+    images, texts = image_tower(model), text_tower(model)
+    if images is None:
+        return None
+    if isinstance(inputs, Tensor) or _TEXTS.isdisjoint(inputs):
+        return {"image_embeds": (images, inputs)}
+    if texts is None:
+        return None
+    if (both := of_towers(model, inputs)) is not None:
+        return {"image_embeds": (images, both[0]), "text_embeds": (texts, both[1])}
+    return {"text_embeds": (texts, inputs)}
+
+
+def _embeddings(tower: Callable[..., Any], inputs: Batch) -> Any:
+    out = tower(**inputs) if isinstance(inputs, Mapping) else tower(inputs)
+    return getattr(out, "pooler_output", out)
 
 
 @contextmanager
@@ -369,7 +424,8 @@ def _channels(model: nn.Module) -> int:
 def two_different(model: nn.Module, example: Batch) -> Batch:
     """The first two entries of an example with noise added, on the model's device, in its dtype.
 
-    What accompanies images (texts, times) is the same for both.
+    What accompanies images (texts, times) is the same for both. Of texts alone the second one is
+    the first that differs from the first.
 
     Raises:
         BlockfitError: where the example is empty, not finite, or holds no tensors.
@@ -384,6 +440,9 @@ def two_different(model: nn.Module, example: Batch) -> Batch:
     count, pictures = len(main), main.ndim >= 3
     if count == 0:
         raise BlockfitError("the example is empty; pass at least one image")
+    second = 1
+    if not pictures and not main.is_floating_point() and not main.is_meta:
+        second = next((row for row in range(1, count) if not main[row].equal(main[0])), 1)
 
     def two(name: str, value: Any) -> Any:
         if isinstance(value, list) and len(value) == count:
@@ -394,7 +453,8 @@ def two_different(model: nn.Module, example: Batch) -> Batch:
         counted = value.ndim >= 2 and len(value) > 1 and not value.is_floating_point()
         if len(value) != count and not counted:
             return value
-        rows = value[:2].detach().to(like.device)
+        rows = value[[0, second]] if len(value) == count > 1 else value[:2]
+        rows = rows.detach().to(like.device)
         rows = torch.cat([rows, rows]) if len(rows) == 1 else rows
         if rows.is_floating_point():
             if not rows.is_meta and not rows.isfinite().all():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.models.blocks import Batch, Blocks, block_modules, call
-from blockfit.models.forward import evaluating
+from blockfit.models.forward import evaluating, of_towers
 from blockfit.models.padding import real_tokens, without_padding
 
 
@@ -42,6 +42,9 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
     output is the model's primary output of shape (images, classes), or whose mean or sum is.
     Linear layers on the way there (poolers) and those that make image embeddings are no heads.
     Without a head the features of padded tokens are zeros: they count in no difference.
+    Of both towers of a model of images and texts the features are both embeddings, each of length
+    1, side by side, and the logits of an image are its scaled similarities to the different texts
+    of the batch: what zero-shot classification takes the softmax of.
     Both results are detached, in the model's dtype and on its device; modes, hooks and random
     state are as before.
 
@@ -69,8 +72,11 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
         undo.enter_context(evaluating(model))
         undo.enter_context(torch.no_grad())
         output = call(model, inputs)
+        if (both := of_towers(model, inputs)) is not None and len(embeddings_in(output)) == 2:
+            return _of_both(model, both[1], *embeddings_in(output).values())
         primary = primary_output(output)
-        embeds = primary is _member(output, "image_embeds")
+        found = embeddings_in(output).items()
+        embeds = next((name for name, one in found if primary is one), "")
         heads = [] if embeds else _heads(primary, seen)
     if not heads:
         if primary.ndim > 2:
@@ -81,11 +87,46 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
     return Observation(features.detach(), primary.detach(), tuple(features.shape))
 
 
+def embeddings_in(output: Any) -> dict[str, Tensor]:
+    """The embeddings of images and of texts in a model's output, by their names."""
+    found = {name: _member(output, name) for name in ("image_embeds", "text_embeds")}
+    return {name: one for name, one in found.items() if isinstance(one, Tensor)}
+
+
+def _of_both(
+    model: nn.Module, tokens: Mapping[str, Any], images: Tensor, texts: Tensor
+) -> Observation:
+    """What both towers say of a batch with as many texts as images."""
+    if images.ndim != 2 or images.shape != texts.shape:
+        raise BlockfitError(
+            f"the embeddings of images have shape {tuple(images.shape)}, those of texts "
+            f"{tuple(texts.shape)}; both towers are judged together where both have shape "
+            "(batch, features), so give images or texts alone"
+        )
+    image, text = (nn.functional.normalize(one.detach(), dim=-1) for one in (images, texts))
+    features, scale = torch.cat([image, text], dim=1), getattr(model, "logit_scale", None)
+    if not isinstance(scale, Tensor):
+        told = "the output is embeddings of images and texts, and the model has no logit_scale"
+        return Observation(features, None, tuple(features.shape), told)
+    logits = scale.detach().exp() * image @ text[_different_rows(tokens)].T
+    return Observation(features, logits, tuple(features.shape))
+
+
+def _different_rows(tokens: Mapping[str, Any]) -> list[int]:
+    """The first row of each different text of a batch."""
+    whole = [v for v in tokens.values() if isinstance(v, Tensor) and v.ndim == 2]
+    rows = zip(*(value.tolist() for value in whole), strict=True)
+    first: dict[Any, int] = {}
+    for place, row in enumerate(rows):
+        first.setdefault(tuple(map(tuple, row)), place)
+    return [*first.values()]
+
+
 def primary_output(output: Any) -> Tensor:
     """The tensor of a model's output that matters most, batch first.
 
-    ``logits`` before ``image_embeds`` before ``last_hidden_state`` before the first tensor; of a
-    list of feature maps the last one, which is the deepest.
+    ``logits`` before ``image_embeds`` before ``text_embeds`` before ``last_hidden_state`` before
+    the first tensor; of a list of feature maps the last one, which is the deepest.
 
     Raises:
         BlockfitError: where there is none.
@@ -95,7 +136,8 @@ def primary_output(output: Any) -> Tensor:
         items = output.values()
     elif isinstance(output, (tuple, list)):
         items = output if isinstance(output, tuple) else reversed(output)
-    telling = (_member(output, name) for name in ("logits", "image_embeds", "last_hidden_state"))
+    names = ("logits", "image_embeds", "text_embeds", "last_hidden_state")
+    telling = (_member(output, name) for name in names)
     for value in (*telling, *items):
         if isinstance(value, (tuple, list)) and value:
             value = value[-1]
@@ -126,10 +168,10 @@ def _heads(primary: Tensor, seen: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return []
 
 
-def _why_none(primary: Tensor, seen: list[tuple[Tensor, Tensor]], embeds: bool) -> str:
+def _why_none(primary: Tensor, seen: list[tuple[Tensor, Tensor]], embeds: str) -> str:
     """Why an output is not taken for the logits of classes."""
     if embeds:
-        return "the output is image embeddings, which are features"
+        return f"the output is {embeds.removesuffix('_embeds')} embeddings, which are features"
     if primary.ndim != 2:
         return f"the output has shape {tuple(primary.shape)}, not (images, classes)"
     if not seen:

@@ -9,12 +9,13 @@ from torch import Tensor
 from blockfit.models.forward import Batch, image_tensor
 
 
-def real_tokens(inputs: Batch, hidden: Tensor) -> Tensor | None:
+def real_tokens(inputs: Batch, hidden: Tensor, of_texts: bool = False) -> Tensor | None:
     """Which tokens of a batch of texts are no padding, by its ``attention_mask``.
 
     Args:
         inputs: what the model was called with.
         hidden: a state of it, shape (texts, tokens, width).
+        of_texts: whether it is known to be of texts, where the model has images beside them.
 
     Returns:
         bool, shape (texts, tokens), on the device of ``hidden``; ``None`` where every token
@@ -23,7 +24,7 @@ def real_tokens(inputs: Batch, hidden: Tensor) -> Tensor | None:
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if not isinstance(mask, Tensor) or hidden.ndim < 3 or mask.shape != hidden.shape[:2]:
         return None
-    if image_tensor(inputs).ndim > 2:  # of images beside texts, whose states these are
+    if image_tensor(inputs).ndim > 2 and not of_texts:  # states of images, the mask of texts
         return None
     real = mask.to(hidden.device) != 0
     return None if bool(real.all()) else real

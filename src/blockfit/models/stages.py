@@ -24,6 +24,7 @@ from blockfit.models.forward import (
     block_class,
     evaluating,
     example_input,
+    of_towers,
     two_different,
 )
 from blockfit.models.residual import Writer, find_placed_writers, written
@@ -39,7 +40,9 @@ def find_blocks(
 ) -> Blocks:
     """Find a model's blocks by looking: a chain of like blocks, or else residual blocks in stages.
 
-    A chain is what ``blockfit.models.blocks.find_chain`` finds. Where there is none and no
+    A chain is what ``blockfit.models.blocks.find_chain`` finds. Of a model of images and texts it
+    is that of the tower which the example is for; of an example of both, the blocks are those of
+    both towers, in two stages. Where there is none and no
     ``path`` is given, the blocks are the smallest modules that run once and add what a linear
     layer in them returns to what they were given, whatever their class, width, number of tokens
     and layout: those of hierarchical models. They can be narrowed, but no span of them removed.
@@ -54,6 +57,8 @@ def find_blocks(
         BlockfitError: neither a chain nor residual blocks; the message says why there is no chain.
     """
     asked = path is not None or prefix_tokens is not None
+    if not asked and example is not None and (both := of_towers(model, example)) is not None:
+        return _find_towers(model, example, *both)
     try:
         chain = chains.find_chain(model, example, path, prefix_tokens)
         if asked or not _is_a_stage(model, chain, example):
@@ -71,6 +76,51 @@ def find_blocks(
                 "that adds what a linear layer returns to what it was given)"
             ) from error
         return found
+
+
+def _find_towers(
+    model: nn.Module, inputs: Batch, images: Mapping[str, Any], texts: Mapping[str, Any]
+) -> Blocks:
+    """The chains of blocks of an image tower and of a text tower, as two stages.
+
+    Raises:
+        BlockfitError: where one of them has no chain; it says which.
+    """
+    chain: dict[str, Blocks] = {}
+    for name, own in {"image": images, "text": texts}.items():
+        try:
+            chain[name] = chains.find_chain(model, own)
+        except BlockfitError as error:
+            other = "texts" if name == "image" else "images"
+            raise BlockfitError(
+                f"the {name} tower: {error}; give {other} alone for the other tower"
+            ) from error
+    if chain["image"].path == chain["text"].path:
+        raise BlockfitError(
+            f"images and texts run through the same blocks at {chain['image'].where}; give images "
+            "or texts alone"
+        )
+    stages = tuple(
+        tuple(".".join(filter(None, (one.path, name))) for name in chains.named_blocks(model, one))
+        for one in chain.values()
+    )
+    blocks = Blocks(
+        path="",
+        depth=sum(map(len, stages)),
+        width=max(one.width for one in chain.values()),
+        prefix_tokens=0,
+        input_name=next((one.input_name for one in chain.values() if one.input_name), ""),
+        output_items=0,
+        stages=stages,
+        towers=True,
+    )
+    with evaluating(model), torch.no_grad():
+        if not _follows(model, blocks, two_different(model, inputs)):
+            raise BlockfitError(
+                f"what the text tower of {type(model).__name__} is given depends on images; give "
+                "images or texts alone"
+            )
+    return blocks
 
 
 def _is_a_stage(model: nn.Module, chain: Blocks, example: Batch | None) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models import hub
-from blockfit.models.forward import evaluating, placed
+from blockfit.models.forward import evaluating, placed, text_tower
 from blockfit.models.from_open_clip import CONFIG_FILE
 from blockfit.models.source import Source
 
@@ -19,11 +18,6 @@ Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Texts → what the text tower is called with, by keyword."""
 
 TEXTS_AT_ONCE = 256
-
-
-def _tower(model: nn.Module) -> Callable[..., Any] | None:
-    own = (getattr(model, name, None) for name in ("get_text_features", "encode_text"))
-    return next(filter(callable, own), None)
 
 
 def tokenizer(model: nn.Module, source: Source) -> Tokenize:
@@ -103,7 +97,7 @@ def embed_texts(model: nn.Module, tokenize: Tokenize, texts: Sequence[str]) -> T
     Raises:
         BlockfitError: where the model has no text tower.
     """
-    tower = _tower(model)
+    tower = text_tower(model)
     if tower is None:
         raise BlockfitError(
             f"{type(model).__name__} has no text tower; zero-shot needs a model of images and texts"

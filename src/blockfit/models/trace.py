@@ -29,6 +29,7 @@ class Trace:
         outputs: of blocks in stages: what the last of a stage returned.
         rests: of blocks in stages: what each returned beside its state; ``None`` for nothing.
         real: which tokens of padded texts are no padding, bool (texts, tokens); ``None``: all.
+            Of two towers always those of the texts.
     """
 
     blocks: Blocks
@@ -38,6 +39,13 @@ class Trace:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     rests: dict[int, tuple[Any, ...] | None] = field(default_factory=dict)
     real: Tensor | None = None
+
+    def real_in(self, index: int) -> Tensor | None:
+        """``real`` of block ``index``; ``None`` where nothing that it reads is padding."""
+        if not self.blocks.towers or self.real is None:
+            return self.real
+        texts = index >= self.blocks.first_of_texts
+        return self.real if texts and not bool(self.real.all()) else None
 
     def after(self, index: int) -> Tensor | None:
         """What block ``index`` returned, where it was kept."""
@@ -123,6 +131,9 @@ def trace(
         check_finite(hidden, index, labels)
         if index == 0 and not blocks.stages:
             out.real = real_tokens(inputs, hidden)
+        if blocks.towers and index == blocks.first_of_texts:
+            found = real_tokens(inputs, hidden, of_texts=True)
+            out.real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if found is None else found
         if index in wanted:
             own = hidden.detach().clone()
             out.states[index] = own if hold is None else hold(own)

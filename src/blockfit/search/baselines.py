@@ -94,7 +94,7 @@ class Neurons:
         block, seen = self.originals.modules[part.block], self.originals.traces[batch]
         hidden = self.originals.state(batch, part.block)
         read = input_of(block, part.reader, seen.runner(block, part.block), hidden)
-        return real_rows(read, seen.real)
+        return real_rows(read, seen.real_in(part.block))
 
 
 class Baseline:

@@ -171,12 +171,14 @@ class PartSums:
 
     def _add(self, originals: TracedImages, taken: dict[str, Tensor], batch: int) -> None:
         found: dict[str, Spread] = {}
-        images, real = len(originals.places(batch)), originals.traces[batch].real
+        images, real = len(originals.places(batch)), originals.traces[batch].real_in(self.index)
         if (mlp := self.parts.get("mlp")) is not None:
             rows = self.writers[-1].rows(taken[f"> {mlp.reader}"], images)
             prefix, tokens = originals.blocks.prefix_tokens, originals.tokens_of(self.index)
             draw = Draw.limited(prefix, tokens, mlp.size, CURVE_INPUTS)
-            found["mlp"] = Spread.of(originals.drawn(batch, draw, rows), 1, torch.float32)
+            found["mlp"] = Spread.of(
+                originals.drawn(batch, self.index, draw, rows), 1, torch.float32
+            )
         if (values := self.parts.get("values")) is not None:
             mixed = self.writers[0].rows(taken[f"> {values.reader}"], images)
             found["values"] = Spread.of(real_rows(mixed, real), values.heads)

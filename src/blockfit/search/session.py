@@ -105,6 +105,11 @@ class Setting:
             raise BlockfitError(
                 f"the model is compressed already ({done}); compress the original again instead"
             )
+        if done := _elsewhere(model, blocks):
+            raise BlockfitError(
+                f"another part of the model is compressed already ({done}); compress the original, "
+                "with images and texts in one call for both towers of a model"
+            )
         check_merged(model)
         fit, held_out = images.split(hold_out, seed)
         fit = replace(fit, batch_size=_fit_batch(fit.batch_size))
@@ -115,6 +120,12 @@ class Setting:
         """The first hidden state of one image, shape (1, tokens, width)."""
         with evaluating(self.model):
             return trace(self.model, self.blocks, first_images(self.example, 1), [0]).states[0]
+
+
+def _elsewhere(model: nn.Module, blocks: Blocks) -> Plan:
+    """What was taken out of the model at other blocks than these."""
+    known = getattr(model, "blockfit_blocks", None)
+    return Plan() if known is None or known == blocks else removed_plan(model, known)
 
 
 def changing(images: Images) -> tuple[str, ...]:

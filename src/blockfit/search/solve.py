@@ -382,8 +382,8 @@ class _Walk:
             out = outputs_of(block, layers, seen.runner(block, index), hidden)
             pair = [out[r.layer][..., r.start : r.start + width] for r in cut.rows]
             more = (
-                Spread.of(real_rows(pair[0], seen.real), cut.heads),
-                Spread.of(centred(pair[1], seen.real), cut.heads),
+                Spread.of(real_rows(pair[0], seen.real_in(index)), cut.heads),
+                Spread.of(centred(pair[1], seen.real_in(index)), cut.heads),
             )
             sums = [one + other for one, other in zip(sums, more, strict=True)]
         queries, keys = (one.over_ranks() for one in sums)
@@ -433,8 +433,8 @@ class _Walk:
         draw = self._draw(index, prior[0].shape[1], bool(cuts))
         sums = self._repair_sums(prior[0])
         for b, (x, base) in enumerate(zip(read, bases, strict=True)):
-            gap = self.originals.middle(b, index, draw) - self._drawn(b, draw, base)
-            sums.add(self._drawn(b, draw, x), gap, self._weights(b, draw, base))
+            gap = self.originals.middle(b, index, draw) - self._drawn(b, index, draw, base)
+            sums.add(self._drawn(b, index, draw, x), gap, self._weights(b, index, draw, base))
         solved |= self._solved(block, attention, sums.total(), prior, ridge)
         if not bare:
             return solved, None
@@ -455,7 +455,7 @@ class _Walk:
         if bases is None:
             mixed = Spread.zeros(cut.heads, cut.size)
             for seen, x in zip(self.originals.traces, read, strict=True):
-                mixed = mixed + Spread.of(real_rows(x, seen.real), cut.heads)
+                mixed = mixed + Spread.of(real_rows(x, seen.real_in(cut.block)), cut.heads)
             bases = self.choices.values[cut.block] = value_bases(mixed.over_ranks(), weight)
         put_values(rewritten, block, cut, bases)
         prior = values_prior(cut, bases), bias
@@ -480,15 +480,17 @@ class _Walk:
         bases, regressors = self._mlp_inputs(index, mlp, middles)
         prior = (weight, bias)
         if folded:
-            prior = self._fold(targets, weight, bias, bases, regressors)
+            prior = self._fold(index, targets, weight, bias, bases, regressors)
         solved: dict[str, Tensor] = {}
         if repair:
             whole = weight.shape[1] if cut is None else cut.size
             draw = self._draw(index, whole, cut is not None)
             sums = self._repair_sums(weight)
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
-                gap = self._drawn(b, draw, mlp.tokens(targets[b])) - self._drawn(b, draw, base)
-                sums.add(self._drawn(b, draw, x), gap, self._weights(b, draw, base))
+                gap = self._drawn(b, index, draw, mlp.tokens(targets[b])) - self._drawn(
+                    b, index, draw, base
+                )
+                sums.add(self._drawn(b, index, draw, x), gap, self._weights(b, index, draw, base))
             problem, ridge = sums.total(), self.options.repair_ridge
             if cut is not None:
                 ridge = self.options.narrow_ridge
@@ -540,6 +542,7 @@ class _Walk:
 
     def _fold(
         self,
+        index: int,
         targets: list[Tensor],
         weight: Tensor,
         bias: Tensor | None,
@@ -557,8 +560,8 @@ class _Walk:
             contribution = nn.functional.linear(
                 x, weight.to(x), None if bias is None else bias.to(x)
             )
-            made, gap = (self._drawn(b, whole, v) for v in (contribution, targets[b] - base))
-            sums.add(made, gap, self._weights(b, whole, base))
+            made, gap = (self._drawn(b, index, whole, v) for v in (contribution, targets[b] - base))
+            sums.add(made, gap, self._weights(b, index, whole, base))
         ridge = RIDGE if self.options.ridge is None else self.options.ridge
         fitted = fit_affine(sums.total(), ridge, bias=bias is not None)
         if bias is not None:
@@ -570,13 +573,13 @@ class _Walk:
         tokens = self.originals.tokens_of(index)
         return Draw.limited(self.blocks.prefix_tokens, tokens, inputs, rows)
 
-    def _drawn(self, batch: int, draw: Draw, values: Tensor) -> Tensor:
-        return self.originals.drawn(batch, draw, values)
+    def _drawn(self, batch: int, index: int, draw: Draw, values: Tensor) -> Tensor:
+        return self.originals.drawn(batch, index, draw, values)
 
-    def _weights(self, batch: int, draw: Draw, states: Tensor) -> Tensor | None:
+    def _weights(self, batch: int, index: int, draw: Draw, states: Tensor) -> Tensor | None:
         """Of the tokens drawn of each of states (images, tokens, width)."""
         weight, tokens = self.options.prefix_weight, states.shape[1]
-        return self.originals.weights(batch, draw, weight, tokens)
+        return self.originals.weights(batch, index, draw, weight, tokens)
 
     def _repair_sums(self, weight: Tensor) -> RowSums:
         ridge = min(self.options.repair_ridge, self.options.narrow_ridge)

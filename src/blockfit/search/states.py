@@ -172,7 +172,7 @@ class TracedImages:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all images, of all processes, without padding."""
+        """Tokens of all images, of all processes, without padding; of two towers of the texts."""
         return sum(self._tokens[number] for number in self.sizes)
 
     @property
@@ -185,16 +185,21 @@ class TracedImages:
         tokens are no padding."""
         return ((seen.states, self.places(b), seen.real) for b, seen in enumerate(self.traces))
 
-    def drawn(self, batch: int, draw: Draw, values: Tensor) -> Tensor:
-        """The drawn tokens of one batch, of values (images, tokens, …); padding is never drawn."""
-        return draw.take(values, self.places(batch), self.traces[batch].real)
+    def drawn(self, batch: int, index: int, draw: Draw, values: Tensor) -> Tensor:
+        """The drawn tokens of one batch, of values (images, tokens, …) in block ``index``.
 
-    def weights(self, batch: int, draw: Draw, prefix_weight: float, tokens: int) -> Tensor | None:
-        """Weight of every drawn token of an image of one batch with so many tokens.
+        Padding is never drawn.
+        """
+        return draw.take(values, self.places(batch), self.traces[batch].real_in(index))
+
+    def weights(
+        self, batch: int, index: int, draw: Draw, prefix_weight: float, tokens: int
+    ) -> Tensor | None:
+        """Weight of every drawn token of an image of one batch with so many tokens in a block.
 
         Of padded texts, of every drawn token of the batch; ``None`` where all weigh 1.
         """
-        real = self.traces[batch].real
+        real = self.traces[batch].real_in(index)
         if real is None:
             return draw.weights(prefix_weight, tokens)
         return draw.weights_of_real(prefix_weight, real, self.places(batch))
@@ -295,7 +300,8 @@ class TracedImages:
 
     def tokens_of(self, index: int) -> int:
         """Tokens of all images, of all processes, in block ``index``."""
-        if not self.blocks.stages:
+        blocks = self.blocks
+        if not blocks.stages or (blocks.towers and index >= blocks.first_of_texts):
             return self.tokens
         return sum(self.sizes.values()) * self.probe.tokens(index)
 
@@ -307,7 +313,7 @@ class TracedImages:
         key = (batch, index, draw)
         if (known := self._middles.get(key)) is not None:
             return known
-        middle = self.hold(self.drawn(batch, draw, self._middle(batch, index)))
+        middle = self.hold(self.drawn(batch, index, draw, self._middle(batch, index)))
         if self._spent + middle.nbytes <= self._limit // MIDDLES_SHARE:
             self._middles[key] = middle
             self._spent += middle.nbytes
