@@ -31,7 +31,7 @@ demo: $(STAMP)
 	$(BIN)/blockfit demo
 
 test: lint browser
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Tests look at reports in Chromium and are skipped without it. Nothing fails where it cannot be had.
 browser: $(STAMP)

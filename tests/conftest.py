@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports a library that reads it
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The models are tiny, and one process runs per core: threads that wait for one another take longer
+# than the work. What tests start inherits it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import numpy as np
@@ -21,7 +25,14 @@ hypothesis.settings.register_profile(
     "blockfit", deadline=None, derandomize=True, max_examples=50, database=None
 )
 hypothesis.settings.load_profile("blockfit")
-torch.set_num_threads(1)  # the models are tiny, and one process runs per core
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_objects_to_look_at() -> None:
+    """What libraries left at import is not searched for garbage, which would take a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

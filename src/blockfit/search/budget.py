@@ -110,11 +110,16 @@ def read_number(value: float | str, name: str) -> float:
     return float(value)
 
 
+RUN = 10_000_000
+"""Parameters of the largest model that is run to count its FLOPs though the meta device would do."""
+
+
 class Sizes:
     """Parameters and FLOPs of any plan of one model, without building it.
 
-    FLOPs are counted on the meta device; where the model's code looks at values, on a real forward
-    of one image; where that cannot be counted either, they are unknown.
+    FLOPs are counted on the meta device, or where the model has at most ``RUN`` parameters on a
+    real forward of one image, which then takes a third of the time; where the one cannot be
+    counted, on the other; where neither can, they are unknown.
 
     Args:
         model: the original.
@@ -126,11 +131,12 @@ class Sizes:
         self.blocks = blocks
         self._example = first_images(example, 1)
         self.parameters = sum(p.numel() for p in model.parameters())
-        self._bare = meta_copy(model)
-        self.flops = self._count(self._bare)
-        if self.flops is None:
-            self._bare = shared_copy(model)
+        ways = (meta_copy, shared_copy) if self.parameters > RUN else (shared_copy, meta_copy)
+        for way in ways:
+            self._bare = way(model)
             self.flops = self._count(self._bare)
+            if self.flops is not None:
+                break
         self._parameters: dict[Plan, int] = {}
         self._flops: dict[Plan, int | None] = {}
 
