@@ -135,6 +135,28 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     assert mapped == stem + 4 * block + head + 2 * tokens * width * width
 
 
+@pytest.mark.parametrize("plan", [Plan(), Plan.of(["1:3"], "affine")], ids=str)
+def test_a_run_counts_what_the_meta_device_counts(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_vit(6)
+    run = Sizes(model, small_blocks(model), small_pictures(2))
+    monkeypatch.setattr("blockfit.search.budget.RUN", 0)
+    meta = Sizes(model, small_blocks(model), small_pictures(2))
+    assert run.of(plan) == meta.of(plan)
+
+
+def test_counting_leaves_the_model_alone_and_sees_layers_that_blocks_share() -> None:
+    model = small_vit(6)
+    plan = Plan.of(["1:3", "4:5"], "affine")
+    apart = Sizes(model, small_blocks(model), small_pictures(2)).of(plan)[0]
+    model.blocks[5].mlp = model.blocks[4].mlp  # type: ignore[union-attr]
+    shared = Sizes(model, small_blocks(model), small_pictures(2)).of(plan)[0]
+    before = list(model.modules())
+    assert shared == apart  # the layer stays, in block 5
+    assert list(model.modules()) == before
+
+
 def test_fractions_are_of_the_original() -> None:
     model = small_vit(6)
     sizes = Sizes(model, small_blocks(model), small_pictures(2))
@@ -155,7 +177,7 @@ def test_a_budget_of_parameters_counts_no_flops_of_plans(monkeypatch: pytest.Mon
     plan = Plan.of(["1:3"], "affine")
     assert sizes.known_fraction(plan, "params") == sizes.fraction(plan, "params") < 1
     assert not counted
-    with pytest.raises(BlockfitError, match="flops of .* cannot be counted; give params="):
+    with pytest.raises(BlockfitError, match=r"flops of .* cannot be counted; give params="):
         sizes.known_fraction(plan, "flops")
     assert len(counted) == 1
 

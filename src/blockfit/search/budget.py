@@ -6,13 +6,14 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
-from blockfit.models.blocks import Batch, Blocks
+from blockfit.models.blocks import Batch, Blocks, block_modules
 from blockfit.models.cost import flops as count_flops
 from blockfit.models.forward import first_images
 from blockfit.models.surgery import apply_plan
@@ -111,7 +112,7 @@ def read_number(value: float | str, name: str) -> float:
 
 
 RUN = 10_000_000
-"""Parameters of the largest model that is run to count its FLOPs though the meta device would do."""
+"""Parameters of the largest model that is run to count its FLOPs where it could be on meta."""
 
 
 class Sizes:
@@ -172,7 +173,15 @@ class Sizes:
         return out | {kind: value for kind, value in known.items() if value is not None}
 
     def _built(self, plan: Plan) -> nn.Module:
-        small = copy.deepcopy(self._bare, {id(t): t for t in every_tensor(self._bare)})
+        """A model with the plan in it; the tensors, and blocks that nothing cuts, are the bare
+        model's own."""
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in every_tensor(self._bare)}
+        modules = block_modules(self._bare, self.blocks)
+        parts = [id(part) for block in modules for part in block.modules()]
+        if len(set(parts)) == len(parts):  # no block shares a layer with another
+            cut = {*plan.removed_blocks, *plan.narrowed_blocks}
+            memo |= {id(block): block for i, block in enumerate(modules) if i not in cut}
+        small = copy.deepcopy(self._bare, memo)
         with next(self._bare.parameters()).device:
             maps = [empty_map(e, self.blocks.width, self.blocks.prefix_tokens) for e in plan]
         apply_plan(small, self.blocks, plan, maps)
