@@ -17,7 +17,7 @@ from blockfit.calibration import Calibration as Calibration
 from blockfit.checkpoint import Checkpoint
 from blockfit.data.images import Images, prepared_images
 from blockfit.data.images import images as images
-from blockfit.data.texts import pairs
+from blockfit.data.texts import check_two_towers, pairs
 from blockfit.data.texts import texts as written_texts
 from blockfit.errors import BlockfitError, tell
 from blockfit.evaluation import bench as benchmark
@@ -889,6 +889,8 @@ def given_data(
         raise BlockfitError("there is nothing to run the model on: give images, texts= or both")
     if images is None:
         return texts if isinstance(texts, Images) else written_texts(texts, model, seed=seed)
+    if texts is not None:
+        check_two_towers(model)
     pictures = prepared_images(images, model, preprocessing, seed)
     return pictures if texts is None else pairs(pictures, texts, model)
 

@@ -96,7 +96,9 @@ def test_help_says_defaults_and_what_is_required() -> None:
     text = blockfit_command("sweep", "--help-all").out
     assert re.search(r"--batch-size N +Images per forward\. \[32\]", text)
     assert re.search(r"-o, --output FOLDER +Folder to write\. \[required\]", text)
-    assert text.startswith("Usage: blockfit sweep MODEL --images DATA -o FOLDER [OPTIONS]")
+    assert text.startswith("Usage: blockfit sweep MODEL -o FOLDER [OPTIONS]")
+    text = blockfit_command("check", "--help").out
+    assert text.startswith("Usage: blockfit check SMALL --images DATA [OPTIONS]")
 
 
 @pytest.mark.parametrize(

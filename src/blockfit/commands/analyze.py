@@ -13,10 +13,11 @@ from blockfit.commands.output import Output
 def analyze(
     out: Output,
     model: opt.Model,
-    images: opt.Pictures,
     reading: opt.Reading,
     loading: opt.Loading,
+    written: opt.Written,
     running: opt.Running,
+    images: opt.MaybePictures = None,
     output: opt.MaybeFolder = None,
     blocks: opt.BlocksPath = None,
     report: opt.ReportFile = None,
@@ -28,13 +29,14 @@ def analyze(
     from blockfit.evaluation.analysis import FORM
     from blockfit.files import check_target
 
+    written.need_data(images, report)
     page = Reporter(report)
     state = running.state(output)
     if output is not None:
         check_target(output, FORM, overwrite)
     out.expect(outlook.ANALYSIS)
     with out.working():
-        original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
+        original, pictures = opt.opened(out, model, images, reading, loading, True, written)
         result = blockfit.analyze(
             original,
             pictures,

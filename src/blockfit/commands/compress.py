@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from blockfit.search.run import Result
 
 
+USAGE = "blockfit compress MODEL --images DATA --params 62% -o OUTPUT"
+
+
 @command("Start", "blockfit compress MODEL --images PHOTOS --params 62% -o small/")
 def compress(
     out: Output,
     output: opt.Folder,
     reading: opt.Reading,
     loading: opt.Loading,
+    written: opt.Written,
     amount: opt.Amount,
     method: opt.Method,
     judging: opt.Judging,
@@ -47,25 +51,19 @@ def compress(
     check_folder(output, overwrite)
     page = Reporter(report)
     if sweep_folder is not None:
-        unused = opt.given(method, judging, running, span=span, blocks=blocks)
-        alone = {"--limit": reading.limit}
-        alone |= {name: unused.pop(name) for name in ("--final", "--max-memory")}
-        opt.refuse(unused, "cannot be used with --from: the sweep has settled it")
-        if images is None:
-            opt.refuse(alone, "has no use with --from without --images")
+        _check_settled(
+            opt.given(method, judging, running, span=span, blocks=blocks), images, reading, written
+        )
         with out.working():
-            result = _from_sweep(
-                out, sweep_folder, amount, model, loading, images, reading, judging, running
-            )
+            rest = (images, reading, judging, running, written)
+            result = _from_sweep(out, sweep_folder, amount, model, loading, *rest)
             blockfit.save(result, output, overwrite=overwrite)
             page.compressed(out, result, output, sweep=sweep_folder)
-        _show(out, page, result, model or result.source.name, output)
+        _show(out, page, result, model or result.source.name, output, written.words(images))
         return
-    if model is None or images is None:
-        raise BlockfitError(
-            "give a model and --images (or --from a sweep): "
-            "blockfit compress MODEL --images DATA --params 62% -o OUTPUT"
-        )
+    if model is None or (images is None and written.texts is None):
+        raise BlockfitError(f"give a model and --images (or --from a sweep): {USAGE}")
+    written.need_data(images, report)
     _check_what(span, amount, method, judging)
     how: dict[str, Any] = {
         **asdict(amount),
@@ -78,7 +76,7 @@ def compress(
     }
     out.expect(outlook.of_compress(method.chosen(), amount.budget()))
     with out.working(), keeping(lambda: _unfinished(how["resume"])):
-        original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
+        original, pictures = opt.opened(out, model, images, reading, loading, True, written)
         result = blockfit.compress(
             page.kept(original),
             pictures,
@@ -96,7 +94,18 @@ def compress(
         page.compressed(out, result, output, original, pictures, shown)
         if how["resume"] is not None:
             forget(how["resume"])
-    _show(out, page, result, model, output)
+    _show(out, page, result, model, output, written.words(images))
+
+
+def _check_settled(
+    unused: dict[str, Any], images: str | None, reading: opt.Reading, written: opt.Written
+) -> None:
+    """Refuse before any work what a sweep has settled, or images would be needed for."""
+    alone = {"--limit": reading.limit, "--texts": written.texts}
+    alone |= {name: unused.pop(name) for name in ("--final", "--max-memory")}
+    opt.refuse(unused, "cannot be used with --from: the sweep has settled it")
+    if images is None:
+        opt.refuse(alone, "has no use with --from without --images")
 
 
 def _check_what(
@@ -132,6 +141,7 @@ def _from_sweep(
     reading: opt.Reading,
     judging: opt.Judging,
     running: opt.Running,
+    written: opt.Written,
 ) -> Result:
     """The model of a sweep's plan, made without images; with them, of a plan for the budget."""
     from blockfit.search.sweep import read_sweep
@@ -145,7 +155,7 @@ def _from_sweep(
     if images is not None:
         if name is None:
             raise BlockfitError("the sweep's model was built by the user; give it as MODEL")
-        original, pictures = opt.opened(out, name, images, reading, loading, calibrating=True)
+        original, pictures = opt.opened(out, name, images, reading, loading, True, written)
         how: dict[str, Any] = {"final": judging.final, "max_memory": running.max_memory}
         how |= {"say": out.say, "progress": out.count, "force_budget": amount.force_budget}
         return blockfit.from_sweep(folder, budget, original, images=pictures, **how)
@@ -162,14 +172,16 @@ def _unfinished(state: Path | None) -> str:
     return f"what is done is kept in {state}, and the same command goes on from there"
 
 
-def _show(out: Output, page: Reporter, result: Result, model: str, output: Path) -> None:
+def _show(
+    out: Output, page: Reporter, result: Result, model: str, output: Path, data: list[str]
+) -> None:
     from blockfit.search.summaries import compression, plan_lines
 
     out.show(plan_lines(result.plan))
     out.show(compression(result.report, result.blocks.depth, maps=out.verbose))
     out.warn(result.report["warnings"])
     out.line(f"saved to {output} in {result.report['seconds']:.1f} s")
-    words = ["blockfit", "evaluate", str(output), "--against", model, "--images", "TEST_IMAGES"]
+    words = ["blockfit", "evaluate", str(output), "--against", model, *data]
     out.line(f"next: {shlex.join(words)}")
     page.tell(out)
     out.result({"plan": result.plan.to_json(), **result.report, "output": str(output)})

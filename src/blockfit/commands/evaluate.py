@@ -11,6 +11,7 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
+from blockfit.errors import BlockfitError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,9 +59,10 @@ NoSpeed = Annotated[bool, opt.option("--no-speed", "Leave time and memory unmeas
 def evaluate(
     out: Output,
     small: opt.Small,
-    images: opt.Pictures,
     reading: opt.Reading,
     loading: opt.Loading,
+    written: opt.Written,
+    images: opt.MaybePictures = None,
     against: opt.Against = None,
     protocol: Protocol = None,
     train: Train = None,
@@ -80,7 +82,13 @@ def evaluate(
 
     wanted = Wanted(tuple(dict.fromkeys(protocol or ())), train, classes, prompt, masks)
     wanted.check()
-    check_there(images)
+    written.need_data(images)
+    if wanted.protocols and (images is None or written.texts is not None):
+        raise BlockfitError(
+            "--protocol judges by labelled images alone; give --images without --texts"
+        )
+    if images is not None:
+        check_there(images)
     out.expect(outlook.of_pass("evaluating"))
     with out.working():
         out.say(f"loading {small}")
@@ -89,7 +97,9 @@ def evaluate(
         # The small model's own preprocessing; the original's where it has none.
         own = source_of(compressed).preprocessing is not None or original is None
         prepared = compressed if own else original
-        pictures = reading.open(images, prepared)
+        if written.texts is not None and original is not None:
+            prepared = original  # whose folder has the tokenizer
+        pictures = written.open(images, prepared or compressed, reading)
         out.show_images(pictures, loading.place())
         if blocks is not None:
             where = blockfit.find_blocks(compressed, next(iter(pictures), None), blocks)
@@ -105,7 +115,7 @@ def evaluate(
             progress=out.count,
             checkpoint=checkpoint,
         ).to_json()
-        if wanted.protocols:
+        if wanted.protocols and images is not None:
             learn = reading.open(train, prepared, limit=train_limit) if train else None
             if learn is not None:
                 out.show_images(learn)

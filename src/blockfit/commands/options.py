@@ -161,6 +161,76 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Written:
+    """Texts, for models of texts, and of images and texts."""
+
+    texts: Annotated[
+        str | None,
+        rare("--texts", "Text file, table or data set; both with --images.", DATA, "DATA"),
+    ] = None
+    text_column: Annotated[
+        str | None, rare("--text-column", "Of a table; found by its name.", DATA, "NAME")
+    ] = None
+    tokenizer: Annotated[
+        str | None, rare("--tokenizer", "Folder or Hub id; else the model's.", DATA, "NAME")
+    ] = None
+
+    def check(self) -> None:
+        """Refuse before any work what has no use without texts."""
+        if self.texts is None:
+            refuse(
+                {"--text-column": self.text_column, "--tokenizer": self.tokenizer},
+                "has no use without --texts",
+            )
+
+    def need_data(self, images: str | None, report: Path | None = None) -> None:
+        """Refuse before any work that there is nothing to run on, or what texts cannot be.
+
+        Raises:
+            BlockfitError: where there are neither images nor texts; for a report on texts.
+        """
+        if images is None and self.texts is None:
+            raise BlockfitError(
+                "give --images DATA; or --texts DATA for a model of texts; or both for both towers "
+                "of a model"
+            )
+        if report is not None and self.texts is not None:
+            raise BlockfitError(
+                "--report shows images beside each other, and cannot show --texts; leave it away"
+            )
+
+    def open(
+        self, images: str | None, model: nn.Module, reading: Reading, **changes: Any
+    ) -> Images:
+        """What a command runs on: images, texts, or both in pairs."""
+        from blockfit.data.texts import check_two_towers
+
+        if images is not None:
+            if self.texts is None:
+                return reading.open(images, model, **changes)
+            check_two_towers(model)
+            pictures = reading.open(images, model, **changes)
+            tokenizer = None if self.tokenizer is None else self._tokenizer(model)
+            return blockfit.pairs(
+                pictures, self.texts, model, tokenizer=tokenizer, column=self.text_column
+            )
+        how = {"limit": reading.limit, "seed": reading.seed, "batch_size": reading.batch_size}
+        return blockfit.texts(self.texts, self._tokenizer(model), column=self.text_column, **how)
+
+    def words(self, images: str | None) -> list[str]:
+        """The data of the next command to run, as it is written."""
+        pictures = ["--images", "TEST_IMAGES"] if images is not None or self.texts is None else []
+        return [*pictures, *([] if self.texts is None else ["--texts", "TEST_TEXTS"])]
+
+    def _tokenizer(self, model: nn.Module) -> Any:
+        from blockfit.data.texts import check_takes_texts
+        from blockfit.models.text_tower import named_tokenizer
+
+        check_takes_texts(model)
+        return model if self.tokenizer is None else named_tokenizer(model, self.tokenizer)
+
+
+@dataclass(frozen=True)
 class Code:
     """Whether code of a checkpoint may run; for commands that have no choice of device."""
 
@@ -449,10 +519,11 @@ def refuse(options: dict[str, Any], why: str) -> None:
 def opened(
     out: Output,
     model: str,
-    images: str,
+    images: str | None,
     reading: Reading,
     loading: Loading,
     calibrating: bool = False,
+    written: Written | None = None,
 ) -> tuple[nn.Module, Images]:
     """A model and images for it, as the command line names them; both are told of.
 
@@ -463,13 +534,15 @@ def opened(
         reading: how they are read.
         loading: how the model is loaded.
         calibrating: take as many images as a calibration does where nobody says how many.
+        written: texts beside the images, or instead of them.
     """
     from blockfit.data.paths import check_there
 
-    check_there(images)
+    if images is not None:
+        check_there(images)
     out.say(f"loading {model}")
     loaded = loading.load(model)
-    given = pictures = reading.open(images, loaded)
+    given = pictures = (written or Written()).open(images, loaded, reading)
     if calibrating:
         from blockfit.search.session import CALIBRATION_IMAGES
 

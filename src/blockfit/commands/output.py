@@ -215,8 +215,12 @@ class Output:
         told = images.description()
         drawn = "" if told["used"] == told["total"] else f", drawn with seed {told['seed']}"
         drawn += "; --limit all for all" if usual else ""
-        self.note(f"images: {told['used']:,} of {told['total']:,} from {told['source']}{drawn}")
-        self.note(f"preprocessing: {told['preprocessing']}")
+        kind = getattr(images.records, "kind", "images")
+        self.note(f"{kind}: {told['used']:,} of {told['total']:,} from {told['source']}{drawn}")
+        if (beside := told.get("texts")) is not None:
+            self.note(f"texts: {beside['total']:,} from {beside['source']}")
+        if kind == "images":
+            self.note(f"preprocessing: {told['preprocessing']}")
         if told["labels"] is not None:
             self.note(told["labels"]["line"])
         if device is not None:

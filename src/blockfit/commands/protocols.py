@@ -14,7 +14,7 @@ from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.dense import confusion, open_masks, scores
 from blockfit.evaluation.protocols import LEARNING, Features, check_protocols, extract, judge
-from blockfit.evaluation.zeroshot import PROMPT, class_embeddings, read_names, zero_shot
+from blockfit.evaluation.zeroshot import PROMPT, class_embeddings, read_names, right, with_intervals
 from blockfit.models.blocks import Blocks
 from blockfit.models.load import source_of
 from blockfit.models.stages import find_blocks
@@ -92,7 +92,7 @@ class Wanted:
         models: Mapping[str, nn.Module],
         test: Images,
         tested: Mapping[str, Features],
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         own = test.records.class_names
         names = read_names(self.classes) if self.classes is not None else own
         if not names:
@@ -103,9 +103,11 @@ class Wanted:
         model = models.get("original", models["compressed"])
         out.say(f"embedding the names of {len(names)} classes")
         tokenize = tokenizer(model, source_of(model))
-        classes = class_embeddings(model, tokenize, names, self.prompts or [PROMPT])
-        among = {name: features.among(own, names) for name, features in tested.items()}
-        return {name: zero_shot(classes, features) for name, features in among.items()}
+        found = {}
+        for name, one in models.items():  # each with its own text tower, which may be smaller
+            classes = class_embeddings(one, tokenize, names, self.prompts or [PROMPT])
+            found[name] = right(classes, tested[name].among(own, names))
+        return with_intervals(found)
 
 
 def _features(

@@ -58,13 +58,14 @@ def shares(text: str) -> list[float]:
 def sweep(
     out: Output,
     model: opt.Model,
-    images: opt.Pictures,
     output: opt.Folder,
     reading: opt.Reading,
     loading: opt.Loading,
+    written: opt.Written,
     method: opt.Method,
     judging: opt.Judging,
     running: opt.Running,
+    images: opt.MaybePictures = None,
     blocks: opt.BlocksPath = None,
     points: Points = None,
     measure_latency: MeasureLatency = None,
@@ -80,6 +81,7 @@ def sweep(
     from blockfit.search.sweep import POINTS
     from blockfit.search.sweep_file import check_sweep_folder
 
+    written.need_data(images, report)
     check_sweep_folder(output)
     page = Reporter(report)
     chosen = method.chosen()
@@ -88,7 +90,7 @@ def sweep(
     given: dict[str, Any] = {} if points is None else {"points": shares(points)}
     out.expect(outlook.of_sweep(chosen, len(given.get("points", POINTS))))
     with out.working(), keeping(lambda: _finished(output)):
-        original, pictures = opt.opened(out, model, images, reading, loading, calibrating=True)
+        original, pictures = opt.opened(out, model, images, reading, loading, True, written)
         frontier = blockfit.sweep(
             original,
             pictures,

@@ -10,6 +10,7 @@ OTHER_NAMES = {
     "spans": "--span",
     "latency_images": "--measure-latency",
     "batch": "--fixed-batch",
+    "column": "--text-column",
     "dtype": "--weights",
     "export_plain": "--plain",
     "export_hub": "--hub",

@@ -38,6 +38,7 @@ class Stream:
         items: the re-iterable, or a ``DataLoader`` whose data set is read by position.
         by_position: whether ``items`` is such a loader; its own shuffling is not used then.
         class_names: of the data set, in the order of its labels, where it says so.
+        kind: what its items are, for people.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Stream:
     class_names: list[str] | None = None
     columns: dict[str, str] = field(default_factory=dict)
     left_out: Sequence[tuple[str, str]] = ()
+    kind: str = "images"
 
     def batches(self, positions: np.ndarray, batch_size: int) -> Iterator[Piece]:
         """Inputs, labels and names of the images at ``positions``.

@@ -21,6 +21,12 @@ from blockfit.models.forward import image_name, takes_texts
 from blockfit.models.load import source_of
 from blockfit.models.text_tower import Tokenize, tokenizer_of
 
+TABLES = {
+    ".parquet": "from_parquet", ".arrow": "from_file", ".csv": "from_csv", ".tsv": "from_csv",
+    ".jsonl": "from_json",
+}  # fmt: skip
+"""Endings of files that are tables, and how ``datasets.Dataset`` reads them."""
+
 COLUMNS = ("text", "sentence", "content", "caption")
 """Names that a column of texts usually has."""
 
@@ -45,9 +51,10 @@ def texts(
     Every verb takes the result where it takes images.
 
     Args:
-        source: a text file with a text per line; a parquet or arrow file; a folder or Hub id of
-            ``datasets``; a ``datasets.Dataset``; or a sequence of texts. Empty ones are left out,
-            and named in ``description()["left_out"]``.
+        source: a text file with a text per line; a table (parquet, arrow, csv, tsv or jsonl); a
+            folder or Hub id of ``datasets``, ``:SPLIT`` after it chooses one of its splits; a
+            ``datasets.Dataset``; or a sequence of texts. Empty ones are left out, and named in
+            ``description()["left_out"]``.
         tokenizer: of transformers; a function from a list of texts to a mapping of tensors that
             the model is called with; or a model that was loaded by name or from a folder with its
             tokenizer in it.
@@ -70,7 +77,7 @@ def texts(
     loader = DataLoader(_Held(found), collate_fn=_Collate(tokenize))
     made = images(loader, limit=limit, seed=seed, batch_size=batch_size)
     assert isinstance(made.records, Stream)
-    return replace(made, records=replace(made.records, source=name, left_out=empty))
+    return replace(made, records=replace(made.records, source=name, left_out=empty, kind="texts"))
 
 
 def check_takes_texts(model: nn.Module) -> None:
@@ -84,6 +91,22 @@ def check_takes_texts(model: nn.Module) -> None:
             f"{type(model).__name__} takes no texts: it has no text tower, and its forward no "
             "input_ids; give images alone"
         )
+
+
+def check_two_towers(model: nn.Module) -> str:
+    """By which name the image tower of a model of images and texts takes images.
+
+    Raises:
+        BlockfitError: for any other model.
+    """
+    name = image_name(model)
+    if name is None:
+        check_takes_texts(model)
+        raise BlockfitError(
+            f"{type(model).__name__} is no model of an image tower and a text tower; give images "
+            "or texts, not both"
+        )
+    return name
 
 
 @checked
@@ -106,13 +129,7 @@ def pairs(
     Raises:
         BlockfitError: for a model without two towers, and where there are fewer than two texts.
     """
-    name = image_name(model)
-    if name is None:
-        check_takes_texts(model)
-        raise BlockfitError(
-            f"{type(model).__name__} is no model of an image tower and a text tower; give images "
-            "or texts, not both"
-        )
+    name = check_two_towers(model)
     if not isinstance(written, Images):
         written = texts(written, model if tokenizer is None else tokenizer, **options)
     held = _held(written)
@@ -207,11 +224,14 @@ def _check(tokenize: Tokenize, few: Sequence[str]) -> None:
 def _read(source: Any, column: str | None, split: str | None) -> Texts:
     if isinstance(source, str | Path):
         file = Path(source).expanduser()
-        if file.is_file() and file.suffix.lower() not in (".parquet", ".arrow"):
+        if file.is_file() and file.suffix.lower() not in TABLES:
             if column is not None or split is not None:
                 raise BlockfitError(f"{file} is a text file, without column= or split=")
             return _sorted_out(_lines(file), str(file), "line")
-        return _of_dataset(*one_split(_dataset(file), str(source), split), column)
+        name, _, own = str(source).rpartition(":")
+        if split is None and name and not file.exists():  # written as for images, NAME:SPLIT
+            file, split = Path(name).expanduser(), own
+        return _of_dataset(*one_split(_dataset(file), str(file), split), column)
     if hasattr(source, "column_names") and hasattr(source, "features"):
         return _of_dataset(source, type(source).__name__, column)
     if isinstance(source, Sequence) and all(isinstance(one, str) for one in source):
@@ -234,10 +254,10 @@ def _lines(file: Path) -> list[str]:
 def _dataset(path: Path) -> Any:
     library = need("datasets", "datasets")
     try:
-        if path.suffix.lower() == ".parquet" and path.is_file():
-            return library.Dataset.from_parquet(str(path))
-        if path.suffix.lower() == ".arrow" and path.is_file():
-            return library.Dataset.from_file(str(path))
+        kind = path.suffix.lower()
+        if kind in TABLES and path.is_file():
+            options = {"sep": "\t"} if kind == ".tsv" else {}
+            return getattr(library.Dataset, TABLES[kind])(str(path), **options)
         saved = ("state.json", "dataset_dict.json")
         if any((path / name).is_file() for name in saved):
             return library.load_from_disk(str(path))

@@ -128,8 +128,12 @@ def _protocol_rows(protocol: str, models: Mapping[str, Any]) -> list[tuple[str, 
             (f"{protocol} {key}", percent(before.get(key)), percent(value), "")
             for key, value in after.items()
         ]
+    drop = (models.get("intervals") or {}).get("drop")
+    lost = ""
+    if drop is not None:
+        lost = f"{-drop['value']:+.2f} points ({-drop['high']:+.2f} to {-drop['low']:+.2f})"
     rows: list[tuple[str, ...]] = [
-        (protocol, percent(models.get("original")), percent(models["compressed"]), "")
+        (protocol, percent(models.get("original")), percent(models["compressed"]), lost)
     ]
     if (fixed := models.get("compressed_with_original_head")) is not None:
         rows.append((f"{protocol}, learnt from the original", "", percent(fixed), ""))

@@ -7,8 +7,10 @@ the largest cosine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.protocols import Features
+from blockfit.fit.intervals import paired_drop, wilson
 from blockfit.models.text_tower import Tokenize, embed_texts
 
 PROMPT = "a photo of a {}."
@@ -51,7 +54,12 @@ def class_embeddings(
 
 
 def zero_shot(classes: Tensor, images: Features) -> float:
-    """The fraction of the images whose nearest class by cosine is their own.
+    """The fraction of the images whose nearest class by cosine is their own: mean of ``right``."""
+    return float(np.mean(right(classes, images)))
+
+
+def right(classes: Tensor, images: Features) -> np.ndarray:
+    """Whether each image's nearest class by cosine is its own, bool, shape (images,).
 
     Args:
         classes: of ``class_embeddings``.
@@ -72,7 +80,28 @@ def zero_shot(classes: Tensor, images: Features) -> float:
         )
     # Lengths of images do not change which class is the nearest.
     guessed = (torch.from_numpy(images.values) @ classes.T).argmax(1).numpy()
-    return float(np.mean(guessed == images.labels))
+    found: np.ndarray = guessed == images.labels
+    return found
+
+
+def with_intervals(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The accuracy of each model with its 95% interval, and what the small one loses.
+
+    Args:
+        found: model → what ``right`` says of the same images; ``original`` and ``compressed``.
+
+    Returns:
+        JSON values: accuracies by model; under ``intervals`` those of each (Wilson) and the
+        ``drop`` from the original in points, paired image by image (Tango).
+    """
+    ends: dict[str, Any] = {
+        name: asdict(wilson(int(one.sum()), len(one))) for name, one in found.items()
+    }
+    if (old := found.get("original")) is not None:
+        new = found["compressed"]
+        lost = paired_drop(int((old & ~new).sum()), int((new & ~old).sum()), len(new))
+        ends["drop"] = {name: 100 * value for name, value in asdict(lost).items()}
+    return {**{name: float(one.mean()) for name, one in found.items()}, "intervals": ends}
 
 
 def read_names(file: Path) -> list[str]:

@@ -19,6 +19,9 @@ Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 TEXTS_AT_ONCE = 256
 
+NO_LIMIT = 1 << 24
+"""Tokens of a text beyond which a limit is none: tokenizers without one say 10³⁰."""
+
 
 def tokenizer(model: nn.Module, source: Source) -> Tokenize:
     """The tokenizer that belongs to a checkpoint, from the folder or name that it was loaded by.
@@ -47,13 +50,28 @@ def tokenizer_of(model: nn.Module, source: Source) -> Tokenize:
             return _transformers_tokenizer(model, source.name)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise BlockfitError(
-            f"the tokenizer of {source.name} cannot be loaded ({first_line(error)}); give the "
-            "original's folder, with its tokenizer's files in it, as against="
+            f"the tokenizer of {source.name} cannot be loaded ({first_line(error)}); put its "
+            "files into the original's folder, or name a tokenizer with tokenizer="
         ) from error
     raise BlockfitError(
-        f"{source.name} comes without a tokenizer; give one of transformers, or a function from a "
-        "list of texts to a mapping of tensors"
+        f"{source.name} comes without a tokenizer; name one with tokenizer=: a tokenizer of "
+        "transformers, or in Python a function from a list of texts to a mapping of tensors"
     )
+
+
+def named_tokenizer(model: nn.Module, name: str) -> Tokenize:
+    """A tokenizer of transformers by its folder or Hub id, for a model that comes without one.
+
+    Raises:
+        BlockfitError: where there is none.
+    """
+    try:
+        return _transformers_tokenizer(model, name)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise BlockfitError(
+            f"there is no tokenizer {name} ({first_line(error)}); give a folder with a tokenizer's "
+            "files in it, or a Hub id"
+        ) from error
 
 
 def _transformers_tokenizer(model: nn.Module, name: str) -> Tokenize:
@@ -62,8 +80,10 @@ def _transformers_tokenizer(model: nn.Module, name: str) -> Tokenize:
     own = transformers.AutoTokenizer.from_pretrained(name, **files)
     if own.pad_token is None:  # decoders; padding is masked, whatever it is
         own.pad_token = own.eos_token
-    config = getattr(getattr(model, "config", None), "text_config", None)
-    longest = getattr(config, "max_position_embeddings", None)
+    whole = getattr(model, "config", None)
+    config = getattr(whole, "text_config", whole)
+    limits = getattr(config, "max_position_embeddings", None), own.model_max_length
+    longest = min((n for n in limits if isinstance(n, int) and n < NO_LIMIT), default=None)
     # SigLIP was trained on padded texts only, and reads its last token.
     padded = "siglip" in str(getattr(config, "model_type", ""))
 
