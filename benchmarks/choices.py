@@ -14,7 +14,8 @@ import blockfit
 from blockfit.search.cuts import Share
 from blockfit.search.plan_judge import PlanJudge
 from blockfit.search.recipes import RECIPES
-from blockfit.search.session import Session, Setting
+from blockfit.search.session import Session
+from blockfit.search.setting import Setting
 from blockfit.search.solve import Choices
 
 

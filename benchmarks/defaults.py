@@ -29,8 +29,10 @@ from blockfit.search import tokens as drawing
 from blockfit.search.budget import Budget
 from blockfit.search.calibrate import calibrate
 from blockfit.search.cuts import Share
+from blockfit.search.reach import reach
 from blockfit.search.recipes import RECIPES
-from blockfit.search.session import Session, Setting
+from blockfit.search.session import Session
+from blockfit.search.setting import Setting
 from blockfit.search.solve import Options, Solution, solve
 from blockfit.search.states import TracedImages
 
@@ -122,7 +124,7 @@ def by_images(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
     for count in args.counts:
         setting = Setting.of(model, calibration(args, model, count, 0))
         session = Session(setting, RECIPES["default"])
-        best = session.reach(budget_of(args)).solution
+        best = reach(session, budget_of(args)).solution
         found[f"{count} images, default"] = best
         say(f"solved: {count} images")
         if args.params is not None:
@@ -130,7 +132,7 @@ def by_images(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
         bare = Options(ridge=0.0, repair_ridge=0.0)
         found[f"{count} images, default without ridges"] = solve(session.originals, best.plan, bare)
         paper = session.with_recipe(RECIPES["paper"])
-        found[f"{count} images, paper"] = paper.reach(budget_of(args)).solution
+        found[f"{count} images, paper"] = reach(paper, budget_of(args)).solution
     return found
 
 
@@ -139,7 +141,7 @@ def by_seed(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
     for seed in range(args.draws):
         setting = Setting.of(model, calibration(args, model, args.limit, seed), seed=seed)
         session = Session(setting, RECIPES["default"], seed=seed)
-        point = session.reach(budget_of(args))
+        point = reach(session, budget_of(args))
         found[f"seed {seed}: {point.solution.plan}"] = point.solution
         say(f"solved: seed {seed}")
     return found

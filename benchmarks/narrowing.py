@@ -16,7 +16,8 @@ from search import plain, timed
 
 import blockfit
 from blockfit.search.recipes import RECIPES
-from blockfit.search.session import Session, Setting
+from blockfit.search.session import Session
+from blockfit.search.setting import Setting
 from blockfit.search.sweep import POINTS
 
 

@@ -19,9 +19,11 @@ import blockfit
 from blockfit.evaluation.evaluate import evaluate
 from blockfit.models.load import load_model
 from blockfit.search.budget import Budget
+from blockfit.search.reach import reach
 from blockfit.search.recipes import named_recipe
 from blockfit.search.run import Result
-from blockfit.search.session import Session, Setting
+from blockfit.search.session import Session
+from blockfit.search.setting import Setting
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def main() -> None:
     say(f"| params asked | left | plan | top-1 of {len(test)} | original | KL |")
     say("|---|---|---|---|---|---|")
     for percent in args.params:
-        point = session.reach(Budget("params", percent / 100))
+        point = reach(session, Budget("params", percent / 100))
         small = load_model(args.model)
         point.solution.apply(small, setting.blocks)
         plan, source = point.solution.plan, small.blockfit_source

@@ -28,8 +28,10 @@ from blockfit.errors import BlockfitError
 from blockfit.models.head import observe
 from blockfit.search.budget import Budget
 from blockfit.search.fidelity import kl_divergence
+from blockfit.search.reach import reach
 from blockfit.search.recipes import BARE, RECIPES, Recipe
-from blockfit.search.session import Session, Setting
+from blockfit.search.session import Session
+from blockfit.search.setting import Setting
 from blockfit.search.solve import Solution
 from blockfit.search.spill import Shelf
 
@@ -106,7 +108,7 @@ def calibrated(args: argparse.Namespace, model: torch.nn.Module) -> Session:
 
 def solved(session: Session, budget: Budget) -> Solution:
     """The plan of a method, solved on all calibration images, those that chose it too."""
-    solution = session.reach(budget).solution
+    solution = reach(session, budget).solution
     return solution if solution.plan.narrowings else session.cuts.solve(solution.plan)
 
 

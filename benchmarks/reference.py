@@ -26,7 +26,8 @@ from blockfit.fit.closed_form import RIDGE, fit_map, identity_error
 from blockfit.fit.plan import Plan, Span
 from blockfit.search.calibrate import calibrate
 from blockfit.search.recipes import RECIPES
-from blockfit.search.session import Session, Setting
+from blockfit.search.session import Session
+from blockfit.search.setting import Setting
 from blockfit.search.solve import Options, Solution
 
 FIT, HELD_OUT = 512, 256

@@ -23,7 +23,7 @@ from blockfit.fit.plan import Plan, Replacement, spans_up_to
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate
 from blockfit.search.candidates import race
 from blockfit.search.held_out import HeldOut
-from blockfit.search.session import JUDGE_BATCH
+from blockfit.search.setting import JUDGE_BATCH
 from blockfit.search.solve import Solution
 from blockfit.search.states import TracedImages
 from blockfit.search.summaries import loss_of

@@ -25,7 +25,8 @@ from blockfit.search.choose import Choice, Priced, choose
 from blockfit.search.curves import Curve
 from blockfit.search.fidelity import FidelityMeter, compared
 from blockfit.search.recipes import RECIPES
-from blockfit.search.session import Session, Setting
+from blockfit.search.session import Session
+from blockfit.search.setting import Setting
 
 RIDGE = 0.3
 SUBLAYERS = {"attention": ("values", "keys"), "mlp": ("mlp",)}

@@ -51,7 +51,7 @@ from blockfit.search import sweep as sweeps
 from blockfit.search.budget import Budget
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.run import Result as Result
-from blockfit.search.session import HOLD_OUT
+from blockfit.search.setting import HOLD_OUT
 from blockfit.search.sweep import sweep as sweep
 
 OwnWriter.writers.update(WRITERS)

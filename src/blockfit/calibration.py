@@ -26,15 +26,11 @@ from blockfit.provenance import made
 from blockfit.search.budget import Budget
 from blockfit.search.final import Parts, final_figures, set_apart
 from blockfit.search.loss_budget import Judge, check_images
+from blockfit.search.reach import reach
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.run import Result, checkpoint_of, describe, run_json
-from blockfit.search.session import (
-    CALIBRATION_IMAGES,
-    HOLD_OUT,
-    Session,
-    Setting,
-    check_stages,
-)
+from blockfit.search.session import Session
+from blockfit.search.setting import CALIBRATION_IMAGES, HOLD_OUT, Setting, check_stages
 from blockfit.search.sweep import Frontier
 from blockfit.units import bytes_of
 
@@ -305,7 +301,7 @@ class Calibration:
             point = session.by_hand(plan)
         else:
             assert budget is not None
-            point = session.reach(budget, judge)
+            point = reach(session, budget, judge)
         found = None
         if parts.final is not None:
             self._teller.say(f"final figures on {len(parts.final)} images")

@@ -157,7 +157,7 @@ def test_the_command_shows_every_hidden_state(small: tuple[Path, Done]) -> None:
 
 
 def test_as_many_images_as_a_calibration_takes_are_enough(monkeypatch: Any) -> None:
-    monkeypatch.setattr("blockfit.search.session.CALIBRATION_IMAGES", 24)
+    monkeypatch.setattr("blockfit.search.setting.CALIBRATION_IMAGES", 24)
     check = ["check", "demo", "--images", "digits:test", "--dtype", "float16"]
     done = blockfit_command(*check, "--json")
     assert done.json["data"][0]["used"] == 24

@@ -19,8 +19,10 @@ from blockfit.fit.plan import Plan
 from blockfit.fit.published import BASELINES
 from blockfit.search.baselines import Baseline, Neurons
 from blockfit.search.budget import Budget, Sizes
+from blockfit.search.reach import reach
 from blockfit.search.recipes import RECIPES
-from blockfit.search.session import Session, Setting
+from blockfit.search.session import Session
+from blockfit.search.setting import Setting
 from blockfit.search.states import TracedImages
 
 SHARE = 0.8
@@ -181,10 +183,10 @@ def test_a_baseline_is_a_recipe_of_compress(method: str, tmp_path: Path) -> None
 
 def test_a_session_shares_the_statistics_of_its_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(Setting.of(small_vit(), small_images(24)), RECIPES["corp"])
-    session.reach(Budget("params", 0.8))
+    reach(session, Budget("params", 0.8))
     ran: list[int] = []
     monkeypatch.setattr(Neurons, "_read", lambda *args: ran.append(1))
-    smaller = session.with_recipe(RECIPES["vbp"]).reach(Budget("flops", 0.7))
+    smaller = reach(session.with_recipe(RECIPES["vbp"]), Budget("flops", 0.7))
     assert not ran
     assert session.sizes.fractions(smaller.solution.plan)["flops"] <= 0.7
 

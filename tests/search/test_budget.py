@@ -21,6 +21,7 @@ from blockfit.fit.plan import Plan, Replacement, Span
 from blockfit.models.blocks import find_chain
 from blockfit.models.surgery import apply_plan
 from blockfit.search.budget import KINDS, Budget, Sizes, read_number
+from blockfit.search.reach import BY_BLOCKS, BY_CUTS
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,21 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     assert sizes.of(Plan.of(["1:3"], "identity"))[1] == stem + 4 * block + head
     mapped = sizes.of(Plan.of(["1:3"], "affine"))[1]
     assert mapped == stem + 4 * block + head + 2 * tokens * width * width
+
+
+def test_every_kind_of_budget_has_its_ways() -> None:
+    assert set(BY_BLOCKS) == set(KINDS)
+    assert set(BY_CUTS) == set(KINDS) - {"remove"}
+
+
+def test_what_remains_without_the_largest_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_vit(6)
+    sizes = Sizes(model, small_blocks(model), small_pictures(2))
+    assert sizes.least(2, "params") == pytest.approx(
+        sizes.fraction(Plan.of(["1:3"], "identity"), "params")
+    )
+    monkeypatch.setattr(Sizes, "_count", lambda self, model: None)
+    assert sizes.least(2, "flops") is None
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan.of(["1:3"], "affine")], ids=str)

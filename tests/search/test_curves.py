@@ -9,7 +9,8 @@ from small import small_images, small_vit
 
 from blockfit.search.held_out import HeldOut
 from blockfit.search.recipes import RECIPES
-from blockfit.search.session import Session, Setting
+from blockfit.search.session import Session
+from blockfit.search.setting import Setting
 
 
 def test_effects_of_heads_are_measured_on_half_of_the_held_out_images(

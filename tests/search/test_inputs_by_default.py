@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import blockfit
 from blockfit.data.decode import decode
 from blockfit.data.images import images
-from blockfit.search.session import CALIBRATION_IMAGES
+from blockfit.search.setting import CALIBRATION_IMAGES
 
 
 class Counted(Dataset):

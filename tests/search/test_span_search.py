@@ -157,10 +157,10 @@ def test_more_blocks_than_can_go_are_refused(size: int, protected: list[int]) ->
 def test_what_a_plan_must_also_meet_is_respected(search: Search) -> None:
     first, *others = search.proposals(2)
     assert others
-    point = search.solved(2, lambda plan: plan != first)
+    point = search.solved_where(2, lambda plan: plan != first)
     assert point is not None
     assert point.solution.plan == others[0]
-    assert search.solved(2, lambda plan: False) is None
+    assert search.solved_where(2, lambda plan: False) is None
 
 
 def test_a_map_that_is_worse_than_identity_is_never_used() -> None:

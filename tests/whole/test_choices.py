@@ -21,7 +21,7 @@ from blockfit.formats.quantize_onnx import ONNX_KINDS
 from blockfit.models.cost import ROUNDS
 from blockfit.models.tensors import INT8_KINDS
 from blockfit.search.recipes import RECIPES, SELECTIONS
-from blockfit.search.session import HOLD_OUT
+from blockfit.search.setting import HOLD_OUT
 from blockfit.search.solve import REPAIRS
 
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]

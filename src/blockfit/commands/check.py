@@ -34,7 +34,7 @@ def check(
 ) -> None:
     """Compare a model in half precision with itself in float32."""
     from blockfit.evaluation.precision import HALVES, check_precision
-    from blockfit.search.session import CALIBRATION_IMAGES
+    from blockfit.search.setting import CALIBRATION_IMAGES
 
     for name in dtype or ():
         if name not in HALVES:

@@ -461,7 +461,7 @@ class Judging:
 
     def part(self) -> float:
         """The part of the images that chooses the plan."""
-        from blockfit.search.session import HOLD_OUT as usual
+        from blockfit.search.setting import HOLD_OUT as usual
 
         return usual if self.hold_out is None else self.hold_out
 
@@ -544,7 +544,7 @@ def opened(
     loaded = loading.load(model)
     given = pictures = (written or Written()).open(images, loaded, reading)
     if calibrating:
-        from blockfit.search.session import CALIBRATION_IMAGES
+        from blockfit.search.setting import CALIBRATION_IMAGES
 
         pictures = given.draw(CALIBRATION_IMAGES, reading.seed)
     out.show_images(pictures, loading.place(), pictures is not given)

@@ -31,7 +31,7 @@ from blockfit.models.tensors import fingerprint
 from blockfit.progress import Progress, Say, told
 from blockfit.provenance import command_line, made
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate
-from blockfit.search.session import CALIBRATION_IMAGES, changing
+from blockfit.search.setting import CALIBRATION_IMAGES, changing
 from blockfit.summary import Summary, frame
 from blockfit.units import bytes_of
 

@@ -138,6 +138,7 @@ class Sizes:
             self.flops = self._count(self._bare)
             if self.flops is not None:
                 break
+        self._savings: dict[str, list[float] | None] = {}
         self._parameters: dict[Plan, int] = {}
         self._flops: dict[Plan, int | None] = {}
 
@@ -165,6 +166,19 @@ class Sizes:
         if found is None:
             raise BlockfitError(f"the {kind} of {plan} cannot be counted; give params=")
         return found
+
+    def least(self, count: int, kind: str) -> float | None:
+        """What would remain of ``kind`` were the ``count`` largest blocks gone for nothing.
+
+        ``None`` where it is unknown.
+        """
+        if kind not in self._savings:
+            plans = [Plan.of([f"{i}:{i + 1}"], "identity") for i in range(self.blocks.depth)]
+            left = [self.fraction(plan, kind) for plan in plans]
+            known = [1 - part for part in left if part is not None]
+            self._savings[kind] = sorted(known, reverse=True) if len(known) == len(left) else None
+        savings = self._savings[kind]
+        return None if savings is None else 1 - sum(savings[:count])
 
     def fractions(self, plan: Plan) -> dict[str, float]:
         """What remains of the original: ``params``, ``flops`` if known; and ``removed`` blocks."""

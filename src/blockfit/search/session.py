@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import NoReturn
-
-from torch import Tensor, nn
+from dataclasses import replace
 
 from blockfit import processes as ranks
 from blockfit.checkpoint import Checkpoint
-from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import PARTS, Narrowing, Plan, Span, spans_up_to
-from blockfit.models.adapters import check_merged
-from blockfit.models.blocks import Batch, Blocks, named_blocks
-from blockfit.models.forward import FORWARD_ERRORS, evaluating, first_images, offloaded
+from blockfit.models.blocks import named_blocks
+from blockfit.models.forward import FORWARD_ERRORS
 from blockfit.models.load import source_of
-from blockfit.models.stages import find_blocks
 from blockfit.models.stock import Stock
-from blockfit.models.surgery import removed_plan
 from blockfit.models.tensors import narrowest
-from blockfit.models.trace import trace
 from blockfit.progress import Progress, Say
 from blockfit.search.baselines import Baseline, Neurons
 from blockfit.search.budget import Budget, Sizes
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
-from blockfit.search.cuts import CutSearch, Share
+from blockfit.search.cuts import CutSearch
 from blockfit.search.held_out import HeldOut
 from blockfit.search.latency import latency_of
-from blockfit.search.loss_budget import Judge, Verdict, furthest
 from blockfit.search.plan_judge import PlanJudge, Point
 from blockfit.search.recipes import Recipe
+from blockfit.search.setting import Setting, check_whole
 from blockfit.search.solve import Solution
-from blockfit.search.span_search import QUICK_IMAGES, Search, most_removed
+from blockfit.search.span_search import Search, most_removed
 from blockfit.search.spill import (
     MOMENTS_SHARE,
     STATES_SHARE,
@@ -47,113 +38,8 @@ from blockfit.search.spill import (
 )
 from blockfit.search.states import TracedImages
 
-HOLD_OUT = 0.2
-CALIBRATION_IMAGES = 512
-"""Drawn where nobody says how many (docs/measurements.md: more gain little)."""
-
-JUDGE_BATCH = 16
-"""Batch size of the held-out images: the unit in which the race of candidates spends them."""
-
-FEWEST_IMAGES = 8
 SAFE_LOSS = 0.1
 """Held-out loss above which a warning is due: KL in nats, relative feature error without a head."""
-
-SHARES = (0.97, 0.94, *(share / 100 for share in range(90, 24, -4)))
-"""Parts of the parameters that may remain, tried in turn under a budget of loss."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a run is about: the model, where its blocks are, and the parts of the images."""
-
-    model: nn.Module
-    blocks: Blocks
-    fit: Images
-    held_out: Images
-    example: Batch
-    warnings: tuple[str, ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        images: Images,
-        path: str | None = None,
-        hold_out: float = HOLD_OUT,
-        seed: int = 0,
-    ) -> Setting:
-        """Find the blocks and split the images.
-
-        Raises:
-            BlockfitError: no blocks, a model that is compressed already, fewer than
-                ``FEWEST_IMAGES`` images.
-        """
-        if len(images) < FEWEST_IMAGES:
-            raise BlockfitError(
-                f"{len(images)} calibration images are too few; give at least {FEWEST_IMAGES}, "
-                "better a few hundred"
-            )
-        if offloaded(model):
-            raise BlockfitError(
-                "some of the model's weights are offloaded (on the meta device), and a "
-                "compression changes weights; load it whole, or spread it over devices "
-                "(device_map), or only calibrate or analyze it"
-            )
-        example = next(iter(images))
-        blocks = find_blocks(model, example, path)
-        if done := removed_plan(model, blocks):
-            raise BlockfitError(
-                f"the model is compressed already ({done}); compress the original again instead"
-            )
-        if done := _elsewhere(model, blocks):
-            raise BlockfitError(
-                f"another part of the model is compressed already ({done}); compress the original, "
-                "with images and texts in one call for both towers of a model"
-            )
-        check_merged(model)
-        fit, held_out = images.split(hold_out, seed)
-        fit = replace(fit, batch_size=_fit_batch(fit.batch_size))
-        held_out = replace(held_out, batch_size=JUDGE_BATCH)
-        return cls(model, blocks, fit, held_out, example, changing(images))
-
-    def state(self) -> Tensor:
-        """The first hidden state of one image, shape (1, tokens, width)."""
-        with evaluating(self.model):
-            return trace(self.model, self.blocks, first_images(self.example, 1), [0]).states[0]
-
-
-def _elsewhere(model: nn.Module, blocks: Blocks) -> Plan:
-    """What was taken out of the model at other blocks than these."""
-    known = getattr(model, "blockfit_blocks", None)
-    return Plan() if known is None or known == blocks else removed_plan(model, known)
-
-
-def changing(images: Images) -> tuple[str, ...]:
-    """What to tell where images are others each time that they are read."""
-    if not images.changing:
-        return ()
-    return (
-        f"the images of {images.records.source} differ each time that they are read (a random "
-        "augmentation, or a shuffled order), but a calibration reads them several times; give "
-        "images that stay the same",
-    )
-
-
-def _fit_batch(asked: int) -> int:
-    """The largest power of two up to what was asked for and ``QUICK_IMAGES``.
-
-    Batches then end where the quick refits do, so that these see the same images at any batch size.
-    """
-    return 1 << (min(asked, QUICK_IMAGES).bit_length() - 1)
-
-
-def check_whole(whole: Iterable[int], depth: int) -> None:
-    """Refuse blocks that do not exist."""
-    for block in whole:
-        if not 0 <= block < depth:
-            raise BlockfitError(
-                f"whole: block {block} does not exist; the model has blocks 0–{depth - 1}"
-            )
 
 
 def _any(plan: Plan) -> bool:
@@ -164,27 +50,6 @@ def _any(plan: Plan) -> bool:
 def _laid_out(part: Narrowing) -> str:
     layers = ", ".join(f"{rows.layer} from row {rows.start}" for rows in part.rows)
     return f"{part.heads} × {part.size} in {layers}"
-
-
-def check_stages(
-    blocks: Blocks, recipe: Recipe, budget: Budget | None = None, plan: Plan | None = None
-) -> None:
-    """Refuse, before any work, what cannot be done with blocks in stages.
-
-    Raises:
-        BlockfitError: for spans of any kind, and for one width of all MLPs.
-    """
-    if budget is not None and budget.kind == "remove":
-        blocks.need_chain("remove=")
-    if plan is not None and plan.replacements:
-        blocks.need_chain("a plan that removes blocks")
-    if blocks.stages and recipe.uniform:
-        raise BlockfitError(
-            "uniform= gives the MLPs of all blocks one width, and those of this model's "
-            f"{len(blocks.stages)} stages have their own; leave it away"
-        )
-    if plan is None and recipe.baseline is None and not recipe.narrows:
-        blocks.need_chain(f"a recipe that cuts {' and '.join(recipe.cuts)} alone")
 
 
 class Session:
@@ -238,7 +103,6 @@ class Session:
         self.sizes = Sizes(model, blocks, setting.example)
         self.precision = narrowest(model)
         self._moments: list[Moments | GroupedMoments] = []
-        self._savings: dict[str, list[float]] = {}
         self._search: Search | None = None
         self._cuts: CutSearch | None = None
         self._neurons: dict[str, Neurons] = {}
@@ -290,8 +154,7 @@ class Session:
                 that the model has by default.
         """
         setting, recipe = self.setting, self.recipe
-        if setting.blocks.stages:
-            self._refuse_stages()
+        self.check_chain()
         if longest is None and recipe.contiguous:
             longest = most_removed(setting.blocks.depth, self.protected)
         longest = max(recipe.longest, longest or 0)
@@ -385,77 +248,18 @@ class Session:
                     "architecture"
                 )
 
-    def reach(self, budget: Budget, judge: Judge | None = None) -> Point:
-        """The plan of smallest held-out loss that meets ``budget``.
-
-        Args:
-            budget: a size, or the largest loss.
-            judge: of a budget of loss.
-
-        Raises:
-            BlockfitError: where no plan does; the message says what can be reached.
-        """
-        self.recipe.check_use(f"{budget.kind}=", protect=self.protected)
-        if self.recipe.baseline is not None:
-            return self._reach_baseline(budget, self.recipe.baseline)
-        if budget.kind == "remove":
-            size = int(budget.value)
-            longest = size if self.recipe.contiguous else None
-            search = self.search(longest)
-            point = search.solved(size)
-            assert point is not None
-            return point
-        if self.narrows():
-            return self._reach_by_cuts(budget, judge)
-        if self.setting.blocks.stages:
-            self._refuse_stages()
-        if budget.kind in ("params", "flops"):
-            return self._reach_size(budget)
-        if budget.kind == "latency":
-            return self._reach_latency(budget)
-        assert judge is not None, "a budget of loss needs a judge"
-        return self._reach_loss(judge)
-
-    def _refuse_stages(self) -> NoReturn:
-        """Say why nothing can be cut where spans cannot."""
+    def check_chain(self) -> None:
+        """Refuse blocks in stages, of which no span can go: say why nothing else can be cut."""
+        if not self.setting.blocks.stages:
+            return
         why = "; ".join(f"{part}: {reason}" for part, reason in self.cuts.refused().items())
         raise BlockfitError(
             "nothing in this model can be cut: its blocks are in stages, of which no span can be "
             f"removed, and nothing in them can be narrowed ({why or 'no kind of cut'})"
         )
 
-    def _reach_by_cuts(self, budget: Budget, judge: Judge | None) -> Point:
-        cuts = self.cuts
-        if budget.kind in ("params", "flops"):
-            self._check_flops(budget)
-            share = Share(budget.kind, budget.value)
-            cuts.check_reach(share)
-            return cuts.best_point(share)
-        if budget.kind == "latency":
-
-            def ratio(solution: Solution) -> float:
-                return float(ranks.agreed(partial(self.latency_ratio, solution)))
-
-            return cuts.point(cuts.plan_for_latency(budget.value, ratio))
-        assert judge is not None, "a budget of loss needs a judge"
-
-        def solve(share: float) -> Solution:
-            return cuts.solve(cuts.plan(Share("params", share)))
-
-        def decide(solution: Solution) -> Verdict:
-            self._say(f"judging {judge.budget}")
-            return judge.verdict(solution)
-
-        smallest = cuts.smallest(Share("params", 1.0))
-        found = furthest([share for share in SHARES if share > smallest], solve, decide)
-        if found.solved is None:
-            what = f"leaving {SHARES[0]:.0%} of the parameters"
-            raise judge.refusal(what, found.verdicts[SHARES[0]])
-        return cuts.point(found.solved.plan, found.solved)
-
-    def _reach_baseline(self, budget: Budget, method: str) -> Point:
+    def published(self, budget: Budget, method: str) -> Point:
         """A published method on all images, with the figures that it has on the fit images."""
-        self._check_flops(budget)
         known = self._neurons
         known.setdefault("fit", Neurons(self.originals))
         known.setdefault("all", Neurons(self.originals.with_more(self.held_out.images)))
@@ -468,85 +272,10 @@ class Session:
         fidelity, errors, top1 = self.held_out.judge(solved[0])
         return Point(solved[-1], fidelity, tuple(errors), top1)
 
-    def _check_flops(self, budget: Budget) -> None:
-        if budget.kind == "flops" and self.sizes.flops is None:
-            raise BlockfitError(f"{self.sizes.warnings()[0]}; use remove, params or latency")
-
-    def _reach_size(self, budget: Budget) -> Point:
-        self._check_flops(budget)
-        largest = most_removed(self.setting.blocks.depth, self.protected)
-        sizes = range(1, largest + 1)
-        if not any(self._worth_trying(budget, size) for size in sizes):
-            raise BlockfitError(
-                f"{budget} cannot be reached even with {largest} of "
-                f"{self.setting.blocks.depth} blocks removed; ask for more"
-            )
-        search = self.search()
-        smallest = 1.0
-        for size in sizes:
-            plans = search.proposals(size) if self._worth_trying(budget, size) else []
-            for plan in plans:
-                smallest = min(smallest, self.sizes.known_fraction(plan, budget.kind))
-            if any(self._meets(budget, plan) for plan in plans):
-                point = search.solved(size, lambda plan: self._meets(budget, plan))
-                assert point is not None
-                return point
-        raise BlockfitError(
-            f"{budget} cannot be reached: with {search.largest} blocks removed, the smallest "
-            f"model has {smallest:.1%}; ask for more"
-        )
-
-    def _meets(self, budget: Budget, plan: Plan) -> bool:
-        return self.sizes.known_fraction(plan, budget.kind) <= budget.value + 1e-9
-
-    def _worth_trying(self, budget: Budget, size: int) -> bool:
-        """Whether removing the ``size`` largest blocks for nothing would meet the budget."""
-        if budget.kind not in self._savings:
-            depth = self.setting.blocks.depth
-            single = [Plan.of([f"{i}:{i + 1}"], "identity") for i in range(depth)]
-            saved = [1 - self.sizes.known_fraction(plan, budget.kind) for plan in single]
-            self._savings[budget.kind] = sorted(saved, reverse=True)
-        return 1 - sum(self._savings[budget.kind][:size]) <= budget.value + 1e-9
-
-    def _reach_latency(self, budget: Budget) -> Point:
-        search = self.search()
-        ratio = 1.0
-        for size in range(1, search.largest + 1):
-            most = Budget("flops", min(1.0, budget.value * 1.1))
-            if self.sizes.flops is not None and not self._worth_trying(most, size):
-                continue
-            point = search.solved(size)
-            assert point is not None
-            ratio = ranks.agreed(partial(self.latency_ratio, point.solution))
-            self._say(f"{size} blocks: latency {ratio:.1%} of the original's")
-            if ratio <= budget.value:
-                return point
-        raise BlockfitError(
-            f"{budget} cannot be reached on this machine: with {search.largest} blocks removed, "
-            f"the latency is {ratio:.1%} of the original's; ask for more"
-        )
-
     def latency_ratio(self, solution: Solution) -> float:
         """Median latency of the solved model over the original's, measured in turn."""
         setting = self.setting
         return latency_of(setting.model, setting.blocks, solution, setting.example).ratio
-
-    def _reach_loss(self, judge: Judge) -> Point:
-        search = self.search()
-
-        def solve(size: int) -> Point:
-            point = search.solved(size)
-            assert point is not None
-            return point
-
-        def decide(point: Point) -> Verdict:
-            self._say(f"{point.removed} blocks: judging {judge.budget}")
-            return judge.verdict(point.solution)
-
-        found = furthest(range(1, search.largest + 1), solve, decide)
-        if found.solved is None:
-            raise judge.refusal("removing one block", found.verdicts[1])
-        return found.solved
 
     def repaired_blocks(self, point: Point) -> list[int]:
         """The kept blocks of which a solution holds weights that were solved again."""

@@ -96,22 +96,24 @@ class Search:
         """The most blocks that can go: all but two, and no protected one."""
         return most_removed(self.depth, self.protected)
 
-    def solved(self, size: int, fits: Callable[[Plan], bool] | None = None) -> Point | None:
+    def solved(self, size: int) -> Point:
         """The best plan that removes ``size`` blocks, solved as it will be used.
-
-        Args:
-            size: blocks to remove.
-            fits: what else a plan must meet (a budget of parameters or FLOPs); ``None`` comes back
-                where no proposal of this size does.
 
         Raises:
             BlockfitError: where that many blocks cannot go.
         """
         self.check(size)
-        proposals = [p for p in self.proposals(size) if fits is None or fits(p)]
-        if not proposals:
-            return None
-        for plan in proposals:
+        return self._first_solved(size, self.proposals(size))
+
+    def solved_where(self, size: int, fits: Callable[[Plan], bool]) -> Point | None:
+        """The same of the plans that ``fits`` is true of; ``None`` where it is of no proposal."""
+        self.check(size)
+        plans = [plan for plan in self.proposals(size) if fits(plan)]
+        return self._first_solved(size, plans) if plans else None
+
+    def _first_solved(self, size: int, plans: Sequence[Plan]) -> Point:
+        """The first plan that the model can be run with."""
+        for plan in plans:
             self._say(f"{size} blocks: solving {plan}")
             with self._leaving_out(plan):
                 return self.judge.point(plan)

@@ -49,10 +49,10 @@ from blockfit.search.plan_judge import Point
 from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.report import Entry, Report
 from blockfit.search.run import Result, checkpoint_of, entry_of, original_of, run_json
-from blockfit.search.session import (
+from blockfit.search.session import Session
+from blockfit.search.setting import (
     CALIBRATION_IMAGES,
     HOLD_OUT,
-    Session,
     Setting,
     check_stages,
     check_whole,
@@ -522,7 +522,6 @@ def _go_through(frontier: Frontier, session: Session, looks: _Looks) -> None:
         started = time.perf_counter()
         session.say(f"size {size} of {search.largest}")
         point = search.solved(size)
-        assert point is not None
         _keep(frontier, session, point, looks, started, search.state())
 
 
