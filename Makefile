@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-quality fuzz audit compat browser clean
+.PHONY: help demo test tests lint format docs bench bench-quality fuzz audit compat browser clean
 
 help:
 	@echo "make demo           compress the shipped model, print a table of before and after"
@@ -30,7 +30,11 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/blockfit demo
 
-test: lint browser
+# mypy takes one core for a minute: the tests start beside it.
+test: $(STAMP)
+	$(MAKE) --no-print-directory --jobs=2 lint tests
+
+tests: browser
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Tests look at reports in Chromium and are skipped without it. Nothing fails where it cannot be had.

@@ -78,8 +78,12 @@ def _make(root: Path) -> None:
     found["similarity"]["metrics"] = {"mse": {"all": found["similarity"]["metrics"]["mse"]["all"]}}
     (root / "thin" / "analysis.json").write_text(json.dumps(found))
     (root / "hostile.html").write_text(_hostile(root), encoding="utf-8")
-    shutil.copytree(root / "sweep", root / "twin")
-    several = [root / name for name in ("sweep", "small", "twin", "evaluation.json")]
+    shutil.copytree(root / "sweep", root / "few")  # a page of few plans is drawn in few seconds
+    content = json.loads((root / "few" / "sweep.json").read_text())
+    content["points"] = content["points"][:3]
+    (root / "few" / "sweep.json").write_text(json.dumps(content))
+    shutil.copytree(root / "few", root / "twin")
+    several = [root / name for name in ("few", "small", "twin", "evaluation.json")]
     (root / "several.html").write_text(render(read_runs(several)), encoding="utf-8")
 
 

@@ -276,8 +276,8 @@ def test_a_hostile_folder_runs_nothing(chromium: Any, made: Path) -> None:
 def test_runs_are_told_apart_and_hidden(chromium: Any, made: Path) -> None:
     show(chromium, made / "several.html")
     boxes = all_of(chromium, 'input[name="run"]')
-    points = json.loads((made / "sweep" / "sweep.json").read_text())["points"]
-    assert len(boxes) == 3
+    points = json.loads((made / "few" / "sweep.json").read_text())["points"]
+    assert len(boxes) == len(points) == 3
     assert len(shown(chromium, ".marks [role=radio]")) == 2 * len(points) + 1
     press(chromium, boxes[0])
     assert len(shown(chromium, ".marks [role=radio]")) == len(points) + 1
