@@ -138,3 +138,24 @@ def test_hierarchical_models_are_trained_and_narrowed_and_a_run_goes_on(tmp_path
     again = run(*words)
     assert "epoch" not in again
     assert again.splitlines()[-3:] == lines[2:]
+
+
+def test_both_towers_of_a_small_clip_are_trained_and_narrowed(tmp_path: Path) -> None:
+    for name in ("left", "right"):
+        for number in range(12):
+            picture = Image.new("RGB", (32, 32))
+            picture.paste((100 + 10 * number, 200, 50), (0 if name == "left" else 20, 0, 32, 32))
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / "photos" / name / f"{number}.png")
+    words = [
+        "two_towers.py", "--train", tmp_path / "photos", "--test", tmp_path / "photos",
+        "--minutes", 0.02, "--depth", 3, "--sizes", 0.8, "-o", tmp_path / "out",
+    ]  # fmt: skip
+    *_, both, alone = run(*words).splitlines()
+    cells = [cell.strip() for cell in both.split("|")[1:-1]]
+    assert cells[1] == "both"
+    assert float(cells[0].rstrip("%")) <= 80.05
+    assert alone.split("|")[2].strip() == "image alone"
+    small, clip = (blockfit.load(tmp_path / "out" / name) for name in ("both-0.8", "clip"))
+    counts = [sum(p.numel() for p in model.text_model.parameters()) for model in (small, clip)]
+    assert counts[0] < counts[1]
