@@ -41,12 +41,13 @@ TEMPLATES = (
 )  # fmt: skip
 
 
-def read(path: Path) -> tuple[Tensor, Tensor, list[str]]:
+def read(path: Path, limit: int) -> tuple[Tensor, Tensor, list[str]]:
     """Images (N, 3, 32, 32) of bytes, their labels (N,) and the names of the classes."""
     from datasets import load_dataset
 
     kind, where = ("imagefolder", "data_dir") if path.is_dir() else ("parquet", "data_files")
     table = load_dataset(kind, split="train", **{where: str(path)})
+    table = table.shuffle(seed=0).select(range(min(limit, len(table))))
     shown = [image.convert("RGB").resize((SIZE, SIZE), 3) for image in table["image"]]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in shown]))
     return pixels.permute(0, 3, 1, 2), torch.tensor(table["label"]), table.features["label"].names
@@ -57,11 +58,11 @@ def tokenizer_for(names: list[str]) -> PreTrainedTokenizerFast:
     split = Whitespace()
     texts = [*(template.format("") for template in TEMPLATES), *names]
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
-    signs = ["[PAD]", "[START]", "[END]", "[UNK]", *sorted(words)]
+    signs = ["[PAD]", "[START]", "[UNK]", "[END]", *sorted(words)]
     made = Tokenizer(WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="[UNK]"))
     made.pre_tokenizer = split
     made.post_processor = TemplateProcessing(
-        single="[START] $A [END]", special_tokens=[("[START]", 1), ("[END]", 2)]
+        single="[START] $A [END]", special_tokens=[("[START]", 1), ("[END]", 3)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", bos_token="[START]",
@@ -69,7 +70,7 @@ def tokenizer_for(names: list[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def build(words: int, depth: int) -> CLIPModel:
+def build(words: int, depth: int, patch: int) -> CLIPModel:
     """A CLIP with random weights, whose text tower is as large as its image tower."""
     tower = {
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": depth,
@@ -77,9 +78,9 @@ def build(words: int, depth: int) -> CLIPModel:
     }  # fmt: skip
     text = {
         **tower, "vocab_size": words, "max_position_embeddings": 16, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 3,  # 2 would mean "the largest", as in old checkpoints
+        "bos_token_id": 1, "eos_token_id": 3,
     }  # fmt: skip
-    image = {**tower, "image_size": SIZE, "patch_size": 4}
+    image = {**tower, "image_size": SIZE, "patch_size": patch}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=64))
 
 
@@ -127,7 +128,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             steps += 1
-            if steps % 50 == 0:
+            if steps % 20 == 0:
                 print(f"{share:4.0%} step {steps}, loss {float(loss):.3f}", flush=True)
     model.eval()
 
@@ -157,6 +158,8 @@ def main() -> None:
     asked.add_argument("-o", "--output", type=Path, required=True)
     asked.add_argument("--minutes", type=float, default=10)
     asked.add_argument("--depth", type=int, default=6, help="blocks of each tower")
+    asked.add_argument("--patch", type=int, default=4, help="pixels of a patch's side")
+    asked.add_argument("--train-limit", type=int, default=50_000, help="images to learn from")
     asked.add_argument("--sizes", type=float, nargs="+", default=[0.85, 0.7, 0.55])
     asked.add_argument("--limit", type=int, default=512, help="calibration images")
     asked.add_argument("--test-limit", type=int, default=2000)
@@ -164,9 +167,9 @@ def main() -> None:
     torch.manual_seed(0)
     folder, captions = options.output / "clip", options.output / "captions.txt"
     if not folder.exists():
-        pixels, labels, names = read(options.train)
+        pixels, labels, names = read(options.train, options.train_limit)
         tokens = tokenizer_for(names)
-        model = build(len(tokens), options.depth)
+        model = build(len(tokens), options.depth, options.patch)
         train(model, tokens, pixels, labels, names, options.minutes)
         for part in (model, tokens):
             part.save_pretrained(folder)

@@ -886,7 +886,7 @@ def given_data(
         BlockfitError: for neither, and for texts that the model does not take.
     """
     if images is None and texts is None:
-        raise BlockfitError("there is nothing to run the model on: give images, texts= or both")
+        raise BlockfitError("there is no data to run the model on: give images, texts= or both")
     if images is None:
         return texts if isinstance(texts, Images) else written_texts(texts, model, seed=seed)
     if texts is not None:

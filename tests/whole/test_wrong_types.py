@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import one_thread  # noqa: F401
+from families import FAMILIES
+from families import one_thread as one_thread
 from small import small_images, small_pictures, small_vit
 
 import blockfit
@@ -52,14 +53,17 @@ BUDGETS: dict[str, list[Any]] = {
     "max_drop": ["a", [1], {}, -1, float("nan")],
 }
 NAME = [None, 3, object(), [1], b"x"]
+TEXTS = [3, object(), [1], "x.txt"]
+"""Wrong for every model that takes images alone."""
+
 EXPORT = {"small": NAME, "folder": PATH, "images": [3, object(), {}], "overwrite": FLAG}
 CARD = {"base_model": [3, "no name", ["a/b"]], "license": [3, "", ["mit"]]}
 WRONG: dict[str, dict[str, list[Any]]] = {
     "calibrate": {k: v for k, v in COMMON.items() if k != "resume"} | CUTS | {
-        "judge": FLAG, "preprocessing": CODE,
+        "judge": FLAG, "preprocessing": CODE, "texts": TEXTS,
     },
     "compress": COMMON | BUDGETS | CUTS | {
-        "preprocessing": CODE,
+        "preprocessing": CODE, "texts": TEXTS,
         "spans": ["2:4", 3, [3], [(1,)], [("a", 2)], [(2, 1)], [(1, 2, 3)], [None], [], {"a": 1}],
         "map": [3, ["affine"], "unknown"],
         "rank": [2.5, "a", [3], 0, -1],
@@ -82,7 +86,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "evaluate": {
         "compressed": NAME, "data": [None, 3, object(), {}], "against": [3, b"x", [1]],
         "blocks": [3, "blocks", [1]], "measure": FLAG, "progress": CODE,
-        "checkpoint": [3, "x", [1]], "preprocessing": CODE,
+        "checkpoint": [3, "x", [1]], "preprocessing": CODE, "texts": TEXTS,
     },
     "compare": {
         "models": [None, 3, "x", [3], {"a": 3, "b": 3}], "data": [None, 3, object(), {}],
@@ -124,6 +128,10 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "source": [None, 3, object(), {}, [1]], "tokenizer": [None, 3, "x", [1]],
         "column": [3, ["a"], "a"], "split": [3, ["a"], "a"], "limit": [2.5, "a", [3], 0, -1],
         "seed": [*WHOLE, None], "batch_size": [*WHOLE, 0, None],
+    },
+    "pairs": {
+        "images": [None, 3, "x", [1]], "texts": [None, 3, object(), {}, [1]],
+        "model": [None, 3, "x", [1]], "tokenizer": [3, "x", [1]],
     },
     "find_blocks": {
         "model": [None, 3, "x", [1]], "example": [3, "x", [1]], "path": [3, ["a"]],
@@ -173,6 +181,15 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
             blockfit.texts,
             {
                 "source": ["one", "two"],
+                "tokenizer": lambda texts: {"input_ids": torch.ones(len(texts), 3).long()},
+            },
+        ),
+        "pairs": (
+            blockfit.pairs,
+            {
+                "images": blockfit.images(torch.zeros(8, 3, 32, 32)),
+                "texts": ["one", "two"],
+                "model": FAMILIES["clip-two-towers"].build(),
                 "tokenizer": lambda texts: {"input_ids": torch.ones(len(texts), 3).long()},
             },
         ),

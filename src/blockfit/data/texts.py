@@ -109,9 +109,12 @@ def check_two_towers(model: nn.Module) -> str:
     return name
 
 
+_read_texts = texts
+
+
 @checked
 def pairs(
-    pictures: Images, written: Any, model: nn.Module, tokenizer: Any = None, **options: Any
+    images: Images, texts: Any, model: nn.Module, tokenizer: Any = None, **options: Any
 ) -> Images:
     """Images and texts as batches of both, for both towers of a model.
 
@@ -120,8 +123,8 @@ def pairs(
     little: a batch is judged by the similarities of all its images to all its texts.
 
     Args:
-        pictures: images; their labels are left away.
-        written: what ``texts`` takes, or returned.
+        images: their labels are left away.
+        texts: what ``blockfit.texts`` takes, or returned.
         model: of images and texts.
         tokenizer: as in ``texts``; the model's own by default.
         options: of ``texts``: ``column`` and ``split``.
@@ -130,21 +133,22 @@ def pairs(
         BlockfitError: for a model without two towers, and where there are fewer than two texts.
     """
     name = check_two_towers(model)
-    if not isinstance(written, Images):
-        written = texts(written, model if tokenizer is None else tokenizer, **options)
+    written = texts
+    if not isinstance(texts, Images):
+        written = _read_texts(texts, model if tokenizer is None else tokenizer, **options)
     held = _held(written)
     if len({*held.texts}) < 2:
         raise BlockfitError(
             f"{written.records.source} holds one text; similarities need two different ones or more"
         )
-    count, given = pictures.records.size, len(held.texts)
+    count, given = images.records.size, len(held.texts)
     order = np.arange(given)
     if given > count:
-        order = np.random.default_rng(pictures.seed).permutation(given)
+        order = np.random.default_rng(images.seed).permutation(given)
     assert isinstance(written.records, Stream)
     left_out = written.records.left_out
     beside = Beside(written.records.source, held.texts, held.tokenize, name, order, left_out)
-    return replace(pictures, texts=beside)
+    return replace(images, texts=beside)
 
 
 @dataclass(frozen=True)
