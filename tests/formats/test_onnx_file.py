@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commandline import FEW, blockfit_command
-from exporting import MAPS, output, prepared, saved
+from exporting import MAPS, nearly_empty, output, prepared, saved
 from families import EXPORTED, FAMILIES
 from families import one_thread as one_thread
 from torch import Tensor
@@ -23,7 +23,12 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-NAMES = {"timm-vit": "output", "torchvision-vit": "output", "clip-vision": "last_hidden_state"}
+NAMES = {
+    "timm-vit": "output",
+    "timm-beit": "output",
+    "torchvision-vit": "output",
+    "clip-vision": "last_hidden_state",
+}
 
 
 @pytest.mark.parametrize("name", EXPORTED["ONNX"])
@@ -47,6 +52,12 @@ def test_onnxruntime_runs_narrowed_blocks(name: str, tmp_path: Path) -> None:
     images = FAMILIES[name].images(3, seed=5)
     found = Session(done.path).outputs(images)[NAMES.get(name, "logits")]
     assert torch.allclose(found, output(small.model, images), atol=2e-5)
+
+
+def test_a_model_that_draws_in_each_forward_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(BlockfitError, match=r"ViTMAEModel draws random numbers .*export_program"):
+        export_onnx(nearly_empty("vit-mae"), tmp_path / "small.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:

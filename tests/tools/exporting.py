@@ -22,6 +22,7 @@ from blockfit.models.head import primary_output
 from blockfit.models.load import source_of
 from blockfit.models.parts import find_parts
 from blockfit.models.preprocessing import Preprocessing
+from blockfit.models.probe import Probe
 from blockfit.models.residual import find_writers
 from blockfit.models.surgery import apply_plan
 from blockfit.models.trace import trace
@@ -32,7 +33,17 @@ from blockfit.search.states import TracedImages
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from without_blockfit import environment, output_elsewhere
 
-__all__ = ["MAPS", "PLAIN", "elsewhere", "environment", "output", "prepared", "saved", "uniform"]
+__all__ = [
+    "MAPS",
+    "PLAIN",
+    "elsewhere",
+    "environment",
+    "nearly_empty",
+    "output",
+    "prepared",
+    "saved",
+    "uniform",
+]
 
 PLAIN = Plan((Replacement(Span(0, 1), "identity"), Replacement(Span(2, 3), "folded")))
 MAPS = Plan((Replacement(Span(0, 1), "affine"), Replacement(Span(2, 3), "low-rank", rank=4)))
@@ -94,6 +105,25 @@ def elsewhere(python: Path, exported: Path, images: Tensor, traffic: Path) -> Te
     """The primary output of an export where blockfit is not installed."""
     save_file({"images": images}, traffic / "in.safetensors")
     return load_file(output_elsewhere(python, exported, traffic))["out"]
+
+
+def nearly_empty(name: str) -> Saved:
+    """A tiny model whose first three blocks are one map and whose last keeps half of every part.
+
+    Its graph is as short as one with a map and a narrowed block can be.
+    """
+    model, pictures = FAMILIES[name].build(), FAMILIES[name].images(2)
+    blocks, source = find_chain(model, pictures), source_of(model)
+    with evaluating(model), torch.no_grad():
+        parts = Probe(model, blocks, pictures).parts(3).whole.values()
+    cuts = tuple(replace(part, kept=max(1, part.size // 2)) for part in parts)
+    plan = Plan((Replacement(Span(0, 3), "affine"),), cuts)
+    maps = [empty_map(entry, blocks.width, blocks.prefix_tokens) for entry in plan]
+    with torch.no_grad():
+        for parameter in maps[0].parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    apply_plan(model, blocks, plan, maps)
+    return Saved(model, blocks, plan, {}, source, installed_versions())
 
 
 def uniform(

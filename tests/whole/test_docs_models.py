@@ -33,7 +33,7 @@ TESTS = {
     "stock": "formats/test_plain.py",
     "Hub": "formats/test_hub_folder.py",
     "ONNX": "formats/test_onnx_file.py",
-    "torch.export": "whole/test_works_on_the_result.py",
+    "torch.export": "formats/test_program.py",
     "int8": "evaluation/test_quantize.py",
 }
 """By form, where a test runs on the families that ``EXPORTED`` lists for it."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import EXPORTED, FAMILIES, PlainBlock, PlainViT, one_thread  # noqa: F401
+from families import FAMILIES, PlainBlock, PlainViT, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
@@ -121,7 +121,7 @@ def test_forward_hooks(name: str) -> None:
     assert seen == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", EXPORTED["torch.export"])
+@every_library
 def test_torch_export(name: str) -> None:
     model, images, expected = small(name)
     assert_says(torch.export.export(model, (images,)).module(), images, expected)

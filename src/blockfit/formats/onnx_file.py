@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockfit.arguments import checked
 from blockfit.data.images import Images
@@ -21,7 +22,7 @@ from blockfit.formats.folder import Saved
 from blockfit.formats.parity import Parity, compare
 from blockfit.formats.passport import passport
 from blockfit.formats.program import Exported, Setting
-from blockfit.formats.traced import Resolution, input_name, run
+from blockfit.formats.traced import Resolution, draws, input_name, run
 from blockfit.models.cost import alternate
 from blockfit.models.load import read_dtype
 
@@ -172,8 +173,14 @@ def _converted(setting: Setting, name: str, opset: int) -> Any:
     """The ONNX program with named axes and metadata."""
     axes: dict[int, str] = {} if setting.batch is not None else {0: "batch"}
     graph = setting.traced()
+    if draws(graph):
+        raise BlockfitError(
+            f"{setting.saved.source.name} draws random numbers in each forward, and no runtime "
+            "draws those that torch does; use export_program"
+        )
     try:
-        with _silent():
+        # A fused kernel's strides allow views that its formula forbids (BEiT's attention).
+        with _silent(), sdpa_kernel(SDPBackend.MATH):
             program: Any = torch.onnx.export(
                 graph,
                 (setting.example(),),

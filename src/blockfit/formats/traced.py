@@ -213,6 +213,19 @@ def trace(
     return program
 
 
+def draws(program: torch.export.ExportedProgram) -> bool:
+    """Whether a graph draws random numbers in each run, as masked autoencoders do.
+
+    Dropout, also that of attention, draws none in eval mode.
+    """
+    random = torch.Tag.nondeterministic_seeded
+    return any(
+        random in node.target.tags and not re.search("dropout|attention", node.target.name())
+        for node in program.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
+
+
 def _why_not(model: nn.Module, error: Exception, any_size: bool) -> str:
     name = type(model).__name__
     if any_size:
