@@ -224,10 +224,10 @@ def test_a_stopped_sweep_goes_on_and_ends_as_an_unbroken_one(folder, model, imag
     target = tmp_path / "stopped"
     solved = Search.solved
 
-    def stops(self, size, fits=None):  # type: ignore[no-untyped-def]
+    def stops(self, size):  # type: ignore[no-untyped-def]
         if size == 4:
             raise KeyboardInterrupt
-        return solved(self, size, fits)
+        return solved(self, size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Search, "solved", stops)
@@ -238,7 +238,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_an_unbroken_one(folder, model, imag
 
     def counts(self, size, fits=None):  # type: ignore[no-untyped-def]
         asked.append(size)
-        return solved(self, size, fits)
+        return solved(self, size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Search, "solved", counts)
