@@ -21,7 +21,8 @@ from torch import Tensor
 
 from blockfit.data.images import images as open_images
 from blockfit.fit.plan import spans_up_to
-from blockfit.models.blocks import Blocks, find_blocks
+from blockfit.models.blocks import Blocks
+from blockfit.models.stages import find_blocks
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate
 from blockfit.search.spill import MOMENTS_SHARE, groups_of, moments_bytes
 from blockfit.units import bytes_of

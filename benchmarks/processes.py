@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import blockfit
 from blockfit import processes as ranks
 from blockfit.fit.plan import spans_up_to
-from blockfit.models.blocks import find_blocks
+from blockfit.models.stages import find_blocks
 from blockfit.search.calibrate import calibrate
 
 WAYS = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -17,12 +19,14 @@ import blockfit
 from blockfit import api
 
 SLOW = ("torch", "numpy", "sklearn", "transformers", "timm", "torchvision", "matplotlib", "PIL")
+ROOT = Path(__file__).resolve().parents[2]
 VERBS = {
     "analyze", "bench", "calibrate", "compare", "compress", "evaluate", "export_hub", "export_onnx",
     "export_plain", "export_program", "find_blocks", "from_sweep", "images", "load", "push_to_hub",
     "report", "reproduce", "save", "sweep",
 }  # fmt: skip
-LONGEST_S = 0.3
+OF_TORCH = 0.25
+"""Part of the time of importing torch beside it; others may keep the machine busy."""
 AT_EXIT = (
     "import atexit, json, sys; atexit.register(lambda: print(json.dumps("
     "sorted({n.split('.')[0] for n in sys.modules}))))"
@@ -77,14 +81,16 @@ def test_completion_loads_nothing_slow(words: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["blockfit", "blockfit.commands.app"])
-def test_the_import_takes_less_than_a_third_of_a_second(module: str) -> None:
+def test_the_import_takes_a_fraction_of_what_torch_takes(module: str) -> None:
+    pairs = [(_seconds(module), _seconds("torch")) for _ in range(2)]
+    assert min(ours / theirs for ours, theirs in pairs) < OF_TORCH, pairs
+
+
+def _seconds(module: str) -> float:
+    """Processor time of an import in a process of its own."""
     code = f"import time; a = time.process_time(); import {module}; print(time.process_time() - a)"
-
-    def seconds() -> float:  # of the processor, for others may keep it busy
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-        return float(run.stdout)
-
-    assert min(seconds() for _ in range(3)) < LONGEST_S
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    return float(run.stdout)
 
 
 def test_dir_shows_the_public_names_and_nothing_internal() -> None:
@@ -126,3 +132,28 @@ def test_type_checkers_see_the_names_that_are_there() -> None:
     assert set(seen) == set(blockfit.__all__)
     for name, module in seen.items():
         assert getattr(importlib.import_module(module), name) is getattr(blockfit, name)
+
+
+def _imported(file: Path) -> list[tuple[str, str]]:
+    """Names that a script takes from blockfit, with the modules that should have them."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("blockfit"):
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return found
+
+
+def test_benchmarks_and_examples_import_what_there_is() -> None:
+    """They are not run by the tests as they stand, and mypy does not read them."""
+    files = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    names = {name for file in files for name in _imported(file)}
+    assert len(names) > 30
+    missing = [name for name in sorted(names) if not _there(*name)]
+    assert missing == []
+
+
+def _there(module: str, name: str) -> bool:
+    found = importlib.import_module(module)
+    if hasattr(found, name):
+        return True
+    return hasattr(found, "__path__") and importlib.util.find_spec(f"{module}.{name}") is not None

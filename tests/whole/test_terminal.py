@@ -38,10 +38,10 @@ def test_a_stopped_sweep_says_what_it_has_kept_and_how_to_go_on(
 ) -> None:
     solved = Search.solved
 
-    def stops(self: Search, size: int, fits: Any = None) -> Any:
+    def stops(self: Search, size: int) -> Any:
         if size == 4:
             raise KeyboardInterrupt
-        return solved(self, size, fits)
+        return solved(self, size)
 
     monkeypatch.setattr(Search, "solved", stops)
     command = ("sweep", "demo", *FEW, *CHEAP, "-o", tmp_path / "sweep")
