@@ -77,7 +77,7 @@ def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) ->
         options.pop("trust_remote_code", None)  # there is no code in a saved folder
         return store.load(name, model=model, **options)
     if model is not None:
-        raise BlockfitError(f"{name} is no folder saved by blockfit; leave model= away")
+        raise BlockfitError(f"{name} is no folder saved by blockfit; leave model= out")
     return load_model(str(name), **options)
 
 

@@ -175,7 +175,7 @@ class Calibration:
         if "curves" not in content.search:
             raise BlockfitError(
                 f"the sweep {frontier.folder} is over whole blocks and has a plan for every number "
-                "of them; leave images= away"
+                "of them; leave images= out"
             )
         recipe = read(Recipe, run.recipe, "the sweep's recipe")
         held = Held.of(

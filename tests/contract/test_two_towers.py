@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,8 @@ def test_what_does_not_go_together_is_said() -> None:
          lambda: blockfit.compress(model, some, texts=written, spans=["1:2"])),
         ("holds one text",
          lambda: blockfit.pairs(some, blockfit.texts(["a"] * 9, letters), model)),
+        ("a batch of one has one text; give images with batch_size=2",
+         lambda: blockfit.pairs(replace(some, batch_size=1), written, model)),
         ("takes no texts: it has no text tower",
          lambda: blockfit.compress(FAMILIES["vit-classifier"].build(), some, texts=written,
                                    params=0.8)),

@@ -79,7 +79,7 @@ def test_prepared_images_come_from_anything_that_can_be_walked_again(name: str) 
 
 
 def test_prepared_images_take_no_preprocessing() -> None:
-    with pytest.raises(BlockfitError, match="prepared already; leave preprocessing= away"):
+    with pytest.raises(BlockfitError, match="prepared already; leave preprocessing= out"):
         images(stack(3), preprocessing=PIXELS)
     assert images(stack(3)).description()["preprocessing"] == "none, tensors as given"
 

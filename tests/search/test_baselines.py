@@ -197,10 +197,10 @@ def test_a_session_shares_the_statistics_of_its_baselines(monkeypatch: pytest.Mo
         ({"remove": 2}, "cannot be used with remove="),
         ({"spans": ["1:2"]}, "cannot be used with spans="),
         ({"max_kl": 0.1}, "cannot be used with max_kl="),
-        ({"params": 0.8, "protect": [1]}, "leave protect= away"),
-        ({"params": 0.8, "whole": [1]}, "leave whole= away"),
-        ({"params": 0.8, "multiple_of": 8}, "leave multiple_of= away"),
-        ({"params": 0.8, "map": "linear"}, "leave map= away"),
+        ({"params": 0.8, "protect": [1]}, "leave protect= out"),
+        ({"params": 0.8, "whole": [1]}, "leave whole= out"),
+        ({"params": 0.8, "multiple_of": 8}, "leave multiple_of= out"),
+        ({"params": 0.8, "map": "linear"}, "leave map= out"),
     ],
 )
 def test_what_a_baseline_has_no_place_for_is_refused_before_any_work(
@@ -221,6 +221,6 @@ def test_the_command_line_refuses_in_its_own_words(tmp_path: Path) -> None:
     assert refused.code == 2
     assert "--params or --flops and cannot be used with --max-drop" in refused.error
     refused = run("compress", "nowhere", *end, "--params", "62%", "--protect", "1")
-    assert "leave --protect away" in refused.error
+    assert "leave --protect out" in refused.error
     refused = run("sweep", "nowhere", *end)
     assert "recipe corp narrows all MLPs alike" in refused.error

@@ -82,7 +82,7 @@ def test_baselines_are_what_was_published() -> None:
         ("remove=", {}, "a budget of params= or flops= and cannot be used with remove="),
         ("spans=", {}, "cannot be used with spans="),
         ("a sweep", {}, "cannot be used with a sweep"),
-        ("params=", {"protect": (1,)}, "a published method as it is; leave protect= away"),
+        ("params=", {"protect": (1,)}, "a published method as it is; leave protect= out"),
     ],
 )
 def test_baselines_refuse_what_they_have_no_place_for(
@@ -98,9 +98,9 @@ def test_baselines_refuse_what_they_have_no_place_for(
     "change", [{"map": "linear"}, {"ridge": 0.0}, {"cuts": "mlp"}, {"repair": "mlp"}], ids=str
 )
 def test_nothing_of_a_baseline_can_be_changed(change: dict[str, Any]) -> None:
-    with pytest.raises(BlockfitError, match=f"leave {next(iter(change))}= away"):
+    with pytest.raises(BlockfitError, match=f"leave {next(iter(change))}= out"):
         recipe_for("vbp", **change)
-    with pytest.raises(BlockfitError, match="leave select= away"):
+    with pytest.raises(BlockfitError, match="leave select= out"):
         named_recipe("vbp", select="mse")
 
 

@@ -25,8 +25,8 @@ VERBS = {
     "export_plain", "export_program", "find_blocks", "from_sweep", "images", "load", "push_to_hub",
     "report", "reproduce", "save", "sweep",
 }  # fmt: skip
-OF_TORCH = 0.25
-"""Part of the time of importing torch beside it; others may keep the machine busy."""
+OF_TORCH = 0.15
+"""Part of the time of importing torch beside it (2 s alone): 0.3 s where nothing else runs."""
 AT_EXIT = (
     "import atexit, json, sys; atexit.register(lambda: print(json.dumps("
     "sorted({n.split('.')[0] for n in sys.modules}))))"
@@ -82,7 +82,7 @@ def test_completion_loads_nothing_slow(words: str) -> None:
 
 @pytest.mark.parametrize("module", ["blockfit", "blockfit.commands.app"])
 def test_the_import_takes_a_fraction_of_what_torch_takes(module: str) -> None:
-    pairs = [(_seconds(module), _seconds("torch")) for _ in range(2)]
+    pairs = [(_seconds(module), _seconds("torch")) for _ in range(3)]
     assert min(ours / theirs for ours, theirs in pairs) < OF_TORCH, pairs
 
 

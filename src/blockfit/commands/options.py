@@ -196,20 +196,18 @@ class Written:
             )
         if report is not None and self.texts is not None:
             raise BlockfitError(
-                "--report shows images beside each other, and cannot show --texts; leave it away"
+                "--report shows images beside each other, and cannot show --texts; leave it out"
             )
 
-    def open(
-        self, images: str | None, model: nn.Module, reading: Reading, **changes: Any
-    ) -> Images:
+    def open(self, images: str | None, model: nn.Module, reading: Reading) -> Images:
         """What a command runs on: images, texts, or both in pairs."""
         from blockfit.data.texts import check_two_towers
 
         if images is not None:
             if self.texts is None:
-                return reading.open(images, model, **changes)
+                return reading.open(images, model)
             check_two_towers(model)
-            pictures = reading.open(images, model, **changes)
+            pictures = reading.open(images, model)
             tokenizer = None if self.tokenizer is None else self._tokenizer(model)
             return blockfit.pairs(
                 pictures, self.texts, model, tokenizer=tokenizer, column=self.text_column
@@ -384,7 +382,7 @@ class Method:
 
         if self.plain and self.recipe not in (None, "plain"):
             raise BlockfitError(
-                f"--plain is --recipe plain; leave --plain or --recipe {self.recipe} away"
+                f"--plain is --recipe plain; leave --plain or --recipe {self.recipe} out"
             )
         chosen = "plain" if self.plain else self.recipe or "default"
         changes: dict[str, Any] = {} if self.select is None else {"select": self.select}

@@ -151,7 +151,7 @@ def small_model(
         if store.is_saved(run):
             if remove is not None:
                 raise BlockfitError(
-                    f"--remove has no use here: {run} holds one small model; leave it away"
+                    f"--remove has no use here: {run} holds one small model; leave it out"
                 )
             saved = store.load_saved(run, device=device)
             return saved.model, saved.blocks

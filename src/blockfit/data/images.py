@@ -112,7 +112,7 @@ class Images:
     Args:
         limited: whether the user said how many there are to be.
         beyond: positions that were given and not drawn, in the order of the draw.
-        texts: that they are given with; their own labels are left away then.
+        texts: that they are given with; their own labels are not used then.
     """
 
     records: Records | Stream
@@ -561,7 +561,7 @@ def _prepare(
 ) -> Prepare | None:
     if isinstance(records, Stream) or records.prepared:
         if given is not None:
-            raise BlockfitError(f"{records.source} is prepared already; leave preprocessing= away")
+            raise BlockfitError(f"{records.source} is prepared already; leave preprocessing= out")
         return None
     if given is not None:
         return read_preprocessing(given) if isinstance(given, str | int) else given

@@ -78,9 +78,7 @@ def from_numpy(file: Path, asked: Columns) -> Records:
         if zipfile.is_zipfile(file):
             return _from_npz(file, asked)
         if asked != UNNAMED:
-            raise BlockfitError(
-                f"{file}: one array has neither columns nor splits; leave both away"
-            )
+            raise BlockfitError(f"{file}: one array has neither columns nor splits; leave both out")
         images = np.load(file, mmap_mode="r", allow_pickle=False)
         checked = from_arrays(images)
         return replace(checked, source=str(file), read=_Mapped(file))

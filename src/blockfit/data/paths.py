@@ -89,14 +89,14 @@ def from_files(paths: Sequence[str | Path], asked: Columns = UNNAMED) -> Records
     if len(files) == 1 and suffixes <= {".npy", ".npz"}:
         return from_numpy(files[0], asked)
     if asked.split is not None:
-        raise BlockfitError(f"{source}: files have no splits; leave {asked.split!r} away")
+        raise BlockfitError(f"{source}: files have no splits; leave {asked.split!r} out")
     if suffixes <= {".parquet", ".arrow"} and len(suffixes) == 1:
         return from_tables(files, source, asked)
     if all(is_shard(file) for file in files):
         return from_shards(files, source, asked)
     if asked.named:
         raise BlockfitError(
-            f"{source}: image files have neither columns nor splits; leave both away"
+            f"{source}: image files have neither columns nor splits; leave both out"
         )
     if len(files) == 1 and suffixes <= {".txt", ".tsv", ".lst"}:
         return from_list(files[0])
@@ -128,7 +128,7 @@ def _from_folder(folder: Path, asked: Columns) -> Records:
     if not pictures:
         return _other_files(folder, found, asked, left_out)
     if asked.named:
-        raise BlockfitError(f"{folder}: a folder of images has no columns; leave them away")
+        raise BlockfitError(f"{folder}: a folder of images has no columns; leave them out")
     inside = [path for path in pictures if path.parent != folder]
     classes = sorted({path.relative_to(folder).parts[0] for path in inside})
     stray = len(pictures) - len(inside)
@@ -138,7 +138,7 @@ def _from_folder(folder: Path, asked: Columns) -> Records:
             f"{folder} holds the splits {', '.join(classes)}; {said}, as in {folder}:{classes[0]}"
         )
     if split is not None:
-        raise BlockfitError(f"{folder}: a folder of images has no splits; leave {split!r} away")
+        raise BlockfitError(f"{folder}: a folder of images has no splits; leave {split!r} out")
     if stray == 0 and len(classes) == 1 and _split_word(classes[0]) in _TRAIN_AND_TEST:
         only = _from_folder(folder / classes[0], asked)
         return replace(only, left_out=[*only.left_out, *left_out])

@@ -125,7 +125,7 @@ def one_split(loaded: Any, source: str, split: str | None) -> tuple[Any, str]:
     """One split of what ``datasets`` loaded, and what to call it."""
     if not isinstance(loaded, Mapping):
         if split is not None:
-            raise BlockfitError(f"{source} has no splits; leave {split!r} away")
+            raise BlockfitError(f"{source} has no splits; leave {split!r} out")
         return loaded, source
     if split is None and len(loaded) == 1:
         (split,) = loaded

@@ -123,16 +123,22 @@ def pairs(
     little: a batch is judged by the similarities of all its images to all its texts.
 
     Args:
-        images: their labels are left away.
+        images: their labels are not used.
         texts: what ``blockfit.texts`` takes, or returned.
         model: of images and texts.
         tokenizer: as in ``texts``; the model's own by default.
         options: of ``texts``: ``column`` and ``split``.
 
     Raises:
-        BlockfitError: for a model without two towers, and where there are fewer than two texts.
+        BlockfitError: for a model without two towers, and where there are fewer than two texts, or
+            images in a batch.
     """
     name = check_two_towers(model)
+    if images.batch_size < 2:
+        raise BlockfitError(
+            "an image is judged by its similarities to the texts of its batch, and a batch of one "
+            "has one text; give images with batch_size=2 or more"
+        )
     written = texts
     if not isinstance(texts, Images):
         written = _read_texts(texts, model if tokenizer is None else tokenizer, **options)
@@ -240,7 +246,7 @@ def _read(source: Any, column: str | None, split: str | None) -> Texts:
         return _of_dataset(source, type(source).__name__, column)
     if isinstance(source, Sequence) and all(isinstance(one, str) for one in source):
         if column is not None or split is not None:
-            raise BlockfitError("a list of texts has no column= and no split=; leave them away")
+            raise BlockfitError("a list of texts has no column= and no split=; leave them out")
         return _sorted_out(source, f"a {type(source).__name__} of texts", "text")
     raise BlockfitError(
         f"a {type(source).__name__} is no source of texts; give a text file, a table or data set, "

@@ -78,7 +78,7 @@ class Recipe:
         if not self.maps:
             raise BlockfitError("a recipe needs a kind of map; name one of its maps")
         if self.rank is not None and "low-rank" not in self.maps:
-            raise BlockfitError("only low-rank maps have a rank; leave rank= away or add the map")
+            raise BlockfitError("only low-rank maps have a rank; leave rank= out or add the map")
         if self.select not in SELECTIONS:
             raise BlockfitError(
                 f"unknown selection {self.select!r}; choose one of {', '.join(SELECTIONS)}"
@@ -139,7 +139,7 @@ class Recipe:
         for name, value in given.items():
             if value is not None and value is not False and value != ():
                 raise BlockfitError(
-                    f"recipe {self.name} is a published method as it is; leave {name}= away"
+                    f"recipe {self.name} is a published method as it is; leave {name}= out"
                 )
 
     @property
@@ -222,7 +222,7 @@ def recipe_for(
         per_token_type: one map for prefix and one for patch tokens.
         cuts: kinds of cuts, also as one text with commas.
         uniform: what a stock config can say: the maps and cuts of the recipe that it cannot are
-            left away.
+            left out.
         solving: fields of ``Options``; ``ridge`` may be ``"auto"``.
     """
     by_default = recipe == "default"

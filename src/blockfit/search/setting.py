@@ -139,7 +139,7 @@ def check_stages(
     if blocks.stages and recipe.uniform:
         raise BlockfitError(
             "uniform= gives the MLPs of all blocks one width, and those of this model's "
-            f"{len(blocks.stages)} stages have their own; leave it away"
+            f"{len(blocks.stages)} stages have their own; leave it out"
         )
     if plan is None and recipe.baseline is None and not recipe.narrows:
         blocks.need_chain(f"a recipe that cuts {' and '.join(recipe.cuts)} alone")
