@@ -17,6 +17,8 @@ from exporting import output
 from exporting import saved as narrowed
 from families import DEPTH, EXPORTED, FAMILIES
 from families import one_thread as one_thread
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from blockfit import compress
@@ -26,12 +28,21 @@ from blockfit.evaluation.precision import check_precision
 from blockfit.evaluation.stages import quantize, stages
 from blockfit.fit.plan import Plan
 from blockfit.formats import folder as store
-from blockfit.formats.int8 import targets, to_int8
+from blockfit.formats.int8 import round_embeddings, targets, to_int8
 from blockfit.models.blocks import block_modules, find_chain
 from blockfit.models.cost import flops, parameters, size_bytes
 from blockfit.models.demo import load_demo
 from blockfit.models.head import primary_output
-from blockfit.models.tensors import INT8_KINDS, int8_kind, int8_parts
+from blockfit.models.tensors import (
+    INT8_KINDS,
+    dequantized,
+    grid_parts,
+    int8_kind,
+    int8_parts,
+    on_grid,
+    rows,
+    worth_a_grid,
+)
 
 pytest.importorskip("torchao")
 
@@ -118,8 +129,19 @@ def test_narrowed_layers_run_in_int8_and_come_back(name: str, kind: str, tmp_pat
     again = store.load_saved(folder)
     assert torch.equal(output(again.model, images), wanted)
     assert again.plan == saved.plan
-    assert json.loads((folder / store.MARK).read_text())["format"] == 3
+    told = json.loads((folder / store.MARK).read_text())
+    assert told["format"] == 4
     stored = load_file(folder / "model.safetensors")
+    for embedding in told["int8"]["stored"]:
+        exact, rounded = (m.get_parameter(embedding).detach() for m in (saved.model, tiny.model))
+        assert stored[embedding].dtype == torch.int8
+        factors = stored[f"{embedding}.scale"]
+        assert (rows(rounded - exact).abs() <= 0.5001 * factors).all()
+        torch.testing.assert_close(
+            factors, rows(exact).abs().amax(1, True) / 127, rtol=6e-4, atol=0
+        )
+    assert len(told["int8"]["stored"]) == 1, "the patches' projection; positions are few here"
+    assert (folder / "model.safetensors").stat().st_size == size_bytes(again.model)
     blocks = block_modules(saved.model, saved.blocks)
     paths = {id(module): path for path, module in saved.model.named_modules()}
     for cut in saved.plan.narrowings:
@@ -127,6 +149,45 @@ def test_narrowed_layers_run_in_int8_and_come_back(name: str, kind: str, tmp_pat
         for layer in layers:
             name_of = paths[id(blocks[cut.block].get_submodule(layer))]
             assert stored[f"{name_of}.weight"].dtype == torch.int8
+
+
+@given(
+    shape=st.sampled_from([(64, 64), (1, 80, 64), (32, 8, 4, 4), (5000,), (3, 5), (1, 4096)]),
+    scale=st.sampled_from([1e-30, 1e-4, 1.0, 3e4]),
+    seed=st.integers(0, 2**32),
+)
+@settings(deadline=None)
+def test_what_is_on_a_grid_is_found_again_to_the_bit(
+    shape: tuple[int, ...], scale: float, seed: int
+) -> None:
+    exact = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if len(shape) == 2:
+        exact[0] = 0
+    rounded = on_grid(exact)
+    assert torch.equal(on_grid(rounded), rounded)
+    parts = grid_parts(rounded)
+    assert (parts is not None) == worth_a_grid(exact)
+    assert grid_parts(exact) is None or not exact.any()
+    if parts is not None:
+        assert parts[0].shape == exact.shape
+        assert torch.equal(dequantized(*parts), rounded)
+
+
+def test_embeddings_are_rounded_and_heads_are_not() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=200, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = CLIPTextModelWithProjection(config).eval()
+    tokens = {"input_ids": torch.arange(3, 43).view(4, 10)}
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    found = round_embeddings(model, find_chain(model, tokens))
+    assert [name.rpartition("embeddings.")[2] for name in found] == ["token_embedding.weight"]
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) == (name not in found)
+        assert (value - before[name]).abs().max() <= before[name].abs().max() / 253
 
 
 def without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +259,21 @@ def one_less(manifest: dict[str, Any]) -> None:
     manifest["int8"]["weights"].pop()
 
 
+def nothing_stored(manifest: dict[str, Any]) -> None:
+    manifest["format"] = 4
+    manifest["int8"]["stored"] = []
+
+
+def stored_elsewhere(manifest: dict[str, Any]) -> None:
+    manifest["format"] = 4
+    manifest["int8"]["stored"] = ["pos"]
+
+
+def both(manifest: dict[str, Any]) -> None:
+    manifest["format"] = 4
+    manifest["int8"]["stored"] = manifest["int8"]["weights"][:1]
+
+
 def older(manifest: dict[str, Any]) -> None:
     manifest["format"] = 1
 
@@ -211,6 +287,9 @@ def older(manifest: dict[str, Any]) -> None:
         (twice, "each once"),
         (one_less, "unknown tensor"),
         (older, "unknown key 'int8'"),
+        (nothing_stored, "stored must list names of tensors, each once"),
+        (stored_elsewhere, "has no tensor 'pos' of its own"),
+        (both, "stored must list names of tensors, each once"),
     ],
 )
 def test_a_damaged_folder_is_refused(

@@ -35,7 +35,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     [
         (lambda v: v.update(colour="red"), "unknown key 'colour'"),
         (lambda v: v.pop("plan"), "key 'plan' is missing"),
-        (lambda v: v.update(format=4), "format 4 is newer than 3.*update"),
+        (lambda v: v.update(format=5), "format 5 is newer than 4.*update"),
         (lambda v: v.update(format=True), "format must be a whole number"),
         (lambda v: v.pop("format"), "format must be a whole number"),
         (lambda v: v.update(report=[]), "report must hold an object"),

@@ -16,7 +16,7 @@ from blockfit.errors import BlockfitError
 from blockfit.evaluation.engines import noise_for
 from blockfit.evaluation.evaluate import Accuracy
 from blockfit.formats.folder import Saved
-from blockfit.formats.int8 import check_kind, to_int8
+from blockfit.formats.int8 import check_kind, round_embeddings, to_int8
 from blockfit.models.cost import ROUNDS, Timing, alternate, measuring
 from blockfit.models.forward import Batch, call, first_images, placed
 from blockfit.models.head import Observation, observe, primary_output
@@ -26,8 +26,9 @@ from blockfit.progress import Progress
 def quantize(saved: Saved, kind: str) -> Saved:
     """The same model with the weights of its blocks and maps in int8; the given one stays.
 
-    Weights are rounded per output channel, symmetric, by torchao. Embeddings, norms, biases and
-    the head stay as they are.
+    Weights are rounded per output channel, symmetric, by torchao. Embeddings are rounded likewise
+    (``int8.round_embeddings``) and computed with as ordinary numbers. Norms, biases and the head
+    stay as they are.
 
     Args:
         saved: from ``store.load_saved``.
@@ -40,6 +41,7 @@ def quantize(saved: Saved, kind: str) -> Saved:
     check_kind(kind)
     model = copy.deepcopy(saved.model).float()
     to_int8(model, saved.blocks, kind, noise_for(model, 1))
+    round_embeddings(model, saved.blocks)
     return dataclasses.replace(saved, model=model, report={**saved.report, "int8": kind})
 
 

@@ -39,6 +39,8 @@ from blockfit.models.tensors import (
     kept_apart,
     meta_copy,
     named_tensors,
+    on_grids,
+    rows,
     storable,
     stored_dtype,
     tied,
@@ -155,7 +157,7 @@ def save(
     texts = {MARK: manifest.dumps(), **_library_files(source)}
     values = {
         name: tensor.detach().to(stored_dtype(tensor)).cpu().contiguous()
-        for name, tensor in held(tensors).items()
+        for name, tensor in held(tensors, manifest.int8_stored).items()
         if name not in manifest.tied
     }
     with new_folder(folder, FORM, overwrite) as unfinished:
@@ -216,10 +218,11 @@ def load_saved(
     if (loose := valueless(bare)) is not None:
         raise BlockfitError(f"{mark}: {loose} of {source.name} has no values in a saved folder")
     values = _read(weights, bare, manifest, "cpu" if device is None else device)
-    parts = {name: (values[name], values.pop(name + SCALE)) for name in manifest.int8}
+    in_parts = (*manifest.int8, *manifest.int8_stored)
+    parts = {name: (values[name], values.pop(name + SCALE)) for name in in_parts}
     fill(bare, values | {name: dequantized(*pair) for name, pair in parts.items()})
     if manifest.int8_kind is not None:
-        put_int8(bare, parts, manifest.int8_kind)
+        put_int8(bare, {name: parts[name] for name in manifest.int8}, manifest.int8_kind)
     check_record(bare, source.arguments.get(RECORD), example_outputs, str(mark))
     attach(bare, source)
     bare.__dict__["blockfit_report"] = manifest.report
@@ -288,6 +291,7 @@ def _manifest(
         versions=installed_versions(),
         int8=tuple(name for name, tensor in tensors.items() if int8_parts(tensor) is not None),
         int8_kind=int8_kind(tensors.values()),
+        int8_stored=on_grids(tensors),
     )
 
 
@@ -380,6 +384,12 @@ def _expected(bare: nn.Module, manifest: Manifest, mark: Path) -> dict[str, Tens
             raise BlockfitError(f"{mark}: int8: the model has no matrix {name!r} of its own")
         expected[name] = torch.empty(weight.shape, dtype=torch.int8, device="meta")
         expected[name + SCALE] = torch.empty((len(weight), 1), device="meta")
+    for name in manifest.int8_stored:
+        tensor = expected.get(name)
+        if tensor is None or name in (*manifest.tied, *manifest.tied.values()):
+            raise BlockfitError(f"{mark}: int8: the model has no tensor {name!r} of its own")
+        expected[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
+        expected[name + SCALE] = torch.empty((len(rows(tensor)), 1), device="meta")
     return expected
 
 
@@ -416,7 +426,10 @@ def _check_names(
 
 def _dtype(name: str, expected: Tensor, manifest: Manifest) -> torch.dtype:
     """The dtype of a tensor in the model, which the file may hold in a narrower one."""
-    if not expected.dtype.is_floating_point or name.removesuffix(SCALE) in manifest.int8:
+    if not expected.dtype.is_floating_point or name.removesuffix(SCALE) in (
+        *manifest.int8,
+        *manifest.int8_stored,
+    ):
         return expected.dtype
     return FLOATING[manifest.other_dtypes.get(name, manifest.dtype)]
 

@@ -17,7 +17,14 @@ from blockfit.errors import BlockfitError, need
 from blockfit.fit.maps import Linear
 from blockfit.models.blocks import Blocks, block_modules
 from blockfit.models.forward import Batch, call, evaluating
-from blockfit.models.tensors import INT8_KINDS, int8_kind
+from blockfit.models.tensors import (
+    INT8_KINDS,
+    int8_kind,
+    named_tensors,
+    on_grid,
+    tied,
+    worth_a_grid,
+)
 
 
 def targets(model: nn.Module, blocks: Blocks, inputs: Batch) -> dict[str, nn.Module]:
@@ -67,6 +74,34 @@ def to_int8(model: nn.Module, blocks: Blocks, kind: str, inputs: Batch) -> list[
     }[kind](set_inductor_config=False)
     torchao.quantize_(model, config, filter_fn=lambda module, _: id(module) in chosen)
     return [f"{name}.weight" for name in found]
+
+
+@torch.no_grad()
+def round_embeddings(model: nn.Module, blocks: Blocks) -> list[str]:
+    """Round patch, position and token embeddings to int8, in place; returns their names.
+
+    They stay ordinary numbers, which any code computes with, and a file holds them in a byte each:
+    whole multiples of one factor per output channel, token or position. So are convolutions
+    between stages. Linear layers (the head), tensors that share memory, and small ones stay.
+    """
+    tensors = named_tensors(model)
+    shared = tied(tensors)
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    kept = linear | {
+        id(value) for block in block_modules(model, blocks) for value in block.parameters()
+    }
+    kept |= {id(tensors[name]) for name in (*shared, *shared.values())}
+    found = {
+        name: value
+        for name, value in model.named_parameters()
+        if id(value) not in kept
+        and value.dtype == torch.float32
+        and worth_a_grid(value)
+        and bool(value.isfinite().all())
+    }
+    for value in found.values():
+        value.copy_(on_grid(value))
+    return list(found)
 
 
 def put_int8(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor]], kind: str) -> None:

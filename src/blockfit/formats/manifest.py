@@ -16,10 +16,10 @@ from blockfit.models.source import Source
 from blockfit.models.tensors import DTYPES, INT8_KINDS
 from blockfit.untrusted import read_json
 
-FORMAT = 3
+FORMAT = 4
 """The newest version of the folder's format that this blockfit reads. A folder is written in the
 oldest that can say what it holds: 1, 2 where weights are in int8, 3 where parts of blocks are
-narrowed."""
+narrowed, 4 where embeddings are stored in int8."""
 
 
 FLOATING = {
@@ -48,6 +48,7 @@ class Manifest:
         int8: names of the weights in int8, whose factors stand in the file under their name and
             ``.scale``.
         int8_kind: how they compute, one of ``int8.KINDS``; ``None`` where there are none.
+        int8_stored: names of ordinary tensors that the file holds in the same form.
     """
 
     source: Source
@@ -61,6 +62,7 @@ class Manifest:
     versions: dict[str, str | None]
     int8: tuple[str, ...] = ()
     int8_kind: str | None = None
+    int8_stored: tuple[str, ...] = ()
 
     def dumps(self) -> str:
         """The text of the file.
@@ -84,6 +86,8 @@ class Manifest:
             values |= {"format": 2, "int8": {"kind": self.int8_kind, "weights": list(self.int8)}}
         if self.plan.narrowings:
             values |= {"format": 3, "int8": values.get("int8")}
+        if self.int8_stored:
+            values |= {"format": 4, "int8": {**values["int8"], "stored": list(self.int8_stored)}}
         return dumps(values, "the report")
 
 
@@ -116,7 +120,7 @@ def read_manifest(path: Path) -> Manifest:
     names = ("versions", "base", "blocks", "plan", "dtype", "other_dtypes", "tied", "layout")
     newer = ("int8",) if version > 1 else ()
     check_keys(values, ("format", *names, *newer, "report"), where)
-    in_int8 = version == 2 or values.get("int8") is not None
+    in_int8 = version in (2, 4) or values.get("int8") is not None
     blocks = Blocks.from_json(values["blocks"], f"{where}: blocks")
     plan = _within(where, lambda: Plan.from_json(values["plan"], "plan"))
     if plan.narrowings and version < 3:
@@ -145,20 +149,29 @@ def read_manifest(path: Path) -> Manifest:
         tied=tied,
         layout=layout,
         versions=versions,
-        **(_int8(values["int8"], f"{where}: int8") if in_int8 else {}),
+        **(_int8(values["int8"], f"{where}: int8", version) if in_int8 else {}),
     )
 
 
-def _int8(value: Any, where: str) -> dict[str, Any]:
+def _int8(value: Any, where: str, version: int) -> dict[str, Any]:
     entries = object_of(value, where)
-    check_keys(entries, ("kind", "weights"), where)
-    kind, names = entries["kind"], entries["weights"]
-    if kind not in INT8_KINDS:
-        raise BlockfitError(f"{where}: unknown kind {kind!r}")
-    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not whole or not names or len(set(names)) < len(names):
-        raise BlockfitError(f"{where}: weights must list names of tensors, each once")
-    return {"int8": tuple(names), "int8_kind": kind}
+    lists = ("weights", "stored") if version > 3 else ("weights",)
+    check_keys(entries, ("kind", *lists), where)
+    if entries["kind"] not in INT8_KINDS:
+        raise BlockfitError(f"{where}: unknown kind {entries['kind']!r}")
+    seen: list[Any] = []
+    for key in lists:
+        names = entries[key]
+        whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        seen += names if whole else []
+        if not whole or not names or len(set(seen)) < len(seen):
+            raise BlockfitError(f"{where}: {key} must list names of tensors, each once")
+    found = {key: tuple(entries[key]) for key in lists}
+    return {
+        "int8": found["weights"],
+        "int8_kind": entries["kind"],
+        "int8_stored": found.get("stored", ()),
+    }
 
 
 def _within(where: str, read: Callable[[], Any]) -> Any:

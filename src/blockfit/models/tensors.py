@@ -91,11 +91,17 @@ def int8_kind(tensors: Iterable[Tensor]) -> str | None:
     return None
 
 
-def held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as memory and files hold them: an int8 weight is its integers and its factors."""
+def held(tensors: Mapping[str, Tensor], grids: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Tensors as memory holds them: an int8 weight is its integers and its factors.
+
+    Args:
+        tensors: by name.
+        grids: names of those that are in two parts as well, as a file holds them.
+    """
     out: dict[str, Tensor] = {}
+    split = set(grids)
     for name, tensor in tensors.items():
-        parts = int8_parts(tensor)
+        parts = grid_parts(tensor) if name in split else int8_parts(tensor)
         if parts is None:
             out[name] = tensor
         else:
@@ -103,9 +109,72 @@ def held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def on_grids(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of ordinary tensors of a model in int8 that a file holds as integers and factors."""
+    if int8_kind(tensors.values()) is None:
+        return ()
+    shared = tied(tensors)
+    alone = tensors.keys() - shared.keys() - set(shared.values())
+    return tuple(
+        name
+        for name, tensor in tensors.items()
+        if name in alone
+        and int8_parts(tensor) is None
+        and tensor.is_contiguous()
+        and grid_parts(tensor) is not None
+    )
+
+
 def dequantized(integers: Tensor, factors: Tensor) -> Tensor:
-    """The weight as ordinary numbers, in the factors' dtype."""
-    return integers.to(factors.dtype) * factors
+    """The weight as ordinary numbers, in the factors' dtype; a factor per row, see ``rows``."""
+    return (rows(integers).to(factors.dtype) * factors).view(integers.shape)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """A matrix of it: along the first dimension of several entries; (1, tokens, d) by token."""
+    long = next((size for size in tensor.shape if size > 1), 1)
+    return tensor.reshape(long, -1)
+
+
+GRID_BITS = 12
+"""Of a grid's factor: 127 times it is exact in float32, so that the factor can be found again."""
+
+
+GRID_LEAST = 4096
+"""Entries from which on a tensor is worth it."""
+
+
+def on_grid(tensor: Tensor) -> Tensor:
+    """The nearest whole multiples, -127 to 127, of one factor per row; float32, exact."""
+    matrix = rows(tensor.detach())
+    mantissa, exponent = torch.frexp(matrix.abs().amax(1, keepdim=True) / 127)
+    factors = torch.ldexp((mantissa * 2**GRID_BITS).ceil() / 2**GRID_BITS, exponent)
+    return dequantized(_integers(matrix, factors), factors).view(tensor.shape)
+
+
+def _integers(matrix: Tensor, factors: Tensor) -> Tensor:
+    nonzero = torch.where(factors > 0, factors, 1)
+    return (matrix / nonzero).round().clamp(-127, 127).to(torch.int8)
+
+
+def grid_parts(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Integers and factors (rows, 1) of what ``on_grid`` made; ``None`` where a bit would be lost.
+
+    A tensor that is not ``worth_a_grid`` is not looked at.
+    """
+    own = tensor.detach()
+    if own.dtype != torch.float32 or own.is_meta or not worth_a_grid(own):
+        return None
+    matrix = rows(own)
+    factors = matrix.abs().amax(1, keepdim=True) / 127
+    integers = _integers(matrix, factors).view(own.shape)
+    again = dequantized(integers, factors)
+    return (integers, factors) if torch.equal(again, own) else None
+
+
+def worth_a_grid(tensor: Tensor) -> bool:
+    """Whether integers and a factor per row take much less room than half precision does."""
+    return tensor.numel() >= GRID_LEAST and rows(tensor).shape[1] >= 16
 
 
 def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -178,7 +247,7 @@ def file_bytes(model: nn.Module) -> int:
     Every tensor once, in its ``stored_dtype``, and the file's header.
     """
     named = named_tensors(model)
-    order, aliases, tensors = list(DTYPES), tied(named), held(named)
+    order, aliases, tensors = list(DTYPES), tied(named), held(named, on_grids(named))
     dtypes = {name: stored_dtype(t) for name, t in tensors.items() if name not in aliases}
     header: dict[str, Any] = {"__metadata__": {"format": "blockfit"}}
     end = 0
