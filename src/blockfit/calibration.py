@@ -53,9 +53,7 @@ class Held:
         whole: blocks that nothing may cut.
         multiple_of: widths that MLPs keep are multiples of it.
         hold_out: part of the images that chooses plans and is not fitted on.
-        seed: of every draw.
         max_memory: bytes that moments and hidden states may take.
-        resume: a folder in which the run saves its progress.
     """
 
     protect: tuple[int, ...] = ()
@@ -222,15 +220,10 @@ class Calibration:
     ) -> Result:
         """A small model for one more budget, without calibrating again.
 
+        ``spans``, ``plan`` and the budgets are those of ``blockfit.compress``.
+
         Args:
-            spans: as in ``blockfit.compress``, as are all the others.
-            plan: these cuts.
-            remove: how many blocks go.
-            params: the part of the parameters that may remain.
-            flops: the same of the floating-point operations.
-            latency: the same of the latency.
-            max_kl: largest KL divergence; of calibrations with ``judge=True``.
-            max_drop: largest loss of top-1 in points; likewise.
+            max_kl: of calibrations with ``judge=True``; ``max_drop`` likewise.
             force_budget: judge both by what is measured.
             recipe: another one than the calibration's.
             changes: of the recipe: ``map``, ``rank``, ``per_token_type``, ``cuts``, ``uniform``,

@@ -34,11 +34,6 @@ COLOURS = ("#0b6e75", "#b4530a", "#59616d")
 def axes_of(ax: Any, width: float = 5.0, height: float = 3.4) -> Any:
     """The axes to draw on: ``ax``, or those of a new figure of pyplot.
 
-    Args:
-        ax: matplotlib's axes, or ``None``.
-        width: of a new figure, in inches.
-        height: likewise.
-
     Raises:
         BlockfitError: where matplotlib is not installed.
     """
@@ -58,11 +53,8 @@ def heat_map(
     """One metric between all pairs of hidden states; what is not defined stays blank.
 
     Args:
-        axis: to draw on.
         boundaries: numbers of the hidden states, of rows and columns.
         table: a value, or ``None``, per pair.
-        log: whether values grow by powers of ten.
-        most_ticks: on each axis.
 
     Returns:
         The colour bar.
@@ -89,8 +81,6 @@ def blocks(
     """What is left of the parts of every block, as bars; a shaded band where blocks are gone.
 
     Args:
-        axis: to draw on.
-        depth: blocks in all.
         left: by the name of a part, the share that each narrowed block keeps of it.
         gone: first and last block of a span → what stands in its place.
     """
@@ -125,10 +115,7 @@ def curve(
     """A loss of plans against what they leave, with intervals where there are any.
 
     Args:
-        axis: to draw on.
         points: share that remains, value, low and high end of its interval.
-        size: of ``SIZES``.
-        loss: of ``LOSSES``.
         whole: the original's value, as a line.
     """
     shares, values = [x for x, _, _ in points], [y for _, y, _ in points]
@@ -153,12 +140,7 @@ def curve(
 
 
 def shares(axis: Any, left: Mapping[str, float]) -> None:
-    """What remains of the original, a bar each with its percentage.
-
-    Args:
-        axis: to draw on.
-        left: share by name.
-    """
+    """What remains of the original, a bar each with its percentage."""
     names = [*left][::-1]
     bars = axis.barh(names, [left[name] for name in names], color=COLOURS[0], height=0.6)
     axis.bar_label(bars, [f"{left[name]:.1%}" for name in names], padding=3, fontsize=8)

@@ -33,7 +33,6 @@ def tell(lines: Iterable[str], stacklevel: int = 2) -> None:
     """Hand lines on as Python's warnings.
 
     Args:
-        lines: one warning each.
         stacklevel: how many calls above the caller the user's own line is.
     """
     for line in lines:

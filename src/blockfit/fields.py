@@ -192,8 +192,6 @@ def read(kind: type[T], value: object, where: str) -> T:
     read by it.
 
     Args:
-        kind: the dataclass.
-        value: what was read.
         where: the file and the keys that led here, for messages.
 
     Raises:

@@ -202,7 +202,6 @@ def spread(
 
     Args:
         tasks: the same on all processes.
-        work: what to do with one.
         owner: the rank that must do it; in turn by default.
     """
     own = {

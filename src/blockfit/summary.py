@@ -20,8 +20,6 @@ class Table:
     """A table of texts, whose first column is words and whose others are numbers.
 
     Args:
-        header: names of the columns.
-        rows: as many texts each.
         title: above it; empty for none.
     """
 
@@ -77,11 +75,7 @@ Part = Table | str
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """Lines and tables; text where it is printed, tables where a notebook shows it.
-
-    Args:
-        parts: in their order.
-    """
+    """Lines and tables; text where it is printed, tables where a notebook shows it."""
 
     parts: tuple[Part, ...]
 
@@ -116,7 +110,6 @@ def frame(rows: Iterable[Mapping[str, Any]], index: Sequence[str] = ()) -> Any:
     """Rows as a ``pandas.DataFrame``.
 
     Args:
-        rows: by the names of the columns.
         index: columns that name the rows.
 
     Raises:

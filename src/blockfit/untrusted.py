@@ -35,7 +35,6 @@ def read_json(path: Path, exact: bool = True) -> Any:
     """The value in a JSON file.
 
     Args:
-        path: of a regular file.
         exact: refuse what Python reads but JSON does not hold or does not settle: NaN, infinity,
             numbers that become infinite, a key that appears twice.
 

@@ -35,11 +35,6 @@ def command(
     A parameter whose type is a dataclass stands for one option per field. The first parameter is
     the ``Output``, made from the options that all commands share. Several processes join for the
     duration; help and refused options come before that, and without torch.
-
-    Args:
-        group: in which ``blockfit --help`` shows it.
-        example: a whole command line, shown below its help.
-        old: names that options had before, by their names now; "" is an argument.
     """
     declared = Declared(group, example, old or {})
     return lambda body: _flat(body, declared)

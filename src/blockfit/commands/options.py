@@ -526,11 +526,6 @@ def opened(
     """A model and images for it, as the command line names them; both are told of.
 
     Args:
-        out: where they are told of.
-        model: its name.
-        images: where they are.
-        reading: how they are read.
-        loading: how the model is loaded.
         calibrating: take as many images as a calibration does where nobody says how many.
         written: texts beside the images, or instead of them.
     """

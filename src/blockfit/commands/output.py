@@ -373,10 +373,6 @@ def stop_logging() -> None:
 def guarded(command: Callable[[], int | None], debug: bool) -> int:
     """Run a typer command; whatever goes wrong becomes one line on standard error.
 
-    Args:
-        command: calls typer without its standalone mode.
-        debug: show tracebacks as well.
-
     Returns:
         The exit code: 0; ``BAD_INPUT`` where the message says what to do; ``UNEXPECTED`` for
         faults that nobody thought of; ``INTERRUPTED`` for Ctrl-C.

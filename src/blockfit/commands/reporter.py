@@ -33,9 +33,6 @@ from blockfit.search.sweep_file import MARK as SWEEP_MARK
 class Reporter:
     """The report at the end of a command; does nothing where none was asked for.
 
-    Args:
-        path: of ``--report``.
-
     Raises:
         BlockfitError: where the file is taken, or several processes share the run.
     """
@@ -65,18 +62,7 @@ class Reporter:
         sweep: Path | None = None,
         evaluation: dict[str, Any] | None = None,
     ) -> None:
-        """Write the report of a compression.
-
-        Args:
-            out: progress.
-            result: what ``compress`` returned.
-            folder: where it was saved.
-            original: the model before, for what follows.
-            images: on which the similarity is measured.
-            shown: the images on which both models are looked at.
-            sweep: that the model was made from.
-            evaluation: figures of ``evaluate``.
-        """
+        """Write the report of a compression."""
         if self.path is None:
             return
         parts = {"the model": _result(result, folder)}

@@ -137,7 +137,6 @@ def match(
         model: whose classes they are to become.
         used: the labels that occur, where they are known.
         counted_by_set: whether the numbers are the data set's own, not those of sorted names.
-        unit: what carries a label.
     """
     if model is None:
         return Matching(names=names, own=names, used=used, unit=unit)

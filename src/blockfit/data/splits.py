@@ -20,7 +20,6 @@ def train_and_test(data: str, asked: Columns = UNNAMED) -> tuple[Source, Source]
     Args:
         data: ``digits``, a name of the paper's data sets, a folder with ``train*.parquet`` and
             ``test*.parquet`` (also in ``data/``), or anything that has splits by name.
-        asked: columns of a table.
 
     Raises:
         BlockfitError: where one of the two is not found.

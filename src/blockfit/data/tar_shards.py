@@ -58,7 +58,6 @@ def from_shards(paths: Sequence[Path], source: str, asked: Columns = UNNAMED) ->
     Args:
         paths: of the shards; compressed ones are unpacked into a temporary file for the time of
             the run.
-        source: where they come from, for people.
         asked: the image is the ending of the pictures, such as ``jpg`` or ``left.png``, where a key
             has several; the label the key of it in ``KEY.json``, a usual one by default.
 

@@ -22,7 +22,6 @@ class ClassFigures:
     """One class of labelled images.
 
     Args:
-        name: of the class.
         images: with this label.
         before: how many of them the original names rightly.
         after: how many the small model does.
@@ -39,7 +38,6 @@ class Flip:
     """An image that the two models class differently.
 
     Args:
-        image: its name.
         label: its class; ``None`` where it has none.
         before: class that the original names first.
         after: class that the small model names first.
@@ -74,10 +72,7 @@ def answers_of_batch(
     """One answer per image of a batch; none where a model has no head.
 
     Args:
-        before: of the original.
-        after: of the small model.
         labels: int64 (B,), numbers of the head's classes; others count as none.
-        names: of the images.
     """
     if before.logits is None or after.logits is None:
         return []
@@ -98,12 +93,7 @@ def answers_of_batch(
 
 
 def answers_of(rows: Iterable[Answer], names: Sequence[str] | None) -> Answers:
-    """Sort out what ``answers_of_batch`` found.
-
-    Args:
-        rows: of all batches.
-        names: of the classes, in the head's order; numbers where they are not known.
-    """
+    """Sort out what ``answers_of_batch`` found."""
     counts: dict[int, list[int]] = {}
     flips: list[Answer] = []
     for row in rows:

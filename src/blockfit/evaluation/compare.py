@@ -57,7 +57,6 @@ class Compared:
     """One model's size and accuracy, and its differences from the reference.
 
     Args:
-        parameters: their number.
         flops: of one image; ``None`` where they cannot be counted.
         size_bytes: of the weights file that it is saved as.
         labelled: images whose label is a class of its head.
@@ -114,7 +113,6 @@ class Disagreement:
     """One image on which some model does not do as the reference does.
 
     Args:
-        image: its name.
         label: its class; ``None`` where it has none.
         answers: model → class that it names first.
         lost: models that answer it wrongly where the reference is right.

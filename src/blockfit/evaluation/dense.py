@@ -174,9 +174,6 @@ def _check_whole(preprocessing: object) -> None:
 def scores(counts: Tensor) -> dict[str, float]:
     """``miou`` over the classes that occur in masks or guesses, and ``pixel_accuracy``.
 
-    Args:
-        counts: of ``confusion``.
-
     Raises:
         BlockfitError: where no pixel counts.
     """

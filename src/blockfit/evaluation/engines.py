@@ -80,12 +80,6 @@ def ready(
     """Prepare ``model`` for ``inputs`` on its own device and in its own dtype.
 
     It is in eval mode and makes no gradients as long as the context lasts.
-
-    Args:
-        engine: one of ``ENGINES``.
-        model: on the device and in the dtype that are to be measured.
-        inputs: a batch.
-        file: the model in ONNX, for that engine.
     """
     batch = placed(model, inputs)
     if file is not None:

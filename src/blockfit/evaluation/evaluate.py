@@ -55,7 +55,6 @@ class Figures:
         top1: fraction of images that the model's own head classes as labelled; ``None`` without
             labels or without a head.
         labelled: how many images it was counted on.
-        parameters: their number.
         flops: of one image (``cost.flops``); ``None`` where they cannot be counted.
         size_bytes: of the weights file that the model is saved as.
         latency: of one image; ``None`` where it was not measured.

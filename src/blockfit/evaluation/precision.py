@@ -58,8 +58,6 @@ class Precision:
     """A model in half precision beside itself in float32.
 
     Args:
-        dtype: its name.
-        images: compared.
         boundaries: h[0] … h[L], each as the whole model in half precision makes it.
         output_error: of the model's output, likewise; ``None`` where it is not finite.
         agreement: fraction of images with the same top-1 class; ``None`` without a head.
@@ -125,10 +123,7 @@ def check_precision(
 
     Args:
         model: compressed or not; left as it is.
-        blocks: where its blocks are.
-        data: the images.
         dtype: one of ``HALVES``.
-        progress: called after every batch.
 
     Raises:
         BlockfitError: for another dtype, int8 weights, or where there are no images.
@@ -173,8 +168,6 @@ def overflow_warnings(model: nn.Module, blocks: Blocks, inputs: Batch) -> list[s
     """What of a float32 model would overflow in float16: weights, and states beside its maps.
 
     Args:
-        model: compressed.
-        blocks: where its blocks are.
         inputs: images; the first ``FEW`` are run.
     """
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]

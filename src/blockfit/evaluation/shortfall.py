@@ -36,9 +36,6 @@ def block_shares(
     """The parts of the original's time that the cut blocks took, and take now.
 
     Args:
-        original: the whole model.
-        small: the compressed one.
-        blocks: where the blocks of both are.
         run: one forward pass of each.
 
     Returns:
@@ -101,7 +98,6 @@ def remarks(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     """Sentences on a gain that is missing or smaller than promised, and why.
 
     Args:
-        row: what is judged.
         rows: all rows, among which other batch sizes are looked up.
     """
     low, high = row.quartiles

@@ -105,10 +105,8 @@ class SideBySide:
     """Original and compressed model on the same images.
 
     Args:
-        plan: of the compressed model.
         images: how many were compared.
         source: where they are from.
-        seed: of their draw.
         differing: on how many the first classes differ; ``None`` without a head.
         samples: the images that are shown; those that differ first, the costliest in front.
         errors: token type → error of h[l] for l = 0 … L: Σ‖h' − h‖² / Σ‖h − mean‖², as of maps.
@@ -167,11 +165,8 @@ def side_by_side(
     """Run both models on all of ``images`` and keep ``SHOWN`` of them to look at.
 
     Args:
-        original: the model before.
         compressed: the same after ``Solution.apply``: its block positions are the original's.
-        blocks: where the blocks of both are.
         images: a few dozen are enough.
-        progress: called with images done and images in all.
 
     Raises:
         BlockfitError: where there are no images, or the models do not belong together.

@@ -178,7 +178,6 @@ class Bench:
         machine: device, threads, versions of libraries.
         rounds: timed passes of each model in each setting.
         models: by name: parameters, FLOPs per image, bytes of the weights file.
-        rows: settings × compressed models.
         skipped: why a setting was left out, a sentence each.
     """
 

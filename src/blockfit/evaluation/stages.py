@@ -31,7 +31,6 @@ def quantize(saved: Saved, kind: str) -> Saved:
     stay as they are.
 
     Args:
-        saved: from ``store.load_saved``.
         kind: ``weight-only``, or ``dynamic``, which also brings every token to int8.
 
     Raises:
@@ -50,7 +49,6 @@ class Stage:
     """One model on the way from the original to the smallest.
 
     Args:
-        name: of the stage.
         size_bytes: of its weights file.
         top1: fraction of labelled images; ``None`` without labels or head.
         agreement: fraction of images with the original's top-1 class; likewise.
@@ -111,10 +109,7 @@ def stages(
     Args:
         models: by name, the original first; anything that gives outputs as the original does.
         sizes: bytes of their weights, by name.
-        data: the images; labels are used where there are any.
         saved: the compressed model, which says whether there is a head.
-        rounds: timed passes of each.
-        progress: called after every batch.
 
     Raises:
         BlockfitError: where there are no images or outputs differ in shape.

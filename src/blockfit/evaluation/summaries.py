@@ -154,7 +154,6 @@ def comparison(found: Mapping[str, Any], whole: bool = False) -> list[Part]:
     """Models side by side, the classes that lose most, the images on which they part.
 
     Args:
-        found: what ``Comparison.to_json`` holds.
         whole: all classes and images, not ``ROWS`` of each.
     """
     reference = found["reference"]

@@ -31,7 +31,6 @@ def class_embeddings(
     """One embedding of length 1 per class, float32, shape (classes, F).
 
     Args:
-        model: holds the text tower.
         tokenize: the checkpoint's (``texts.tokenizer``).
         names: of the classes, in the order of the labels.
         prompts: texts with ``{}`` where the name goes.
@@ -60,10 +59,6 @@ def zero_shot(classes: Tensor, images: Features) -> float:
 
 def right(classes: Tensor, images: Features) -> np.ndarray:
     """Whether each image's nearest class by cosine is its own, bool, shape (images,).
-
-    Args:
-        classes: of ``class_embeddings``.
-        images: image embeddings and labels.
 
     Raises:
         BlockfitError: where a label has no class, or the embeddings are of two sizes.

@@ -102,7 +102,6 @@ def mean_interval(values: Any, seed: int = 0, confidence: float = CONFIDENCE) ->
 
     Args:
         values: shape (images,).
-        seed: of the draws.
         confidence: of both ends together.
     """
     outside = (1 - confidence) / 2

@@ -35,7 +35,6 @@ def energy_by_activity(spread: Spread, active: Tensor) -> Tensor:
     """CORP's score of every neuron.
 
     Args:
-        spread: sums over the neurons.
         active: over how many rows each was active, shape (p,).
     """
     return spread.second()[0].diagonal() * active / spread.count
@@ -84,7 +83,6 @@ def folded_neurons(
     Without a bias there is no place for ``c``, and the regression has no constant.
 
     Args:
-        spread: sums over the neurons.
         weight: that reads them, shape (d, p), float64.
         bias: of the same layer, shape (d,).
         kept: numbers of the neurons that stay, from ``kept_of``.

@@ -77,11 +77,8 @@ def model_card(
     Only what the saved folder says is written: figures that its run did not measure are left out.
 
     Args:
-        saved: the small model.
-        parity: of the exported folder.
         how_to_load: a line of Python, for a repository called ``OWNER/NAME``.
         needs_code: the folder comes with code of its own.
-        origin: what the user says of the original.
     """
     from huggingface_hub import ModelCardData
 
@@ -120,10 +117,6 @@ def with_origin(text: str, origin: Origin) -> str:
 
     The metadata are set; the title and the sentence on the origin follow where they are still as
     they were written.
-
-    Args:
-        text: of ``README.md``.
-        origin: what the user says.
     """
     from huggingface_hub import ModelCard
 
@@ -235,12 +228,7 @@ _BAR = 10
 
 
 def picture(plan: Plan, depth: int) -> str:
-    """What is left of every block as bars of text, a line per block.
-
-    Args:
-        plan: of the model.
-        depth: its blocks, those that went among them.
-    """
+    """What is left of every block as bars of text, a line per block."""
     parts = [part for part in PARTS if any(cut.part == part for cut in plan.narrowings)]
     width = _BAR + 6
     lines = ["block  " + "".join(f"{part:<{width}}" for part in parts or ["kept"])]

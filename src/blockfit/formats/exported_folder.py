@@ -39,12 +39,9 @@ class ExportedFolder:
     """A folder that was written.
 
     Args:
-        folder: where it lies.
         library: that loads it.
         blocks: how many it runs.
-        parameters: their number.
         parity: how far its outputs are from the small model's.
-        how_to_load: a line of Python.
     """
 
     folder: Path
@@ -99,8 +96,6 @@ def compared(
     """Compare a model that was read back with the small one.
 
     Args:
-        saved: the small model.
-        again: what its library made of the folder.
         images: to compare on; see ``parity.Pictures``.
         what: was written, for the message.
         dtype: that its weights were brought to; by default the small model's.

@@ -66,9 +66,7 @@ class Saved:
     Args:
         model: in eval mode, its base's source attached.
         blocks: where its blocks are.
-        plan: what was removed.
         report: what the run that made it wrote down.
-        source: the base model.
         versions: of the libraries that wrote it.
     """
 

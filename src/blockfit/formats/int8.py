@@ -33,8 +33,6 @@ def targets(model: nn.Module, blocks: Blocks, inputs: Batch) -> dict[str, nn.Mod
     Fused kernels and some attentions read a layer's weight without calling it; those stay.
 
     Args:
-        model: any.
-        blocks: where its blocks are.
         inputs: a batch, run once to see what is called.
     """
     inside = {id(part) for block in block_modules(model, blocks) for part in block.modules()}

@@ -33,9 +33,6 @@ class Manifest:
     """What ``blockfit.json`` holds.
 
     Args:
-        source: the base model.
-        blocks: where its blocks are.
-        plan: what was removed.
         report: JSON values about the run: seed, calibration images, figures.
         dtype: of the floating tensors in the model; ``tensors.NARROWER`` names those that the
             file may hold float32 in, to be brought back to it.

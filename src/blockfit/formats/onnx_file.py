@@ -76,9 +76,7 @@ class ExportedOnnx(Exported):
 
     Args:
         opset: version of the operator set.
-        input: its name.
         dtype: of the weights and the input, such as ``float32``.
-        levels: compared, where that was asked for.
     """
 
     opset: int
@@ -211,7 +209,6 @@ class Session(nn.Module):
     """An ONNX file in onnxruntime on the CPU, with as many threads as torch has.
 
     Args:
-        path: of the file.
         level: a key of ``LEVELS``.
     """
 

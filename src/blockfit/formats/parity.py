@@ -121,7 +121,6 @@ class Pictures:
     """Real images to compare on, prepared for one model; can be walked again.
 
     Args:
-        source: what they are, for people.
         batches: tensors (B, C, H, W), of clips (B, T, C, H, W).
     """
 
@@ -134,8 +133,6 @@ class Pictures:
 
         Args:
             model: takes them; where its preprocessing is not known, it says what size it takes.
-            source: of the model, with its preprocessing.
-            images: the user's own.
 
         Raises:
             BlockfitError: where it is not known how large a picture the model takes.

@@ -26,7 +26,6 @@ def save_pretrained(
     """Write the Hub form into a folder, beside whatever else a training run keeps there.
 
     Args:
-        model: compressed.
         save_directory: new, or with other files; a checkpoint that blockfit did not write is never
             replaced.
         is_main_process: nothing is written otherwise.

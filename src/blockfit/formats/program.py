@@ -41,11 +41,9 @@ class Exported:
     """A file that was written.
 
     Args:
-        path: where it lies.
         blocks: how many blocks it runs.
         size: height and width that it takes, in pixels; ``None`` for any.
         batch: number of images that it takes at a time; ``None`` for any.
-        outputs: their names.
         parity: how far it is from the model.
     """
 
@@ -79,9 +77,7 @@ class Setting:
     """What an export starts from, worked out once.
 
     Args:
-        saved: the model.
         bare: the same, as it is traced.
-        pictures: that it is compared on.
         size: height and width of the export; ``None`` for any.
         sizes: those that are compared.
         batch: the only number of images at a time; ``None`` for any.
@@ -160,8 +156,6 @@ class Setting:
         """Compare with the model.
 
         Args:
-            found: what was exported.
-            what: it is, for the message.
             dtype: of its weights; by default the model's.
 
         Raises:

@@ -43,7 +43,6 @@ def quantize_onnx(
         path: ends in ``.onnx``.
         kind: of ``ONNX_KINDS``.
         images: that activations are calibrated on, for ``onnx-static``.
-        overwrite: replace the file.
 
     Raises:
         BlockfitError: where the kind is unknown, images are missing, the export fails, or the file

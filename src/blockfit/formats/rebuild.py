@@ -46,7 +46,6 @@ def settled(
     Args:
         model: compressed, perhaps trained or changed since.
         tensors: all of it, by name.
-        source: of the original model.
         rebuild: applies the plan, too.
     """
     if source.library == "module":

@@ -111,7 +111,6 @@ def bare_at(saved: Saved, native: tuple[int, int], resolution: Resolution | None
     """The model made ready for a resolution that may not be its own; the model itself stays.
 
     Args:
-        saved: what is exported.
         native: height and width that its preprocessing gives.
         resolution: the one to export; ``None`` for ``native``.
 
@@ -188,7 +187,6 @@ def trace(
     """The graph of a model by torch.export, without the places in code where it was made.
 
     Args:
-        bare: in eval mode.
         images: (2 or more, C, H, W), of clips (2 or more, T, C, H, W); of the dtype of the model.
         any_batch: take any number of images, otherwise just as many.
         any_size: take any multiple of the patch size, otherwise just this height and width.

@@ -265,11 +265,9 @@ def find_chain(
     The model is left as it was: modes, hooks, random state.
 
     Args:
-        model: any module.
         example: what the model is called with; guessed by ``example_input`` where missing. The
             first two entries are used, with noise added.
         path: the list by name, where looking is not enough.
-        prefix_tokens: their number, where looking is not enough.
 
     Raises:
         BlockfitError: no list, two lists of the same greatest length, a ``path`` that is not

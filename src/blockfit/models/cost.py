@@ -62,7 +62,6 @@ def flops(model: nn.Module, inputs: Batch) -> int | None:
     the meta device, too, where the model's code looks at no values.
 
     Args:
-        model: any module.
         inputs: a batch; its first image is used.
 
     Returns:
@@ -114,7 +113,6 @@ class Timing:
         seconds: of every timed forward pass, in order.
         images: in each of them.
         threads: that torch used on the CPU.
-        device: where it ran.
     """
 
     seconds: tuple[float, ...]
@@ -158,7 +156,6 @@ def alternate(
     Every model runs twice untimed first. On an accelerator each pass is waited for.
 
     Args:
-        models: by name.
         inputs: the same images for all; each model gets them on its device and in its dtype.
         rounds: timed passes of each model, two at least.
 

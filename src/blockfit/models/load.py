@@ -101,12 +101,7 @@ def source_of(model: nn.Module) -> Source:
 
 
 def source_with(model: nn.Module, prepared: object) -> Source:
-    """The source with the preprocessing that its images had, where that can be written down.
-
-    Args:
-        model: the model.
-        prepared: what prepared its images.
-    """
+    """The source with the preprocessing that its images had, where that can be written down."""
     source = source_of(model)
     if isinstance(prepared, Preprocessing):
         return replace(source, preprocessing=prepared)

@@ -53,8 +53,6 @@ def find_parts(
     """Find the parts of a block that can be narrowed.
 
     Args:
-        block: the block.
-        number: its place in the model.
         writers: its layers that write into the residual stream, from ``find_writers``.
         run: calls it as its model does.
         hidden: a hidden state that reaches it, shape (batch, tokens, width), two tokens or more.

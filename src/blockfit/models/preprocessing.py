@@ -271,7 +271,6 @@ def own_preprocessing(model: nn.Module, look_up: bool = True) -> Preprocessing |
     """What timm's ``pretrained_cfg`` or transformers' checkpoint says, or ``None``.
 
     Args:
-        model: any.
         look_up: read the checkpoint that transformers' config names, in its folder or on the Hub.
     """
     name = getattr(getattr(model, "config", None), "name_or_path", None)

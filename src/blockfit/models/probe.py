@@ -39,7 +39,6 @@ class Probe:
 
     Args:
         model: in eval mode, as it is when the questions are asked.
-        blocks: where its blocks are.
         inputs: a batch; its first ``PROBE_IMAGES`` images are run.
     """
 

@@ -194,7 +194,6 @@ def find_attention(
     in blocks whose MLP runs beside the attention.
 
     Args:
-        block: the block.
         writers: of its attention and of its MLP; silenced, the block returns its input.
         run: calls it as its model does.
         hidden: a hidden state that reaches it, shape (batch, tokens, width).
@@ -292,7 +291,6 @@ def find_writers(
     ``nn.MultiheadAttention``) has fewer or none.
 
     Args:
-        block: the block.
         run: calls it as its model does.
         hidden: a hidden state that reaches it, shape (batch, tokens, width), at least two tokens.
         shared: ids of parameters that something beside the block uses too; never solved.
@@ -322,10 +320,7 @@ def find_placed_writers(
     may work on windows of them, shifted, padded or in another order.
 
     Args:
-        block: the block.
-        run: calls it as its model does.
         hidden: shape (batch, …), the channels last or first of the rest.
-        shared: ids of parameters that something beside the block uses too; never solved.
     """
     linears = [name for name, module in block.named_modules() if type(module) is nn.Linear]
     outputs = _outputs(block, run, hidden, linears, shared)
@@ -477,10 +472,6 @@ def owns(linear: nn.Linear | nn.Conv2d, shared: Collection[int] = ()) -> bool:
     """Whether weight and bias are the layer's own parameters, and no other's.
 
     They are not where they are made at each call (weight norm, pruning masks) or tied.
-
-    Args:
-        linear: the layer.
-        shared: ids of parameters that are used elsewhere too.
     """
     names = ["weight"] if linear.bias is None else ["weight", "bias"]
     return all(n in linear._parameters and id(linear._parameters[n]) not in shared for n in names)

@@ -187,7 +187,6 @@ def find_stages(model: nn.Module, inputs: Batch) -> Blocks | None:
     """The residual blocks of a model, in the order in which they run; ``None`` where it has none.
 
     Args:
-        model: any module.
         inputs: two different images or more, as the model is called.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -262,8 +261,6 @@ def crossed(
     """What the model gives to the block after ``index``, from what the ends of stages returned.
 
     Args:
-        model: in eval mode.
-        blocks: in stages.
         seen: of the same images.
         ends: of every stage up to ``index``: what its last block returns.
         index: the last block of a stage.

@@ -39,13 +39,7 @@ Value = TypeVar("Value")
 
 
 class Stock:
-    """Tells which plans a stock config can say, without weights.
-
-    Args:
-        model: the original.
-        blocks: where its blocks are.
-        source: what it is rebuilt from.
-    """
+    """Tells which plans a stock config can say, without weights."""
 
     def __init__(self, model: nn.Module, blocks: Blocks, source: Source) -> None:
         self.blocks, self.source = blocks, source
@@ -104,8 +98,6 @@ def stock_model(
     """The small model as its library builds it, on the meta device, and what it is built from.
 
     Args:
-        source: of the original.
-        blocks: of the original.
         plan: one that ``Plan.not_plain`` has nothing against.
         tensors: of the small model, renumbered; the names and shapes to be met.
 

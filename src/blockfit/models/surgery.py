@@ -131,8 +131,6 @@ def apply_plan(model: nn.Module, blocks: Blocks, plan: Plan, maps: Sequence[nn.M
     smaller layers hold the first dimensions of each head until their weights are set.
 
     Args:
-        model: changed in place.
-        blocks: where its blocks are, from ``find_blocks``.
         plan: the spans, in any state of ``model`` in which none of their blocks is replaced yet.
         maps: one module per replacement of the plan, in its order; copied, and cast to the dtype
             and device of the block whose place they take.

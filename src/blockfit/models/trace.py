@@ -58,13 +58,7 @@ class Trace:
         index: int,
         functions: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
-        """What the model gives to block ``index``; blocks before it may compute something else.
-
-        Args:
-            model: in eval mode.
-            index: a block.
-            functions: what stands in for blocks before it.
-        """
+        """What the model gives to block ``index``; blocks before it may compute something else."""
         seen: list[Tensor] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

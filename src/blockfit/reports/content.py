@@ -36,15 +36,12 @@ class Candidate:
     """A plan and what is known of it.
 
     Args:
-        plan: what goes.
-        depth: blocks of the original.
         before: ``parameters`` and ``flops`` of the original, where known.
         after: the same of the small model.
         fidelity: the figures of ``FIDELITY`` and the number of ``images``, where known.
         maps: local held-out error of each map beside identity's.
         repaired: kept blocks with weights that were solved again; ``None`` where nobody wrote down
             which.
-        warnings: of the run.
         command: that makes it.
         top1: the original's and its own on the held-out images, where known.
         latency: of the original's, and the quartiles of the rounds; where it was measured.
@@ -171,7 +168,6 @@ class Content:
     """All that is known of one or several runs on one model.
 
     Args:
-        model: its name.
         compressed: the one small model that the report is about.
         frontier: of a sweep, the gentlest first.
         similarity: of the original's hidden states.

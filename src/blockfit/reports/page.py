@@ -85,7 +85,6 @@ def write_report(content: Content, path: str | Path, pictures: str | Path | None
     """Write the page, whole or not at all, and with ``pictures`` its plots as PNG and SVG.
 
     Args:
-        content: what it shows.
         path: new, or an earlier report.
         pictures: a folder, made where there is none; files of the same names are replaced.
 

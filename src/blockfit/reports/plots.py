@@ -80,7 +80,6 @@ class Plot:
     """A figure that can be drawn in any colours.
 
     Args:
-        name: of its files, and of the ids in its SVG.
         title: what it shows, in a few words.
         text: what can be read from it, in place of the picture.
         draw: makes matplotlib's figure.

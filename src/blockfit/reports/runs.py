@@ -118,15 +118,7 @@ def result_content(
     report: Values,
     size_bytes: float | None = None,
 ) -> Content:
-    """The findings of one compression.
-
-    Args:
-        plan: what was removed.
-        depth: blocks of the original.
-        source: the original model.
-        report: of the run.
-        size_bytes: of its weights file.
-    """
+    """The findings of one compression."""
     before, after = (
         {name: report.number(f"{name}_{when}") for name in ("parameters", "flops")}
         for when in ("before", "after")

@@ -38,11 +38,7 @@ from blockfit.search.states import TracedImages
 
 
 class Neurons:
-    """What the neurons of the original's MLPs do on the fit images; taken once, block by block.
-
-    Args:
-        originals: the fit images as the original saw them.
-    """
+    """What the neurons of the original's MLPs do on the fit images; taken once, block by block."""
 
     def __init__(self, originals: TracedImages) -> None:
         self.originals = originals
@@ -102,7 +98,6 @@ class Baseline:
 
     Args:
         neurons: of the original; several methods may share them.
-        method: one of ``BASELINES``.
 
     Raises:
         BlockfitError: an unknown method, or an MLP that cannot be narrowed.

@@ -123,8 +123,6 @@ class Sizes:
     counted, on the other; where neither can, they are unknown.
 
     Args:
-        model: the original.
-        blocks: where its blocks are.
         example: a batch; FLOPs are counted for its first image.
     """
 

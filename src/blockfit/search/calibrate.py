@@ -108,10 +108,6 @@ def moments_of(
     Args:
         kept: for each batch of this process, l → h[l] of shape (images, tokens, width), the
             places of its images in the walk, and which tokens are no padding (``None``: all).
-        blocks: where the blocks of the model are.
-        spans: what maps may be fitted for.
-        tokens_per_image: as in ``calibrate``.
-        seed: as in ``calibrate``.
     """
     moments = Moments(spans, blocks.width, blocks.prefix_tokens)
     for states, places, real in kept:
@@ -197,7 +193,6 @@ def drawn_of_real(
         real: which tokens are no padding, bool (texts, tokens).
         prefix_tokens: leading tokens, all of which are taken where they are real.
         count: of other tokens of a text that are drawn, of how many it has; all where ``None``.
-        seed: of the draw.
         places: of the texts in the walk.
 
     Returns:

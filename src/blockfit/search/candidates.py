@@ -25,8 +25,6 @@ def race(
     over the held-out images are spent. A candidate runs only the blocks after its span.
 
     Args:
-        held_out: the judge.
-        candidates: one span each.
         passes: what may be spent.
         failed: the plans of candidates that cannot be run are put here, with the reason.
 

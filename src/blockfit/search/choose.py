@@ -39,13 +39,7 @@ class Priced:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a knapsack found.
-
-    Args:
-        plan: the cuts.
-        effect: sum of their effects.
-        saved: cost that they take away.
-    """
+    """What a knapsack found."""
 
     plan: Plan
     effect: float
@@ -63,8 +57,6 @@ def choose(
 
     Args:
         curves: of the parts.
-        spans: that may be replaced.
-        depth: blocks of the model.
         to_save: parameters by default, or what ``units`` count.
         units: (block, part) → cost of one of its dimensions; its parameters by default.
 
@@ -184,10 +176,6 @@ def choose_uniform(
 
     Args:
         curves: of the MLPs; blocks can be narrowed only where all that are left have one.
-        spans: that may go.
-        depth: as in ``choose``.
-        to_save: as in ``choose``.
-        units: as in ``choose``.
         more_widths: to be tried beside those of the curves.
         says: whether a stock config can say a plan; asked last, since it takes time.
 
@@ -214,14 +202,7 @@ def choose_uniform(
 
 @dataclass(frozen=True)
 class _Path:
-    """Cuts up to some block, the last one first.
-
-    Args:
-        effect: sum of the effects.
-        saved: cost that they take away.
-        cut: the last one; ``None`` for none.
-        before: the path that it goes on from.
-    """
+    """Cuts up to some block, the last one first."""
 
     effect: float = 0.0
     saved: float = 0.0

@@ -120,12 +120,7 @@ def interpolated(
 
 
 class PartSums:
-    """The sums of one block that its parts' curves are made of.
-
-    Args:
-        originals: the fit images.
-        index: the block.
-    """
+    """The sums of one block that its parts' curves are made of."""
 
     def __init__(self, originals: TracedImages, index: int) -> None:
         self.block, self.index = originals.modules[index], index
@@ -197,7 +192,6 @@ def candidates(
     """The error curve of a part, and the layers of the block at some widths.
 
     Args:
-        sums: of its block.
         part: at its full size.
         widths: where the layers are wanted.
 
@@ -281,14 +275,9 @@ def curves(
     """The curves of all parts that can be narrowed.
 
     Args:
-        originals: the fit images as the original saw them.
-        held_out: the judge of effects.
-        parts: kinds of parts that may be narrowed.
-        whole_blocks: blocks that stay whole.
         batches: of the held-out images, on which effects are measured; by default all for MLPs and
             the first half for values and keys.
         multiple: chosen widths of MLPs are multiples of it.
-        progress: called with blocks done and blocks in all.
         failed: plans that the model cannot be run with, and why, are written into it.
     """
     failed = {} if failed is None else failed

@@ -74,16 +74,9 @@ class CutSearch:
 
     Args:
         originals: the fit images as the original saw them.
-        held_out: the judge of effects.
-        sizes: counts parameters and FLOPs of any plan.
-        recipe: kinds of cuts and of maps, how to solve.
-        protected: blocks that no span may remove.
-        whole: blocks that nothing may cut.
         moments: of spans up to ``LONGEST_SPAN``; called where spans are weighed.
         multiple: widths of MLPs are multiples of it.
         precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.
-        say: called with one line on what is being done.
-        progress: called with how many of how many blocks are done.
         says: whether a stock config can say a plan; asked where the recipe is uniform.
     """
 
@@ -437,10 +430,6 @@ class CutSearch:
 
     def plan_for_latency(self, value: float, ratio: Callable[[Solution], float]) -> Plan:
         """The plan of least added effect whose measured latency is at most ``value``.
-
-        Args:
-            value: the part of the original's latency that may remain.
-            ratio: as in ``latency_prices``.
 
         Raises:
             BlockfitError: where none is fast enough.

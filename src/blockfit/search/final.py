@@ -61,7 +61,6 @@ def set_apart(
         images: the calibration images, and what lies beyond them.
         final: images for the final figures; 0 for none.
         judging: whether a budget of loss has to be judged.
-        seed: of the draws.
 
     Raises:
         BlockfitError: where ``final`` is more than half of the images, or below 0.
@@ -150,11 +149,6 @@ def outcomes(
     """Run both models over the images; the processes of a run share the batches.
 
     Args:
-        original: the model before.
-        small: the model after.
-        blocks: where both have their blocks.
-        images: walked once.
-        progress: called with images done and images in all.
         kept: what the original says, by the number of the batch: taken from here where it is
             there, and put here where it is not.
 
@@ -301,11 +295,7 @@ def final_figures(
     Args:
         original: the model before; it stays as it is.
         small: the model after, or the solution that makes it.
-        blocks: where both have their blocks.
-        images: that decided nothing.
-        seed: of the bootstrap.
         apart: how the images were found, for people.
-        progress: called with images done and images in all.
 
     Raises:
         BlockfitError: where an output is NaN or infinite, or no image can be read.

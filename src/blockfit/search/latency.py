@@ -35,7 +35,6 @@ class Latency:
         compressed_ms: the same of the small model.
         batch_size: images in each pass.
         threads: that torch used on the CPU.
-        device: where it ran.
 
     Raises:
         BlockfitError: for a time or a number that is not above 0.
@@ -64,14 +63,7 @@ def way_of(model: nn.Module, inputs: Batch) -> dict[str, Any]:
 
 
 def latency_of(model: nn.Module, blocks: Blocks, solution: Solution, inputs: Batch) -> Latency:
-    """Build the small model beside the original and time both.
-
-    Args:
-        model: the original; it stays as it is.
-        blocks: where its blocks are.
-        solution: what makes it small.
-        inputs: the images of each pass.
-    """
+    """Build the small model beside the original and time both."""
     small = copy.deepcopy(model)
     solution.apply(small, blocks)
     pair = {"original": model, "compressed": small}

@@ -127,12 +127,8 @@ class Judge:
 
     Args:
         budget: ``max_kl`` or ``max_drop``.
-        model: the original.
-        blocks: where its blocks are.
         images: that judge and do nothing else.
-        seed: of the bootstrap.
         force: go by the loss that is measured instead of the bound.
-        progress: called with images done and images in all.
 
     Raises:
         BlockfitError: where the model has no head, or points are asked for without labels.

@@ -76,14 +76,7 @@ class Rewritten:
 
 
 def put_keys(into: Rewritten, block: nn.Module, cut: Narrowing, bases: Sequence[Basis]) -> None:
-    """New rows of queries and keys, of the basis of every head.
-
-    Args:
-        into: takes the rows.
-        block: with its own layers.
-        cut: of keys.
-        bases: of every head, from ``key_bases``.
-    """
+    """New rows of queries and keys, of the basis of every head."""
     for rows, side in zip(cut.rows, ("left", "right"), strict=True):
         _put_heads(into, block, cut, rows, [getattr(basis, side) for basis in bases])
 
@@ -130,7 +123,6 @@ def narrowed_values(cut: Narrowing, bases: Sequence[Basis], mixed: Tensor) -> Te
 
     Args:
         cut: of values.
-        bases: of every head.
         mixed: shape (images, tokens, heads · size).
 
     Returns:

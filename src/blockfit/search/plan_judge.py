@@ -42,9 +42,6 @@ class PlanJudge:
 
     Args:
         originals: the fit images as the original saw them.
-        held_out: the judge.
-        options: how maps and repairs are solved.
-        progress: called with blocks done and blocks in all while a plan is solved.
         precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.
     """
 
@@ -86,7 +83,6 @@ class PlanJudge:
         What comes after a replaced map is solved and judged again.
 
         Args:
-            plan: the cuts.
             choices: what stays of narrowed parts, where another solution knows it.
         """
         while True:

@@ -23,11 +23,6 @@ SHARES = (0.97, 0.94, *(share / 100 for share in range(90, 24, -4)))
 def reach(session: Session, budget: Budget, judge: Judge | None = None) -> Point:
     """The plan of smallest held-out loss that meets ``budget``.
 
-    Args:
-        session: the calibration, and how to cut.
-        budget: a size, or the largest loss.
-        judge: of a budget of loss.
-
     Raises:
         BlockfitError: where no plan does; the message says what can be reached.
     """

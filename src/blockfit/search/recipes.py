@@ -218,8 +218,6 @@ def recipe_for(
         recipe: a name, or a recipe to start from.
         spans_given: spans were written by hand.
         map: the only kind of map.
-        rank: of low-rank maps.
-        per_token_type: one map for prefix and one for patch tokens.
         cuts: kinds of cuts, also as one text with commas.
         uniform: what a stock config can say: the maps and cuts of the recipe that it cannot are
             left out.

@@ -47,7 +47,6 @@ class Entry:
         share: the part of the parameters that it was found for; ``None`` where it was found for a
             number of blocks.
         removed: blocks that it removes.
-        plan: the cuts.
         parameters: of the small model.
         flops: of the small model, for one image; ``None`` where they are unknown.
         held_out: fidelity on the images that chose the plan.
@@ -55,9 +54,7 @@ class Entry:
         maps: held-out errors of its maps.
         repaired_blocks: kept blocks with weights that were solved again; ``None`` where the sweep
             is of an earlier version.
-        warnings: what the user should know.
         file: where its tensors lie in the folder of a sweep; empty before they are written.
-        seconds: that it took.
         final: figures of images that decided nothing, as ``Final.to_json`` gives them.
         judged: what budgets of loss are decided by.
         latency: against the original's.
@@ -163,10 +160,7 @@ class Report:
         """Put together what is known.
 
         Args:
-            original: its figures.
-            entry: the plan and its figures.
             budget: that it was chosen for.
-            verdict: whether it keeps a budget of loss.
             warnings: beside those of the entry.
             run: ``recipe``, ``seed``, ``calibration``, ``command``, and ``protect`` or ``sweep``.
         """

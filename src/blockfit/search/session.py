@@ -56,16 +56,11 @@ class Session:
     """Calibrates once; then finds plans for any number of budgets.
 
     Args:
-        setting: model and images.
         recipe: maps, selection, refit and repair.
-        protected: blocks that must stay.
         seed: of the token draw and of ``select="random"``.
-        say: called with one line on what is being done.
-        progress: called with how many of how many (images, blocks) are done of what was said last.
         checkpoint: where moments and the search are saved from time to time, and gone on from.
         max_memory: bytes that moments and hidden states may take above the model; all fit into
             memory where ``None``.
-        whole: blocks that nothing may cut.
         multiple: widths that MLPs keep are multiples of it.
     """
 

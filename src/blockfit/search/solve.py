@@ -172,9 +172,6 @@ def solve(
 
     Args:
         originals: the fit images as the original saw them.
-        plan: what goes.
-        options: how to solve; defaults to ``Options()``.
-        progress: called with (blocks done, blocks in all).
         beginnings: of plans refitted with the same originals and options; unused in repairs.
         choices: of narrowed parts: taken from here where they are known, and put here where not.
     """
@@ -398,12 +395,6 @@ class _Walk:
         rewritten: Rewritten,
     ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
         """Solve the attention's output weights towards the original's state before the MLP.
-
-        Args:
-            index: of the block.
-            writers: of its attention and its MLP.
-            cuts: what is narrowed in it.
-            rewritten: layers before, with the rows of narrowed queries and keys.
 
         Returns the weights, and the states before the MLP's contribution that they give, where
         these follow without running the block again.

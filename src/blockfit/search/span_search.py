@@ -53,13 +53,8 @@ class Search:
 
     Args:
         originals: the fit images as the original saw them.
-        held_out: the judge.
         moments: of all spans up to ``recipe.longest``.
-        recipe: maps, selection, refit and repair.
-        protected: blocks that must stay.
         seed: for ``select="random"``.
-        say: called with one line on what is being done.
-        progress: called with blocks done and blocks in all while a plan is solved.
         precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.
     """
 

@@ -75,12 +75,6 @@ class Shelf:
 def check_batch(images: int, state: Tensor, depth: int, limit_bytes: int) -> None:
     """Refuse batches whose hidden states alone would fill half of a limit.
 
-    Args:
-        images: of a batch.
-        state: a hidden state, shape (any, tokens, width).
-        depth: number of blocks.
-        limit_bytes: of all that is kept.
-
     Raises:
         BlockfitError: it names a batch size that fits.
     """

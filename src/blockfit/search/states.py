@@ -40,8 +40,6 @@ class TracedImages:
     batches either way: number → images.
 
     Args:
-        model: the original model.
-        blocks: where its blocks are.
         matching: how labels became classes of the model.
         limit_bytes: of the hidden states of this process.
         shelf: where images and hidden states lie.
@@ -83,11 +81,7 @@ class TracedImages:
         """Run the original on images; each process of a run takes its own batches.
 
         Args:
-            model: the original model.
-            blocks: where its blocks are.
-            images: walked once.
             limit_bytes: of the hidden states of this process.
-            progress: called with images done and images in all.
             shelf: where images and hidden states lie instead of the limit.
 
         Raises:

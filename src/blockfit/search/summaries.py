@@ -25,8 +25,6 @@ def compression(report: Mapping[str, Any], depth: int, maps: bool = False) -> li
     """Sizes before and after, fidelity, final figures and a verdict.
 
     Args:
-        report: of a run.
-        depth: blocks of the original.
         maps: with the table of every map's error.
     """
     kept = depth - report["removed_blocks"]
@@ -209,14 +207,7 @@ def _part(part: float | None, whole: float | None) -> float | None:
 def curve_of(
     points: Iterable[Mapping[str, Any]], original: Mapping[str, Any], size: str, loss: str
 ) -> list[tuple[float, float, tuple[float, float] | None]]:
-    """What ``drawing.curve`` draws: final figures with intervals where all points have them.
-
-    Args:
-        points: of a sweep.
-        original: its sizes.
-        size: ``parameters``, ``flops`` or ``latency``.
-        loss: ``kl``, ``agreement``, ``top1`` or ``feature_relative_error``.
-    """
+    """What ``drawing.curve`` draws: final figures with intervals where all points have them."""
     rows = [point_row(point, original) for point in points]
     rows = [row for row in rows if row.get(f"{size}_left") is not None]
     final = all(row[f"final_{loss}"] is not None for row in rows)

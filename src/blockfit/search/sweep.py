@@ -345,27 +345,14 @@ def sweep(
     Every finished plan is written at once (by the first process, where there are several); a sweep
     that was stopped goes on where it was when it is called again with the same arguments.
 
+    What is not named here is as in ``compress``.
+
     Args:
-        model: the original, or its name.
-        images: ``Images``, or whatever ``blockfit.images`` takes.
         folder: new, empty, or of the same sweep.
-        recipe: as in ``compress``.
-        cuts: as in ``compress``.
         points: parts of the parameters that the plans leave; those that cannot be reached are
             left out.
-        protect: blocks that must stay; their parts may be narrowed.
-        whole: as in ``compress``.
-        multiple_of: as in ``compress``.
-        blocks: dotted path of the list of blocks, where looking is not enough.
-        hold_out: part of the images that chooses the plans.
-        final: as in ``compress``; every plan has its final figures.
-        seed: of every draw.
-        preprocessing: as in ``compress``.
-        say: called with one line on what is being done.
-        progress: called with how many of how many (images, blocks) are done of what was said last;
-            or whether there is a bar, as in ``compress``.
-        resume: as in ``compress``: goes on also within the calibration and within a size.
-        max_memory: as in ``compress``.
+        final: images for the final figures, which every plan has.
+        resume: goes on also within the calibration and within a size.
         latency_images: measure the latency of every plan against the original's, in turn, with
             this many images per forward pass. A finished sweep is measured without being run
             again, and only plans that were not measured with as many images and threads.
@@ -457,15 +444,7 @@ def parts_of_sweep(images: Images, final: int | None, seed: int) -> Parts:
 
 
 class _Looks:
-    """Looks at every plan of a sweep on images that did not choose it.
-
-    Args:
-        setting: the original and its blocks.
-        parts: the images.
-        seed: of the bootstrap.
-        say: called with one line on what is being done.
-        progress: called with images done and images in all.
-    """
+    """Looks at every plan of a sweep on images that did not choose it."""
 
     def __init__(
         self,

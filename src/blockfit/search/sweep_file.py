@@ -31,9 +31,7 @@ class Run:
 
     Args:
         recipe: as ``recipe_json`` gives it.
-        protect: blocks that had to stay.
         hold_out: part of the images that chose the plans.
-        seed: of every draw.
         model: fingerprint of the original.
         calibration: what the images are.
         apart: how many images were set apart, for budgets of loss and for the final figures.
@@ -65,9 +63,6 @@ class SweepFile:
 
     Args:
         run: what the plans depend on.
-        source: the original model.
-        blocks: where its blocks are.
-        original: its figures.
         points: the plans, in the order in which they were found.
         search: what the search found so far, to go on from.
         format: ``FORMAT``.

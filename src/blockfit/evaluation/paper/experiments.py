@@ -60,7 +60,6 @@ def experiment(
     """Make a function an experiment of its name; its docstring is what the experiment shows.
 
     Args:
-        title: for people.
         needs: fields of ``Settings`` that its rows depend on.
         spans: whether they depend on the longest span as well.
     """

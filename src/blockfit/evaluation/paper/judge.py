@@ -113,12 +113,9 @@ class Judge:
 
     Args:
         model: the original; left as it was.
-        blocks: where its blocks are.
-        test: labelled images.
         kind: one of ``JUDGES``.
         train: labelled images that probes learn from.
         most_bytes: memory for hidden states of test and training images each, and for features.
-        progress: called with how many of how many images are done.
 
     Raises:
         BlockfitError: for an unknown kind, or a probe without images to learn from.
@@ -250,14 +247,7 @@ class Judge:
 
 
 def fitting_judge(model: nn.Module, blocks: Blocks, example: Batch, images: Images) -> str:
-    """``head`` where the model has one whose classes are the images', else ``probe-new``.
-
-    Args:
-        model: the original.
-        blocks: where its blocks are.
-        example: a batch.
-        images: whose labels are judged by.
-    """
+    """``head`` where the model has one whose classes are the images', else ``probe-new``."""
     logits = observe(model, blocks, example).logits
     matching = images.matching
     if logits is None or not (matching.fits(logits.shape[1]) and matching.fits_most):

@@ -99,12 +99,8 @@ class Lab:
 
     Args:
         model: the original; left as it was.
-        blocks: where its blocks are.
-        settings: how much is measured.
         draw: calibration images.
-        judge: with the test images.
         transfers: other sources of calibration images, by name.
-        say: called with one line on what is being done.
         progress: called with images done and images in all.
     """
 

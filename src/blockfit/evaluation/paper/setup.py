@@ -106,13 +106,7 @@ def prepare(
     """A laboratory for ``model``, and what all its experiments share, as JSON values.
 
     Args:
-        model: the original.
-        sources: of the images.
-        settings: how much is measured.
         judge: one of ``JUDGES``; the head where it fits the labels, else a probe.
-        blocks: dotted path of the list of blocks, where looking is not enough.
-        say: called with one line on what is being done.
-        progress: called with how many of how many are done of what was said last.
         reads: called with the images of the test, of the calibration, and of probes.
 
     Raises:

@@ -58,7 +58,6 @@ def earlier(folder: Path, about: Mapping[str, Any] | None = None) -> dict[str, A
     """What an earlier run left in ``folder``; ``None`` where it is new or empty.
 
     Args:
-        folder: where experiments are written.
         about: model, images and judge, which must be those of the earlier run.
 
     Raises:

@@ -105,7 +105,6 @@ def train(
         y: hidden states after it, of the same shape.
         steps: of Adam.
         tokens: in every step, drawn with ``seed``; all of them where there are no more.
-        seed: of the first weights, the dropout and the draws.
         device: where to train; that of ``x`` by default. The result lies where ``x`` does.
 
     Raises:
