@@ -149,11 +149,7 @@ def object_of(value: Any, where: str) -> dict[str, Any]:
 
 
 def check_keys(values: Mapping[str, Any], expected: Any, where: str) -> None:
-    """Refuse unknown and missing keys by name.
-
-    Raises:
-        BlockfitError: names the first of them.
-    """
+    """Refuse unknown and missing keys by name."""
     if unknown := [name for name in values if name not in expected]:
         raise BlockfitError(f"{where}: unknown key {unknown[0]!r}")
     if missing := [name for name in expected if name not in values]:

@@ -111,9 +111,6 @@ def frame(rows: Iterable[Mapping[str, Any]], index: Sequence[str] = ()) -> Any:
 
     Args:
         index: columns that name the rows.
-
-    Raises:
-        BlockfitError: where pandas is not installed.
     """
     pandas = need("pandas", "notebook", "to_frame()")
     made = pandas.DataFrame.from_records([dict(row) for row in rows])

@@ -504,11 +504,7 @@ def given(*groups: Any, **values: Any) -> dict[str, Any]:
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
-    """Refuse options that were given where they have no use.
-
-    Raises:
-        BlockfitError: naming the first one.
-    """
+    """Refuse options that were given where they have no use."""
     for name, value in options.items():
         if value is not None and value is not False and value != []:
             raise BlockfitError(f"{name} {why}")

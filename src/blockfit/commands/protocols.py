@@ -32,11 +32,7 @@ class Wanted:
     masks: str | None
 
     def check(self) -> None:
-        """Refuse what does not go together, before anything is loaded.
-
-        Raises:
-            BlockfitError: for the first that is wrong.
-        """
+        """Refuse what does not go together, before anything is loaded."""
         check_protocols(self.protocols)
         if (self.train is None) == bool(self._learning):
             raise BlockfitError(

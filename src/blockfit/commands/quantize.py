@@ -123,11 +123,7 @@ def _check(
     against: str | None,
     test: str | None,
 ) -> None:
-    """Refuse what does not go together, before anything is loaded.
-
-    Raises:
-        BlockfitError: for the first that is wrong.
-    """
+    """Refuse what does not go together, before anything is loaded."""
     from blockfit.files import check_file
     from blockfit.formats.folder import check_folder
     from blockfit.formats.onnx_file import FORM

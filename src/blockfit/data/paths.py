@@ -61,11 +61,7 @@ def from_path(source: str, asked: Columns = UNNAMED) -> Records:
 
 
 def check_there(source: str) -> None:
-    """Refuse at once a text that can only be a path and leads nowhere; nothing is opened.
-
-    Raises:
-        BlockfitError: as ``from_path`` would.
-    """
+    """Refuse at once a text that can only be a path and leads nowhere; nothing is opened."""
     path = Path(source).expanduser()
     name = source.rpartition(":")[0] if re.search(r"[^:/\\\\]:[\w.-]+$", source) else source
     known = path.exists() or Path(name).expanduser().exists() or name in READY

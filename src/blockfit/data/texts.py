@@ -81,11 +81,7 @@ def texts(
 
 
 def check_takes_texts(model: nn.Module) -> None:
-    """Refuse texts for a model that takes none.
-
-    Raises:
-        BlockfitError: says what it takes.
-    """
+    """Refuse texts for a model that takes none."""
     if not takes_texts(model):
         raise BlockfitError(
             f"{type(model).__name__} takes no texts: it has no text tower, and its forward no "

@@ -243,11 +243,7 @@ def judge(
 
 
 def check_protocols(protocols: Sequence[str]) -> None:
-    """Refuse unknown protocols.
-
-    Raises:
-        BlockfitError: naming the first one.
-    """
+    """Refuse unknown protocols."""
     for name in protocols:
         if name not in PROTOCOLS:
             raise BlockfitError(

@@ -44,9 +44,6 @@ class Settings:
         device: a torch device.
         threads: on the CPU; torch's own number by default.
         rounds: timed passes of each model in each setting.
-
-    Raises:
-        BlockfitError: for a value that makes no sense.
     """
 
     batch_sizes: Sequence[int] = BATCH_SIZES

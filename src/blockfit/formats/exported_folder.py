@@ -99,9 +99,6 @@ def compared(
         images: to compare on; see ``parity.Pictures``.
         what: was written, for the message.
         dtype: that its weights were brought to; by default the small model's.
-
-    Raises:
-        BlockfitError: where their outputs differ.
     """
     first = next(saved.model.parameters())
     pictures = Pictures.of(saved.model, saved.source, images)

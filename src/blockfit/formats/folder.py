@@ -91,11 +91,7 @@ def module_of(model: nn.Module | str | Path) -> nn.Module:
 
 
 def check_folder(folder: str | Path, overwrite: bool = False) -> None:
-    """Refuse now what ``save`` would refuse at the end of a long run.
-
-    Raises:
-        BlockfitError: where ``folder`` holds something that must not be replaced.
-    """
+    """Refuse now what ``save`` would refuse at the end of a long run."""
     check_target(folder, FORM, overwrite)
 
 

@@ -142,11 +142,7 @@ def _by_token() -> Any:
 
 
 def check_no_int8(model: nn.Module, purpose: str) -> None:
-    """Refuse a model in int8 for what needs ordinary weights.
-
-    Raises:
-        BlockfitError: naming the purpose, such as ``exported``.
-    """
+    """Refuse a model in int8 for what needs ordinary weights."""
     if int8_kind(model.parameters()) is not None:
         raise BlockfitError(
             f"the model's weights are in int8 already and cannot be {purpose}; give the model "

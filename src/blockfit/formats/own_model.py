@@ -38,9 +38,6 @@ def check_record(model: nn.Module, kept: object, outputs: Outputs, where: str) -
 
     The same outputs are enough; of a part that differs all the same there is a warning, for other
     images may show it. Outputs as near as another machine's are enough where no part differs.
-
-    Raises:
-        BlockfitError: names the part that differs.
     """
     if not isinstance(kept, dict) or not isinstance(kept.get("outputs"), list):
         return  # of an earlier version, or a model that does not say what it takes

@@ -111,9 +111,6 @@ def plain_model(saved: Saved) -> tuple[nn.Module, Source]:
     """An ordinary model of the size that is left, and what it is rebuilt from.
 
     How a config counts blocks and neurons is found by trying; see ``stock.stock_model``.
-
-    Raises:
-        BlockfitError: as ``export_plain``.
     """
     depth = saved.blocks.depth
     if (why := saved.plan.not_plain(depth)) is not None:

@@ -157,9 +157,6 @@ class Setting:
 
         Args:
             dtype: of its weights; by default the model's.
-
-        Raises:
-            BlockfitError: where the two differ.
         """
         source = self.pictures.source
         if len(self.sizes) > 1:

@@ -19,11 +19,7 @@ def adapters_in(model: nn.Module) -> list[str]:
 
 
 def check_merged(model: nn.Module) -> None:
-    """Refuse a model with adapters: their layers must not be solved in the place of the model's.
-
-    Raises:
-        BlockfitError: says where they are and how they are merged.
-    """
+    """Refuse a model with adapters: their layers must not be solved in the place of the model's."""
     found = adapters_in(model)
     if not found:
         return

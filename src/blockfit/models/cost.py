@@ -158,9 +158,6 @@ def alternate(
     Args:
         inputs: the same images for all; each model gets them on its device and in its dtype.
         rounds: timed passes of each model, two at least.
-
-    Raises:
-        BlockfitError: for fewer than two rounds.
     """
     ready = {name: placed(model, inputs) for name, model in models.items()}
 

@@ -103,11 +103,7 @@ def attention_of(config: Any) -> str | dict[str, Any] | None:
 
 
 def check_attention(value: object) -> None:
-    """Refuse an attention that ``attention_of`` does not give.
-
-    Raises:
-        BlockfitError: names it.
-    """
+    """Refuse an attention that ``attention_of`` does not give."""
     if isinstance(value, Mapping):
         for part in value.values():
             check_attention(part)
@@ -129,9 +125,6 @@ def check_config(config: object) -> None:
     """Refuse a transformers config that would fetch or run anything while a model is built.
 
     A config that wraps a timm model is held to ``check_timm``, at any depth.
-
-    Raises:
-        BlockfitError: names the key.
     """
     if isinstance(config, Mapping):
         for key, value in config.items():
@@ -158,9 +151,6 @@ def check_original(config: object) -> None:
 
     Backbones named there by their Hub id, and kernels, which are compiled code. What merely
     describes the model stays free: its weights are in the folder.
-
-    Raises:
-        BlockfitError: names the key.
     """
     if isinstance(config, list):
         config = dict(enumerate(config))

@@ -38,11 +38,7 @@ def tokenizer(model: nn.Module, source: Source) -> Tokenize:
 
 
 def tokenizer_of(model: nn.Module, source: Source) -> Tokenize:
-    """``tokenizer`` of any model of texts.
-
-    Raises:
-        BlockfitError: likewise.
-    """
+    """``tokenizer`` of any model of texts."""
     try:
         if source.library == "open_clip":
             return _open_clip_tokenizer(source.name)

@@ -30,9 +30,6 @@ class Budget:
         kind: ``remove`` (blocks), ``params``, ``flops`` or ``latency`` (at most this fraction of
             the original's remains), ``max_kl`` (nats, held-out) or ``max_drop`` (points of top-1).
         value: a whole number for ``remove``, a fraction in (0, 1] for the sizes, nats or points.
-
-    Raises:
-        BlockfitError: where the value does not fit the kind.
     """
 
     kind: str

@@ -224,11 +224,7 @@ class CutSearch:
         return self.sizes.known_fraction(Plan((), cuts), share.kind)
 
     def check_reach(self, share: Share) -> None:
-        """Refuse a size that no plan can have, before effects are measured.
-
-        Raises:
-            BlockfitError: says how small the model can get at most.
-        """
+        """Refuse a size that no plan can have, before effects are measured."""
         if share.kind == "latency" or share.value >= 1:
             return
         least = 1.0

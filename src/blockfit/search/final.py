@@ -184,11 +184,7 @@ def labels_of_head(seen: Observation, labels: Tensor | None, images: Images) -> 
 
 
 def finite(seen: Observation, name: str, images: list[str]) -> Observation:
-    """Refuse outputs that are NaN or infinite: every figure made of them would be void.
-
-    Raises:
-        BlockfitError: names the model and the image.
-    """
+    """Refuse outputs that are NaN or infinite: every figure made of them would be void."""
     for tensor in (seen.features, seen.logits):
         if tensor is None:
             continue

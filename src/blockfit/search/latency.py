@@ -35,9 +35,6 @@ class Latency:
         compressed_ms: the same of the small model.
         batch_size: images in each pass.
         threads: that torch used on the CPU.
-
-    Raises:
-        BlockfitError: for a time or a number that is not above 0.
     """
 
     ratio: float

@@ -78,11 +78,7 @@ class Verdict:
 
 
 def check_images(budget: Budget, parts: Parts, force: bool = False) -> None:
-    """Refuse a budget that the images cannot decide on, before any of them is decoded.
-
-    Raises:
-        BlockfitError: says how many images it takes.
-    """
+    """Refuse a budget that the images cannot decide on, before any of them is decoded."""
     if force or parts.judge is None:
         return
     there, needed = len(parts.judge.positions), fewest_images(budget)

@@ -24,9 +24,6 @@ class Original:
         parameters: how many it has.
         flops: of one image; ``None`` where they cannot be counted.
         top1: of its own head on the held-out images; ``None`` without their labels.
-
-    Raises:
-        BlockfitError: for figures that no model has.
     """
 
     parameters: int
@@ -58,9 +55,6 @@ class Entry:
         final: figures of images that decided nothing, as ``Final.to_json`` gives them.
         judged: what budgets of loss are decided by.
         latency: against the original's.
-
-    Raises:
-        BlockfitError: for figures that no plan has.
     """
 
     removed: int

@@ -127,11 +127,7 @@ def check_whole(whole: Iterable[int], depth: int) -> None:
 def check_stages(
     blocks: Blocks, recipe: Recipe, budget: Budget | None = None, plan: Plan | None = None
 ) -> None:
-    """Refuse, before any work, what cannot be done with blocks in stages.
-
-    Raises:
-        BlockfitError: for spans of any kind, and for one width of all MLPs.
-    """
+    """Refuse, before any work, what cannot be done with blocks in stages."""
     if budget is not None and budget.kind == "remove":
         blocks.need_chain("remove=")
     if plan is not None and plan.replacements:

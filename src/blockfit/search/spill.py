@@ -73,11 +73,7 @@ class Shelf:
 
 
 def check_batch(images: int, state: Tensor, depth: int, limit_bytes: int) -> None:
-    """Refuse batches whose hidden states alone would fill half of a limit.
-
-    Raises:
-        BlockfitError: it names a batch size that fits.
-    """
+    """Refuse batches whose hidden states alone would fill half of a limit."""
     each = (depth + 1) * state[0].nbytes
     if images * each > limit_bytes / 2:
         fits = int(limit_bytes / 2 / each)

@@ -116,9 +116,6 @@ def check_sweep_folder(folder: str | Path) -> Path:
 
     Returns:
         The resolved path, which is to be written.
-
-    Raises:
-        BlockfitError: it says which.
     """
     target = check_kept(folder)
     if not target.exists():

@@ -168,11 +168,7 @@ def _train_part(name: str) -> Source:
 
 
 def _example(images: Images) -> Batch:
-    """The first batch.
-
-    Raises:
-        BlockfitError: where there is none, or its images have no labels.
-    """
+    """The first batch."""
     first = next(images.batches(), None)
     if first is None:
         raise BlockfitError(

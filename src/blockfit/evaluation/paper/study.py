@@ -92,11 +92,7 @@ def earlier(folder: Path, about: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 def _refuse_foreign(folder: Path, data: Mapping[str, Any]) -> None:
-    """Refuse a folder in which something of the user's stands where a run would write.
-
-    Raises:
-        BlockfitError: names the first such file.
-    """
+    """Refuse a folder in which something of the user's stands where a run would write."""
     pages = (INDEX, *(f"{name}.md" for name in BY_NAME))
     foreign = [name for name in pages if _has(folder, name) and not _is_own(folder / name)]
     for name in BY_NAME.keys() - data["experiments"].keys():
