@@ -1,10 +1,11 @@
-"""Memory and time of a calibration, by width, by number of images and under --max-memory.
+"""Memory and time of a calibration and of narrowing, by width, by number of images, under a limit.
 
 Each row is a process of its own. ``VmHWM`` of Linux is the most memory that it ever held; what the
 process holds before the calibration (Python, libraries, the model, one forward) is taken off.
 
     python benchmarks/memory.py images            # 256 … 10,000 images, flat memory
-    python benchmarks/memory.py widths            # ViT-S … ViT-H, random weights, under a limit
+    python benchmarks/memory.py widths            # ViT-S … ViT-g, random weights, under a limit
+    python benchmarks/memory.py narrow            # the same, each narrowed to 62% of its parameters
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import blockfit
+from blockfit.data.images import Images
 from blockfit.data.images import images as open_images
 from blockfit.fit.plan import spans_up_to
 from blockfit.models.blocks import Blocks
@@ -28,8 +32,12 @@ from blockfit.search.spill import MOMENTS_SHARE, groups_of, moments_bytes
 from blockfit.units import bytes_of
 
 LONGEST = 6
-WIDTHS = {384: (12, 6), 768: (12, 12), 1024: (24, 16), 1280: (32, 16)}
-"""Width → depth and heads: ViT-S, ViT-B, ViT-L, ViT-H."""
+SHARE = 0.62
+WIDTHS = {
+    384: (12, 6, 4.0), 768: (12, 12, 4.0), 1024: (24, 16, 4.0), 1280: (32, 16, 4.0),
+    1408: (40, 16, 48 / 11),
+}  # fmt: skip
+"""Width → depth, heads and MLP's width by the model's: ViT-S, ViT-B, ViT-L, ViT-H, ViT-g."""
 
 
 class Noise:
@@ -45,13 +53,14 @@ class Noise:
             yield torch.randn(size, 3, self.side, self.side, generator=generator)
 
 
-def vit(width: int, depth: int, heads: int, side: int) -> torch.nn.Module:
+def vit(width: int, depth: int, heads: int, ratio: float, side: int) -> torch.nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
     return VisionTransformer(
-        img_size=side, patch_size=16, embed_dim=width, depth=depth, num_heads=heads, num_classes=10
-    ).eval()
+        img_size=side, patch_size=16, embed_dim=width, depth=depth, num_heads=heads,
+        mlp_ratio=ratio, num_classes=10,
+    ).eval()  # fmt: skip
 
 
 def memory(name: str) -> int:
@@ -61,68 +70,95 @@ def memory(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def one(width: int, depth: int, heads: int, images: int, side: int, limit: str | None) -> None:
-    """Calibrate once and print a row as JSON."""
+def started_with(
+    width: int, depth: int, heads: int, ratio: float, images: int, side: int
+) -> tuple[torch.nn.Module, Images, float]:
+    """The model, its images, and the processor time of one plain pass over them."""
     torch.set_num_threads(1)
-    model = vit(width, depth, heads, side)
+    model = vit(width, depth, heads, ratio, side)
     data = open_images(Noise(images, 4 if width > 384 else 16, side))
-    blocks: Blocks = find_blocks(model, next(iter(data)))
-    spans = spans_up_to(depth, LONGEST)
     with torch.no_grad():
         for batch in [next(iter(data))] * 2:
             model(batch)
-    before = memory("VmRSS")
+        begun = time.process_time()
+        for batch in data:
+            model(batch)
+    return model, data, time.process_time() - begun
+
+
+def calibrated(*row: Any, limit: str | None) -> dict[str, Any]:
+    """Calibrate once, all spans of up to six blocks."""
+    model, data, plain = started_with(*row)
+    blocks: Blocks = find_blocks(model, next(iter(data)))
+    spans = spans_up_to(blocks.depth, LONGEST)
+    before, begun = memory("VmRSS"), time.process_time()
     room = float("inf") if limit is None else MOMENTS_SHARE * bytes_of(limit)
-    groups = groups_of(spans, width, room)
-    started, cpu = time.perf_counter(), time.process_time()
+    groups = groups_of(spans, blocks.width, room)
     for group in groups:
         calibrate(model, blocks, data, group, tokens_per_image=TOKENS_PER_IMAGE)
-    row = {
-        "width": width,
-        "depth": depth,
-        "images": images,
-        "spans": len(spans),
-        "passes": len(groups),
-        "sums_all": moments_bytes(depth + 1, len(spans), width),
-        "limit": limit,
-        "above": memory("VmHWM") - before,
-        "peak": memory("VmHWM"),
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu,
+    sums = moments_bytes(blocks.depth + 1, len(spans), blocks.width)
+    return {
+        "spans": f"{len(spans)}",
+        "passes": f"{len(groups)}",
+        "sums of all": f"{sums / 1e6:,.0f} MB",
+        **used(before, begun, plain),
     }
-    print(json.dumps(row))
+
+
+def narrowed(*row: Any, limit: str | None) -> dict[str, Any]:
+    """Narrow to ``SHARE`` of the parameters, in place, from nothing to the small model."""
+    model, data, plain = started_with(*row)
+    weights = sum(4 * p.numel() for p in model.parameters())
+    before, begun = memory("VmRSS"), time.process_time()
+    found = blockfit.compress(model, data, params=SHARE, max_memory=limit, inplace=True).report
+    return {
+        "weights": f"{weights / 1e6:,.0f} MB",
+        "left": f"{found['parameters_after'] / found['parameters_before']:.1%}",
+        **used(before, begun, plain),
+    }
+
+
+def used(before: int, begun: float, plain: float) -> dict[str, str]:
+    """What a run held at most, and what it took."""
+    seconds = time.process_time() - begun
+    return {
+        "peak": f"{memory('VmHWM') / 1e6:,.0f} MB",
+        "above the model": f"{(memory('VmHWM') - before) / 1e6:,.0f} MB",
+        "CPU": f"{seconds:.0f} s",
+        "plain passes": f"{seconds / plain:.1f}",
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("images", "widths", "one"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("images", "widths", "narrow", "one"))
     parser.add_argument("--limit", default="2GB")
+    parser.add_argument("--images", type=int, help="4 for widths, 64 for narrow")
+    parser.add_argument("--only", type=int, nargs="+", default=list(WIDTHS), help="widths")
     parser.add_argument("--row", default="")
     given = parser.parse_args()
     if given.what == "one":
-        one(*json.loads(given.row))
+        what, row, limit = json.loads(given.row)
+        print(json.dumps((narrowed if what == "narrow" else calibrated)(*row, limit=limit)))
         return
+    count = given.images or {"widths": 4, "narrow": 64}.get(given.what)
     if given.what == "images":
-        rows = [[384, 12, 6, count, 32, None] for count in (256, 1000, 10_000)]
+        rows = [[384, *WIDTHS[384], count, 32] for count in (256, 1000, 10_000)]
     else:
-        rows = [[width, *how, 4, 64, given.limit] for width, how in WIDTHS.items()]
-    print(
-        "| width | blocks | images | spans | passes | sums of all | peak | above the model | CPU |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
+        rows = [[width, *WIDTHS[width], count, 64] for width in given.only]
+    limit = None if given.what == "images" else given.limit
+    for number, row in enumerate(rows):
         done = subprocess.run(
-            [sys.executable, __file__, "one", "--row", json.dumps(row)],
-            check=True, capture_output=True, text=True,
+            [sys.executable, __file__, "one", "--row", json.dumps([given.what, row, limit])],
+            check=True, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        found = json.loads(done.stdout)
-        mb = {name: f"{found[name] / 1e6:,.0f} MB" for name in ("sums_all", "peak", "above")}
-        print(
-            f"| {found['width']} | {found['depth']} | {found['images']:,} | {found['spans']} "
-            f"| {found['passes']} | {mb['sums_all']} | {mb['peak']} | {mb['above']} "
-            f"| {found['cpu_seconds']:.0f} s |",
-            flush=True,
-        )
+        cells = {
+            "width": f"{row[0]:,}", "blocks": str(row[1]), "images": f"{row[4]:,}",
+            **json.loads(done.stdout.splitlines()[-1]),
+        }  # fmt: skip
+        if number == 0:
+            print(f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}")
+        print(f"| {' | '.join(cells.values())} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,27 @@ def benchmark(name: str) -> ModuleType:
     return module
 
 
+def test_an_accelerator_is_measured_beside_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = benchmark("device")
+    words = [
+        "--model", "demo", "--images", "digits", "--limit", "16", "--params", "0.8",
+        "--device", "cpu", "--batch-sizes", "1", "--dtypes", "float32", "--engines", "eager",
+        "--rounds", "2", "-o", str(tmp_path / "device.md"),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["device.py", *words])
+    device.main()
+    page = (tmp_path / "device.md").read_text()
+    assert page in capsys.readouterr().out
+    assert page.startswith("# demo on cpu\n")
+    assert page.count("| cpu |") == 2
+    assert "- Plan: the same." in page
+    assert "differ by 0.00% of" in page
+    with pytest.raises(SystemExit, match="is there already"):
+        device.main()
+
+
 def test_what_fine_tuning_gives_back_is_measured_and_a_stopped_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
