@@ -68,7 +68,7 @@ def benchmark(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(folder))
