@@ -43,6 +43,7 @@ from blockfit.models.load import load_model, source_of
 from blockfit.models.preprocessing import Given
 from blockfit.models.stages import find_blocks
 from blockfit.models.surgery import OwnWriter
+from blockfit.models.wrappers import bare
 from blockfit.progress import Progress, Say, Teller, told
 from blockfit.provenance import installed_versions
 from blockfit.reports.page import check_report, write_report
@@ -313,7 +314,7 @@ def save(model: Result | Saved | nn.Module, folder: str | Path, *, overwrite: bo
         BlockfitError: where nothing was taken out of the model, or the folder is taken or cannot be
             written.
     """
-    saved = store.saved_of(_bare(model)) if isinstance(model, nn.Module) else as_saved(model)
+    saved = store.saved_of(bare(model)) if isinstance(model, nn.Module) else as_saved(model)
     store.save(
         folder,
         saved.model,
@@ -323,15 +324,6 @@ def save(model: Result | Saved | nn.Module, folder: str | Path, *, overwrite: bo
         report=saved.report,
         overwrite=overwrite,
     )
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model inside what torch wraps around it: compiled, or shared by several processes."""
-    for name in ("_orig_mod", "module"):
-        inner = model._modules.get(name)
-        if inner is not None and len(model._modules) == 1:
-            return _bare(inner)
-    return model
 
 
 @checked

@@ -20,6 +20,7 @@ from blockfit.models.blocks import Blocks
 from blockfit.models.forward import placed
 from blockfit.models.head import observe
 from blockfit.models.stages import find_blocks
+from blockfit.models.wrappers import bare
 from blockfit.search.run import Result
 
 
@@ -77,7 +78,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             saved = as_saved(self.model)
             self.model_, known = saved.model, saved.blocks
         else:
-            self.model_, known = self.model, None
+            self.model_, known = bare(self.model), None
         if self.device is not None:
             self.model_.to(self.device)
         first = next(iter(self._images(X).take(1)), None)
@@ -118,8 +119,6 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def _images(self, X: Any) -> Images:
         if isinstance(X, Images):
             return X
-        if getattr(getattr(X, "dtype", None), "kind", "") in ("O", "U", "T"):
-            X = X.tolist()  # names or pictures in an array of NumPy's or a column of pandas'
         how = {"batch_size": self.batch_size, "preprocessing": self.preprocessing}
         return open_images(X, self.model_, **how)
 

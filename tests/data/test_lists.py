@@ -52,6 +52,39 @@ def test_names_with_spaces_dots_and_signs_are_kept_whole(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("commas.txt", "002.png,bee\n000.png, ant\n001.png,ant\n"),
+        ("windows.txt", ".\\002.png\tbee\r\n.\\000.png\tant\r\n.\\001.png\tant\r\n"),
+        ("header.tsv", "label\tpath\nbee\t002.png\nant\t000.png\nant\t001.png\n"),
+        ("header.csv", 'id,Path,Label\n7,"002.png",bee\n8,000.png,ant\n\n9,001.png,ant\n'),
+        ("semicolons.csv", "image;class\n002.png;bee\n000.png;ant\n001.png;ant\n"),
+        ("plain.csv", "002.png,bee\n000.png,ant\n001.png,ant\n"),
+    ],
+    ids=lambda value: value if "\n" not in value else "",
+)
+def test_lists_as_other_programs_write_them(name: str, text: str, tmp_path: Path) -> None:
+    folder_of(tmp_path, 3)
+    data = images(listed(tmp_path, text, name), preprocessing=PIXELS)
+    assert levels(data) == [2, 0, 1]
+    assert (labels(data), data.class_names) == ([1, 0, 0], ["ant", "bee"])
+
+
+def test_the_columns_of_a_list_are_named(tmp_path: Path) -> None:
+    folder_of(tmp_path, 2)
+    file = listed(tmp_path, "path,kind,label\n001.png,3,0\n000.png,2,0\n", "x.csv")
+    assert labels(images(file, preprocessing=PIXELS)) == [0, 0]
+    assert labels(images(file, preprocessing=PIXELS, label_column="kind")) == [3, 2]
+    with pytest.raises(BlockfitError, match=r"has no column 'no'; it has path, kind, label"):
+        images(file, preprocessing=PIXELS, label_column="no")
+    short = listed(tmp_path, "path,label\n001.png\n", "short.csv")
+    with pytest.raises(BlockfitError, match="line 2 has fewer columns than the first line"):
+        images(short, preprocessing=PIXELS)
+    with pytest.raises(BlockfitError, match="its first line names no columns"):
+        images(listed(tmp_path, "001.png 1\n"), preprocessing=PIXELS, label_column="kind")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("000.png 1\n001.png\n", "line 2 has no label and line 1 has"),

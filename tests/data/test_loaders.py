@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pictures import PIXELS, grey, labels, levels, stack
+from pictures import PIXELS, folder_of, grey, labels, levels, stack
 from torch.utils.data import DataLoader, TensorDataset
 
 from blockfit.data.images import images
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, BlockfitWarning
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 1), (5, 6, 7, 3)], ids=str)
@@ -23,8 +24,60 @@ def test_arrays_of_uint8_are_pictures(shape: tuple[int, ...]) -> None:
     assert levels(images(array, preprocessing=PIXELS)) == [0, 1, 2, 3, 4]
     paired = images((array, [4, 3, 2, 1, 0]), preprocessing=PIXELS)
     assert labels(paired) == [4, 3, 2, 1, 0]
-    with pytest.raises(BlockfitError, match="5 images, but labels of shape"):
+    with pytest.raises(BlockfitError, match="5 images, but 2 labels; give one label per image"):
         images((array, [1, 2]), preprocessing=PIXELS)
+
+
+TEXTS: dict[str, Callable[[list[Any], list[Any]], Any]] = {
+    "pair of lists": lambda pictures, names: (pictures, names),
+    "pair of arrays": lambda pictures, names: (np.stack(pictures), np.array(names)),
+    "list of pairs": lambda pictures, names: list(zip(pictures, names, strict=True)),
+    "dictionaries": lambda pictures, names: [
+        {"image": picture, "label": name} for picture, name in zip(pictures, names, strict=True)
+    ],
+}
+
+
+@pytest.mark.parametrize("form", TEXTS)
+def test_labels_that_are_texts_are_classes(form: str) -> None:
+    pictures = [np.full((8, 8, 3), level, np.uint8) for level in range(4)]
+    data = images(TEXTS[form](pictures, ["fly", "ant", "", "fly"]), preprocessing=PIXELS)
+    assert (labels(data), data.class_names) == ([1, 0, -1, 1], ["ant", "fly"])
+
+
+def test_paths_in_arrays_and_tables_are_read_with_their_labels(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    paths = [str(folder_of(tmp_path, 3) / f"00{level}.png") for level in (2, 0, 1)]
+    frame = pandas.DataFrame({"path": paths, "label": ["fly", None, "ant"]})
+    for source in (frame, (frame["path"], frame["label"]), (np.array(paths), ["fly", None, "ant"])):
+        data = images(source, preprocessing=PIXELS)
+        assert (levels(data), labels(data)) == ([2, 0, 1], [1, -1, 0])
+        assert next(data.batches()).names == paths
+    assert levels(images(np.array(paths), preprocessing=PIXELS)) == [2, 0, 1]
+
+
+def test_labels_in_one_column_count_and_those_of_several_are_refused() -> None:
+    array = np.zeros((3, 8, 8), np.uint8)
+    assert labels(images((array, np.array([[2], [0], [1]])), preprocessing=PIXELS)) == [2, 0, 1]
+    with pytest.raises(BlockfitError, match="the labels have 5 values per image"):
+        images((array, np.eye(5)[:3]), preprocessing=PIXELS)
+
+
+def test_texts_of_a_data_set_without_classes_are_told_of() -> None:
+    class Named:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, position: int) -> Any:
+            return grey(position), "ant"
+
+    with pytest.warns(BlockfitWarning, match="are texts such as 'ant' and are not used"):
+        assert labels(images(Named(), preprocessing=PIXELS)) is None
+
+
+def test_one_picture_is_no_stack_of_grey_ones() -> None:
+    with pytest.raises(BlockfitError, match="is one image with its channels last"):
+        images(np.zeros((8, 9, 3), np.uint8), preprocessing=PIXELS)
 
 
 class Batches:

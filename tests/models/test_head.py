@@ -189,3 +189,24 @@ def test_a_head_that_is_no_linear_layer_is_told_of_where_it_is_missed() -> None:
         with pytest.raises(blockfit.BlockfitError) as refused:
             blockfit.compress(model, small_images(60), **budget, force_budget=True)
         assert f"head, and none is recognised ({why})" in str(refused.value)
+
+
+@pytest.mark.parametrize("problem", ["one column", "regression", "multi_label_classification"])
+def test_a_head_without_a_choice_of_classes_is_judged_by_its_features(
+    problem: str, images: Tensor
+) -> None:
+    class Scoring(Headed):
+        def finish(self, hidden: Tensor) -> Any:
+            return self.head(hidden[:, 0])
+
+    model = Scoring().eval()
+    if problem == "one column":
+        model.head = nn.Linear(WIDTH, 1)
+    else:
+        model.config = SimpleNamespace(problem_type=problem)  # type: ignore[assignment]
+    seen, read = observe(model, find_chain(model), images), []
+    model.head.register_forward_hook(lambda module, args, output: read.append(args[0]))
+    model(images)
+    assert seen.logits is None
+    assert ("one column" if problem == "one column" else repr(problem)) in seen.no_head
+    torch.testing.assert_close(seen.features, read[0])

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import blockfit
 from blockfit.data.decode import decode
 from blockfit.data.images import images
-from blockfit.search.setting import CALIBRATION_IMAGES
+from blockfit.search.setting import CALIBRATION_IMAGES, unprepared
 
 
 class Counted(Dataset):
@@ -101,3 +101,21 @@ def test_the_parts_of_a_run_are_told_beside_one_another():
     model = small_vit(3)
     told = blockfit.compress(model, small_pictures(60), spans=["1:2"]).report["calibration"]
     assert (told["fit"], told["held_out"], told["final"], told["judged"]) == (38, 10, 12, 0)
+
+
+@pytest.mark.parametrize(("low", "high", "told"), [(0, 255, True), (-2.5, 2.6, False)])
+def test_tensors_that_do_not_look_prepared_are_told_of(low: float, high: float, told: bool) -> None:
+    """Raw pixels in tensors go to the model as they are, so that a calibration is worth nothing."""
+    pictures = low + (high - low) * torch.rand(24, 3, 12, 12, generator=torch.manual_seed(0))
+    report = blockfit.compress(small_vit(3), pictures, spans=["1:2"], final=0).report
+    lines = [line for line in report["warnings"] if "not normalised yet" in line]
+    assert len(lines) == told
+
+
+def test_values_up_to_one_are_told_of_where_the_model_subtracts_a_mean() -> None:
+    pictures = torch.rand(4, 3, 12, 12)
+    model = small_vit(3)
+    assert unprepared(images(pictures), model, pictures) == ()
+    model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "input_size": (3, 12, 12)}  # as timm's
+    assert "not normalised yet" in unprepared(images(pictures), model, pictures)[0]
+    assert unprepared(images(pictures), model, pictures - 0.5) == ()

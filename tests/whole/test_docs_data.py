@@ -36,6 +36,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder_of(tmp_path / "imagenet" / "val" / name, 2)
         folder_of(tmp_path / "imagenet" / "train" / name, 1)
     (tmp_path / "list.txt").write_text("photos/002.png 1\nphotos/000.png 0\n")
+    (tmp_path / "list.csv").write_text("path,label\nphotos/002.png,cat\nphotos/000.png,ant\n")
+    (tmp_path / "list.tsv").write_text("class\timage\ncat\tphotos/002.png\nant\tphotos/000.png\n")
     (tmp_path / "shards").mkdir()
     packed = gzip.compress((shards(tmp_path / "shards") / "shard-000000.tar").read_bytes())
     (tmp_path / "packed.tar.gz").write_bytes(packed)

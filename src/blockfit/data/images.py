@@ -39,6 +39,7 @@ from blockfit.models.preprocessing import (
     read_preprocessing,
 )
 from blockfit.models.text_tower import Tokenize
+from blockfit.models.wrappers import bare
 
 MOST_UNREADABLE = 0.1
 """The share of unreadable images beyond which a run stops."""
@@ -469,6 +470,7 @@ def images(
     count = None if limit == "all" else limit
     if isinstance(count, str):
         raise BlockfitError(f'limit must be a number of images or "all", got {limit!r}')
+    model = None if model is None else bare(model)
     at_least(1, batch_size=batch_size, limit=count, max_pixels=max_pixels)
     at_least(0, workers=workers, seed=seed)
     records = _records(source, Columns(image_column, label_column, split), count, seed)
@@ -532,12 +534,15 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
 
 def _records(source: Any, asked: Columns, limit: int | None, seed: int) -> Records | Stream:
     kind = type(source).__name__
+    source = tuple(map(_unboxed, source)) if type(source) is tuple else _unboxed(source)
     if isinstance(source, str) and source in ("digits", "digits:test"):
         return from_digits(source)
     if isinstance(source, str | Path):
         return from_path(str(source), asked)
     if isinstance(source, np.ndarray | Tensor):
         return from_arrays(source)
+    if hasattr(source, "columns") and hasattr(source, "to_dict"):  # a table of pandas'
+        return from_items(source.to_dict("records"), kind, asked)
     if isinstance(source, Image.Image):
         source, kind = [source], "Pillow image"
     if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "shape"):
@@ -554,6 +559,12 @@ def _records(source: Any, asked: Columns, limit: int | None, seed: int) -> Recor
     if isinstance(source, Sequence) and source and isinstance(source[0], str | Path):
         return from_files(source, asked)
     return stream_of(source) or from_items(source, kind, asked)
+
+
+def _unboxed(source: Any) -> Any:
+    """Names or pictures in an array of NumPy's or a column of pandas' as a list."""
+    texts = getattr(getattr(source, "dtype", None), "kind", "") in ("O", "U", "T")
+    return source.tolist() if texts else source
 
 
 def _prepare(

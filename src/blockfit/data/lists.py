@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import zipfile
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import numpy as np
 from blockfit.data.decode import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from blockfit.data.records import (
     LABEL_NAMES,
+    PATH_NAMES,
     SPLIT_NAMES,
     UNNAMED,
     Columns,
@@ -25,28 +27,40 @@ from blockfit.data.records import (
 )
 from blockfit.errors import BlockfitError, first_line
 
+_IMAGE_NAMES = (*PATH_NAMES, "image", "img")
 _SUFFIXES = IMAGE_SUFFIXES | OTHER_SUFFIXES
 _ENDINGS = "|".join(re.escape(suffix) for suffix in sorted(_SUFFIXES))
-_PATH_AND_LABEL = re.compile(rf"(.*(?:{_ENDINGS}))\s+(\S.*)", re.IGNORECASE)
+_PATH_AND_LABEL = re.compile(rf"(.*(?:{_ENDINGS}))(?:\s*[,;]\s*|\s+)(\S.*)", re.IGNORECASE)
 
 
-def from_list(file: Path) -> Records:
+def from_list(file: Path, asked: Columns = UNNAMED) -> Records:
     """A text file with one path per line, from the file's own folder, and perhaps a label.
 
-    A tab or a space stands before the label: a number, or a text that is the same for all images
-    of a class. Empty lines do not count.
+    A tab, a space or a comma stands before the label: a number, or a text that is the same for all
+    images of a class. Empty lines do not count. A first line that names columns makes it a table.
+
+    Args:
+        file: in UTF-8.
+        asked: columns, where the first line names them.
 
     Raises:
         BlockfitError: where it is no text, some lines have a label and some have none, or its
             first picture is not there.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BlockfitError(f"cannot read the list {file}: {first_line(error)}") from error
-    parsed = [
-        (i, *_path_and_label(line.strip())) for i, line in enumerate(lines, 1) if line.strip()
-    ]
+        raise BlockfitError(
+            f"cannot read the list {file}: {first_line(error)}; save it as UTF-8"
+        ) from error
+    lines = text.split("\n")
+    parsed = _rows(file, text, asked)
+    if parsed is None:
+        if asked.named:
+            raise BlockfitError(f"{file}: its first line names no columns; leave them out")
+        parsed = [
+            (i, *_path_and_label(line.strip())) for i, line in enumerate(lines, 1) if line.strip()
+        ]
     if not parsed:
         raise BlockfitError(f"the list {file} names no images; write one path per line")
     first, path, label = parsed[0]
@@ -56,7 +70,9 @@ def from_list(file: Path) -> Records:
             raise BlockfitError(
                 f"{file}: line {none} has no label and line {one} has; give all of them, or none"
             )
-    if not (file.parent / path).exists():
+    if not (file.parent / path).exists() and (file.parent / path.replace("\\", "/")).exists():
+        parsed = [(i, path.replace("\\", "/"), label) for i, path, label in parsed]
+    elif not (file.parent / path).exists():
         raise BlockfitError(
             f"{file}: line {first} names {path}, which is not there; "
             f"paths count from the folder of the list, {file.parent}"
@@ -97,6 +113,24 @@ class _Mapped:
     def __call__(self, position: int) -> tuple[Picture, int | None]:
         images = np.load(self.file, mmap_mode="r", allow_pickle=False)
         return np.array(images[position]), None
+
+
+def _rows(file: Path, text: str, asked: Columns) -> list[tuple[int, str, str | None]] | None:
+    """Line, path and label of each row of a table; ``None`` where the first line names none."""
+    first = text.partition("\n")[0]
+    sign = max("\t,;", key=first.count)
+    reader = csv.reader(text.splitlines(), delimiter=sign)
+    names = [name.strip() for name in next(reader, [])]
+    image = asked.image or next((n for n in names if n.lower() in _IMAGE_NAMES), None)
+    if image not in names or (len(names) == 1 and (file.parent / first.strip()).exists()):
+        return None
+    label = asked.label or next((n for n in names if n.lower() in LABEL_NAMES), None)
+    if label is not None and label not in names:
+        raise BlockfitError(f"{file} has no column {label!r}; it has {', '.join(names)}")
+    rows = [(reader.line_num, dict(zip(names, row, strict=False))) for row in reader if any(row)]
+    if short := next((i for i, row in rows if not {image, label or image} <= row.keys()), None):
+        raise BlockfitError(f"{file}: line {short} has fewer columns than the first line")
+    return [(i, row[image].strip(), row[label].strip() if label else None) for i, row in rows]
 
 
 def _path_and_label(line: str) -> tuple[str, str | None]:

@@ -20,7 +20,7 @@ from blockfit.data.tables import from_hub, from_saved, from_tables
 from blockfit.data.tar_shards import from_shards, is_shard
 from blockfit.errors import BlockfitError
 
-_ALONE = frozenset((".parquet", ".arrow", ".npy", ".npz", ".txt", ".tsv", ".lst"))
+_ALONE = frozenset((".parquet", ".arrow", ".npy", ".npz", ".txt", ".tsv", ".csv", ".lst"))
 _TRAIN_AND_TEST = frozenset(("train", "val", "test"))
 _ALIKE = {
     **dict.fromkeys(("training", "trainval"), "train"),
@@ -90,12 +90,12 @@ def from_files(paths: Sequence[str | Path], asked: Columns = UNNAMED) -> Records
         return from_tables(files, source, asked)
     if all(is_shard(file) for file in files):
         return from_shards(files, source, asked)
+    if len(files) == 1 and suffixes <= {".txt", ".tsv", ".csv", ".lst"}:
+        return from_list(files[0], asked)
     if asked.named:
         raise BlockfitError(
             f"{source}: image files have neither columns nor splits; leave both out"
         )
-    if len(files) == 1 and suffixes <= {".txt", ".tsv", ".lst"}:
-        return from_list(files[0])
     _one_kind(files, source)
     return from_pictures(files, source)
 
@@ -103,6 +103,12 @@ def from_files(paths: Sequence[str | Path], asked: Columns = UNNAMED) -> Records
 def _one_kind(files: Sequence[Path], source: str) -> None:
     """Refuse tables, shards, arrays and lists among other files; what else ends oddly is tried."""
     for file in files:
+        if file.is_dir():
+            raise BlockfitError(
+                f"{file} is a folder; give one folder by itself, or a list of files"
+            )
+        if file.suffix.lower() == ".zip":
+            raise BlockfitError(f"{file} is an archive that is not read; unpack it, or make a .tar")
         if is_shard(file) or file.suffix.lower() in _ALONE:
             raise BlockfitError(
                 f"{source}: {file} is no image; give {file.suffix} files by themselves"

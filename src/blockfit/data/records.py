@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, tell
 
 Picture = bytes | str | Path | Image.Image | np.ndarray | Tensor
 """What ``Records.read`` returns: something to decode, or a tensor that is already prepared."""
 
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
-_UNKNOWN = (None, -1, "", "-1", "nan", "NaN")
+_UNKNOWN = ("", "-1", "nan", "NaN", "None", "<NA>")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "cls")
+PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image_path")
 
 
 class Columns(NamedTuple):
@@ -104,10 +104,10 @@ class _Files:
 @dataclass(frozen=True, eq=False)
 class _Arrays:
     images: np.ndarray | Tensor
-    labels: Tensor | None
+    labels: Sequence[int | None] | None
 
     def __call__(self, position: int) -> tuple[Picture, int | None]:
-        return self.images[position], None if self.labels is None else int(self.labels[position])
+        return self.images[position], None if self.labels is None else self.labels[position]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +116,12 @@ class _Items:
     image: str | None
     label: str | None
     class_names: list[str] | None = None
+    labels: Sequence[int | None] | None = None
 
     def __call__(self, position: int) -> tuple[Picture, int | None]:
         picture, label = _split_item(self.items[position], self.image, self.label)
+        if self.labels is not None:
+            return picture, self.labels[position]
         if isinstance(label, str) and self.class_names and label in self.class_names:
             return picture, self.class_names.index(label)
         return picture, whole_number(label)
@@ -153,17 +156,7 @@ def from_pictures(
 
 def from_arrays(images: np.ndarray | Tensor, labels: Any = None) -> Records:
     """uint8 arrays (N, H, W) or (N, H, W, C), or tensors (N, C, H, W) that are already prepared."""
-    if isinstance(labels, list | tuple):
-        labels = [-1 if label is None else label for label in labels]
-    numbers = None if labels is None else torch.as_tensor(labels)
-    if numbers is not None and numbers.is_floating_point():
-        numbers = torch.where(numbers == numbers.round(), numbers, -1)  # NaN, too
-    numbers = None if numbers is None else numbers.to(torch.int64)
-    if numbers is not None and numbers.shape != (len(images),):
-        raise BlockfitError(
-            f"{len(images)} images, but labels of shape {tuple(numbers.shape)}; "
-            "give one label per image"
-        )
+    numbers, names = (None, None) if labels is None else numbered(_listed(labels, len(images)))
     kind = f"{type(images).__name__} {tuple(images.shape)}"
     if isinstance(images, Tensor):
         if images.ndim != 4 or not images.is_floating_point():
@@ -177,16 +170,41 @@ def from_arrays(images: np.ndarray | Tensor, labels: Any = None) -> Records:
             "an array of images must be uint8 (images, height, width[, channels]); got "
             f"{images.dtype} {images.shape}; give already prepared images as a torch tensor"
         )
-
-    read = _Arrays(images, numbers)
-    known = None if numbers is None else numbers.tolist()
-    return Records(kind, len(images), read, prepared=isinstance(images, Tensor), labels=known)
+    elif images.ndim == 3 and images.shape[2] in (3, 4) and min(images.shape[:2]) > 4:
+        raise BlockfitError(
+            f"an array {images.shape} is one image with its channels last; give it in a list"
+        )
+    read, prepared, own = _Arrays(images, numbers), isinstance(images, Tensor), names is None
+    return Records(
+        kind, len(images), read, None, names, prepared=prepared, labels=numbers, own_numbers=own
+    )
 
 
 def from_items(items: Any, source: str, asked: Columns = UNNAMED) -> Records:
-    """A sequence of pictures, (picture, label) pairs or dictionaries: lists, torchvision's sets."""
+    """A sequence of pictures, (picture, label) pairs or dictionaries: lists, torchvision's sets.
+
+    Of a list all labels are looked at: they may be texts. Of a data set the first one alone.
+    """
     names = class_names_of(items)
-    return Records(source, len(items), _Items(items, asked.image, asked.label, names), None, names)
+    if not isinstance(items, list | tuple) or names is not None:
+        first = _split_item(items[0], asked.image, asked.label)[1] if names is None else None
+        if isinstance(first, str):
+            tell(
+                [
+                    f"the labels of {source} are texts such as {first!r} and are not used, for it "
+                    "has no list of classes; give it the attribute classes, or whole numbers"
+                ]
+            )
+        read = _Items(items, asked.image, asked.label, names)
+        return Records(source, len(items), read, None, names)
+    pairs = [_split_item(item, asked.image, asked.label) for item in items]
+    numbers, names = numbered([label for _, label in pairs])
+    if all(isinstance(picture, str | Path) for picture, _ in pairs):
+        given = None if set(numbers) == {None} else [label for _, label in pairs]
+        return from_pictures([Path(picture).expanduser() for picture, _ in pairs], source, given)
+    read = _Items(items, asked.image, asked.label, names, numbers)
+    own = names is None
+    return Records(source, len(items), read, None, names, labels=numbers, own_numbers=own)
 
 
 def paired(items: Sequence[Any], labels: Any) -> list[tuple[Any, Any]]:
@@ -195,10 +213,21 @@ def paired(items: Sequence[Any], labels: Any) -> list[tuple[Any, Any]]:
     Raises:
         BlockfitError: for more or fewer labels than pictures.
     """
+    return list(zip(items, _listed(labels, len(items)), strict=True))
+
+
+def _listed(labels: Any, images: int) -> list[Any]:
+    """Labels of any kind (a list, an array or tensor (N,) or (N, 1), a column) as a list."""
     given = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    if len(given) != len(items):
-        raise BlockfitError(f"{len(items)} images, but {len(given)} labels; give one per image")
-    return list(zip(items, given, strict=True))
+    alone = [one[0] if isinstance(one, list | tuple) and len(one) == 1 else one for one in given]
+    if several := next((one for one in alone if isinstance(one, list | tuple)), None):
+        raise BlockfitError(
+            f"the labels have {len(several)} values per image; give one per image, the number or "
+            "the name of its class"
+        )
+    if len(alone) != images:
+        raise BlockfitError(f"{images} images, but {len(alone)} labels; give one label per image")
+    return alone
 
 
 def class_names_of(dataset: Any) -> list[str] | None:
@@ -229,7 +258,7 @@ def numbered(
     texts = any(isinstance(label, str) for label in labels)
     if not texts:
         return [whole_number(label) for label in labels], None
-    known = [None if label in _UNKNOWN else str(label) for label in labels]
+    known = [None if str(label) in _UNKNOWN else str(label) for label in labels]
     names = sorted({label for label in known if label is not None} | set(more))
     number = {name: i for i, name in enumerate(names)}
     return [None if label is None else number[label] for label in known], names
@@ -238,7 +267,8 @@ def numbered(
 def _split_item(item: Any, image_key: str | None, label_key: str | None) -> tuple[Any, Any]:
     """One item of a data set as picture and label (or ``None``)."""
     if isinstance(item, Mapping):
-        image = image_key or next((k for k in ("image", "img", "pixel_values") if k in item), None)
+        usual = ("image", "img", "pixel_values", *PATH_NAMES)
+        image = image_key or next((key for key in usual if key in item), None)
         if image not in item:
             raise BlockfitError(
                 f"no image among the keys {', '.join(map(str, item))}; name it with image_column="

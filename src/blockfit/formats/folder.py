@@ -46,6 +46,7 @@ from blockfit.models.tensors import (
     tied,
     valueless,
 )
+from blockfit.models.wrappers import bare
 from blockfit.provenance import installed_versions
 from blockfit.untrusted import open_tensors
 
@@ -84,9 +85,9 @@ def is_saved(folder: str | Path) -> bool:
 
 
 def module_of(model: nn.Module | str | Path) -> nn.Module:
-    """A module as it is; of a name, the model that ``save`` wrote there or ``load_model`` finds."""
+    """A module without wrappers; of a name, what ``save`` wrote there or ``load_model`` finds."""
     if isinstance(model, nn.Module):
-        return model
+        return bare(model)
     return load(model) if is_saved(model) else load_model(model)
 
 

@@ -142,8 +142,14 @@ def _by_token() -> Any:
 
 
 def check_no_int8(model: nn.Module, purpose: str) -> None:
-    """Refuse a model in int8 for what needs ordinary weights."""
-    if int8_kind(model.parameters()) is not None:
+    """Refuse a model in int8, whoever rounded it, for what needs ordinary weights.
+
+    torch's own quantized layers pack their weights; others keep parameters of a byte or less.
+    """
+    weights = list(model.parameters())
+    small = any(w.dtype.itemsize == 1 and w.dtype != torch.bool for w in weights)
+    packed = any(hasattr(module, "_packed_params") for module in model.modules())
+    if small or packed or int8_kind(weights) is not None:
         raise BlockfitError(
             f"the model's weights are in int8 already and cannot be {purpose}; give the model "
             "before that step"

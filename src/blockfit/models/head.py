@@ -40,7 +40,9 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
 
     A head is one or several ``nn.Linear`` outside the blocks, run after the last block, whose
     output is the model's primary output of shape (images, classes), or whose mean or sum is.
-    Linear layers on the way there (poolers) and those that make image embeddings are no heads.
+    Linear layers on the way there (poolers) and those that make image embeddings are no heads. A
+    head whose columns are not classes of which one is right (one column, or a config that says so)
+    has features but no logits.
     Without a head the features of padded tokens are zeros: they count in no difference.
     Of both towers of a model of images and texts the features are both embeddings, each of length
     1, side by side, and the logits of an image are its scaled similarities to the different texts
@@ -84,7 +86,9 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
         flat = primary.detach().reshape(len(primary), -1)
         return Observation(flat, None, tuple(primary.shape), _why_none(primary, seen, embeds))
     features = torch.cat([read.flatten(1) for read in heads], dim=1)
-    return Observation(features.detach(), primary.detach(), tuple(features.shape))
+    why = _no_classes(model, primary)
+    logits = None if why else primary.detach()
+    return Observation(features.detach(), logits, tuple(features.shape), why)
 
 
 def embeddings_in(output: Any) -> dict[str, Tensor]:
@@ -166,6 +170,16 @@ def _heads(primary: Tensor, seen: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         if _equal(primary, several.mean(0)) or _equal(primary, several.sum(0)):
             return [read for read, _ in fitting[-count:]]
     return []
+
+
+def _no_classes(model: nn.Module, primary: Tensor) -> str:
+    """Why a head's columns are not classes of which one is right; empty where they are."""
+    if primary.shape[1] == 1:
+        return "the head has one column, which is no choice between classes"
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        return f"the model's config says problem_type={problem!r}, and KL compares single classes"
+    return ""
 
 
 def _why_none(primary: Tensor, seen: list[tuple[Tensor, Tensor]], embeds: str) -> str:

@@ -12,7 +12,8 @@ from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Plan
 from blockfit.models.adapters import check_merged
 from blockfit.models.blocks import Batch, Blocks
-from blockfit.models.forward import evaluating, first_images, offloaded
+from blockfit.models.forward import evaluating, first_images, image_tensor, offloaded
+from blockfit.models.preprocessing import own_preprocessing
 from blockfit.models.stages import find_blocks
 from blockfit.models.surgery import removed_plan
 from blockfit.models.trace import trace
@@ -28,6 +29,9 @@ JUDGE_BATCH = 16
 """Batch size of the held-out images: the unit in which the race of candidates spends them."""
 
 FEWEST_IMAGES = 8
+
+MOST_PREPARED = 20
+"""A value that no pixel has after a mean was subtracted and divided by a deviation."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class Setting:
         fit, held_out = images.split(hold_out, seed)
         fit = replace(fit, batch_size=_fit_batch(fit.batch_size))
         held_out = replace(held_out, batch_size=JUDGE_BATCH)
-        return cls(model, blocks, fit, held_out, example, changing(images))
+        warnings = (*changing(images), *unprepared(images, model, example))
+        return cls(model, blocks, fit, held_out, example, warnings)
 
     def state(self) -> Tensor:
         """The first hidden state of one image, shape (1, tokens, width)."""
@@ -104,6 +109,27 @@ def changing(images: Images) -> tuple[str, ...]:
         f"the images of {images.records.source} differ each time that they are read (a random "
         "augmentation, or a shuffled order), but a calibration reads them several times; give "
         "images that stay the same",
+    )
+
+
+def unprepared(images: Images, model: nn.Module, example: Batch) -> tuple[str, ...]:
+    """What to tell where tensors that are to be prepared already do not look like it."""
+    pixels = image_tensor(example)
+    if images.preprocessing is not None or pixels.ndim < 4:
+        return ()
+    low, high = float(pixels.min()), float(pixels.max())
+    source = getattr(model, "blockfit_source", None)
+    own = getattr(source, "preprocessing", None) or own_preprocessing(model, look_up=False)
+    centred = own is not None and any(
+        own.settings.get("mean") or own.settings.get("image_mean", ())
+    )
+    if high <= MOST_PREPARED and not (centred and low >= 0 and high <= 1):
+        return ()
+    return (
+        f"the tensors of {images.records.source} hold values from {low:.3g} to {high:.3g} and are "
+        "given to the model as they are, which looks like images that are not normalised yet; give "
+        "them as the model is called with them, or as uint8 arrays (images, height, width, "
+        "channels), which are prepared",
     )
 
 

@@ -29,6 +29,7 @@ from blockfit.models.head import Observation
 from blockfit.models.load import load_model, source_with
 from blockfit.models.preprocessing import Given
 from blockfit.models.tensors import fingerprint
+from blockfit.models.wrappers import bare
 from blockfit.progress import Progress, Say, told
 from blockfit.provenance import command_line, made
 from blockfit.search import summaries
@@ -299,7 +300,8 @@ class Frontier:
         Raises:
             BlockfitError: where it is another one.
         """
-        found = model if isinstance(model, nn.Module) else load_model(model or _name(self.content))
+        model = _name(self.content) if model is None else model
+        found = bare(model) if isinstance(model, nn.Module) else load_model(model)
         if fingerprint(found) != self.content.run.model:
             raise BlockfitError(
                 f"the model is not the one that the sweep {self.folder} was made with; give that "
@@ -368,8 +370,7 @@ def sweep(
     at_least(1, multiple_of=multiple_of)
     chosen, shares = recipe_for(recipe, cuts=cuts), shares_of(points)
     chosen.check_use("a sweep")
-    if not isinstance(model, nn.Module):
-        model = load_model(model)
+    model = bare(model) if isinstance(model, nn.Module) else load_model(model)
     images = prepared_images(images, model, preprocessing, seed).draw(CALIBRATION_IMAGES, seed)
     parts = parts_of_sweep(images, final, seed)
     run = run_json(model, parts, chosen, protect, hold_out, seed)
