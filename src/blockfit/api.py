@@ -76,6 +76,11 @@ def load(name: str | Path, *, model: nn.Module | None = None, **options: Any) ->
     """
     if store.is_saved(name):
         options.pop("trust_remote_code", None)  # there is no code in a saved folder
+        if unknown := [key for key in options if key not in ("device", "dtype")]:
+            raise BlockfitError(
+                f"{name} is a folder saved by blockfit, for which there is device= and dtype= "
+                f"alone; leave {unknown[0]}= out"
+            )
         return store.load(name, model=model, **options)
     if model is not None:
         raise BlockfitError(f"{name} is no folder saved by blockfit; leave model= out")

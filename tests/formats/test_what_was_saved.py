@@ -362,3 +362,8 @@ def test_a_trainer_goes_on_from_its_own_checkpoint(budget: dict[str, Any], tmp_p
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert any(not torch.equal(value, first[name]) for name, value in whole.state_dict().items())
+
+
+def test_options_of_a_library_are_refused_for_a_saved_folder(small: Path) -> None:
+    with pytest.raises(BlockfitError, match=r"device= and dtype= alone; leave num_labels= out"):
+        blockfit.load(small, num_labels=3)

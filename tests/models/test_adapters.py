@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,16 @@ def test_adapters_that_are_not_merged_are_refused_with_what_to_do(kind: Any) -> 
     assert "merge_and_unload()" in str(refused.value)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     blockfit.compress(merged, small_images(24), remove=1)
+
+
+def test_a_small_model_with_adapters_is_not_saved_into_a_folder_that_nothing_loads(
+    tmp_path: Path,
+) -> None:
+    small = blockfit.compress(small_vit(4), small_images(24), spans=["1:2"], final=0).model
+    small.blocks[3].mlp.narrow = Wrapped(small.blocks[3].mlp.narrow)
+    with pytest.raises(blockfit.BlockfitError, match=r"merge them first .* or the adapters by them"):
+        blockfit.save(small, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 def writers_of(model: nn.Module) -> list[str]:

@@ -23,6 +23,7 @@ from blockfit.formats.int8 import put_int8
 from blockfit.formats.manifest import FLOATING, Manifest, dumps, read_manifest
 from blockfit.formats.own_model import RECORD, check_record, record
 from blockfit.formats.rebuild import DIFFERS, check_outputs, example_outputs, settled
+from blockfit.models.adapters import TO_SAVE, check_merged
 from blockfit.models.blocks import Blocks
 from blockfit.models.load import attach, load_model, read_dtype, skeleton, source_of
 from blockfit.models.source import Source
@@ -126,10 +127,12 @@ def save(
 
     Raises:
         BlockfitError: before anything is written, where ``folder`` is taken, the rebuilt model has
-            other outputs on one batch, or the report is not JSON; later, where the file
+            other outputs on one batch, the model has adapters that are not merged, or the report
+            is not JSON; later, where the file
             system refuses. ``folder`` is then as it was.
     """
     check_folder(folder, overwrite)
+    check_merged(model, TO_SAVE)
     if removed_plan(model, blocks) != plan:
         raise BlockfitError(
             f"the model was compressed by the plan {removed_plan(model, blocks)}, not by {plan}; "

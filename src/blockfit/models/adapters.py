@@ -18,8 +18,17 @@ def adapters_in(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if _is_adapter(module)]
 
 
-def check_merged(model: nn.Module) -> None:
-    """Refuse a model with adapters: their layers must not be solved in the place of the model's."""
+TO_COMPRESS = "compress what that gives, and put new adapters on the small model"
+TO_SAVE = "save what that gives, or the adapters by themselves (save_pretrained in PEFT)"
+
+
+def check_merged(model: nn.Module, then: str = TO_COMPRESS) -> None:
+    """Refuse a model with adapters: their layers must not be solved in the place of the model's.
+
+    Args:
+        model: any.
+        then: what to do once they are merged.
+    """
     found = adapters_in(model)
     if not found:
         return
@@ -27,7 +36,7 @@ def check_merged(model: nn.Module) -> None:
     count = f"{len(found)} layers, the first is {found[0]}"
     raise BlockfitError(
         f"the model has adapters (LoRA or the like) beside its weights ({count}); merge them "
-        f"first ({how} in PEFT), compress what that gives, and put new adapters on the small model"
+        f"first ({how} in PEFT), {then}"
     )
 
 
