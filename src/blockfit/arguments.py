@@ -137,6 +137,8 @@ def _fit_several(value: Any, origin: Any, inner: tuple[Any, ...], name: str) -> 
 def _fit_items(value: Any, origin: Any, inner: tuple[Any, ...], name: str) -> Any:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise _Wrong
+    if isinstance(value, range) and origin is tuple and ... not in inner:
+        raise _Wrong  # range(2, 4) is no pair (2, 3)
     try:
         kept = tuple(value) if origin is tuple or not hasattr(value, "__len__") else value
         iter(kept)

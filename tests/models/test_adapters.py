@@ -124,7 +124,9 @@ def test_a_small_model_with_adapters_is_not_saved_into_a_folder_that_nothing_loa
 ) -> None:
     small = blockfit.compress(small_vit(4), small_images(24), spans=["1:2"], final=0).model
     small.blocks[3].mlp.narrow = Wrapped(small.blocks[3].mlp.narrow)
-    with pytest.raises(blockfit.BlockfitError, match=r"merge them first .* or the adapters by them"):
+    with pytest.raises(
+        blockfit.BlockfitError, match=r"merge them first .* or the adapters by them"
+    ):
         blockfit.save(small, tmp_path / "small")
     assert not (tmp_path / "small").exists()
 

@@ -141,7 +141,9 @@ def test_effects_never_fall_as_widths_shrink() -> None:
     ("size", "part", "multiple", "expected"),
     [
         (64, "keys", None, (64, 56, 48, 40, 32, 24, 16, 8)),
-        (70, "mlp", 32, (70, 68, 51, 34, 17)),
+        (70, "mlp", None, (70, 68, 51, 34, 17)),
+        (70, "mlp", 32, (70, 64, 32)),
+        (64, "mlp", 64, (64,)),
         (128, "mlp", None, (128, 96, 64, 32)),
         (6, "values", None, (6, 5, 4, 3, 2, 1)),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,3 +33,17 @@ def test_effects_of_heads_are_measured_on_half_of_the_held_out_images(
     session.cuts.measure()
     images = {part: {n for name, some in seen if name == part for n in some} for part, _ in seen}
     assert images == {"mlp": {32}, "values": {16}, "keys": {16}}
+
+
+def test_widths_are_multiples_of_what_was_asked_for_and_each_costs_more_than_the_wider() -> None:
+    """Effects are known down to the smallest width, not only to the smallest of the default."""
+    recipe = replace(RECIPES["default"], cuts=("mlp",))
+    setting = Setting.of(small_vit(2), small_images(40))
+    fine = Session(setting, recipe, multiple=2).cuts
+    fine.measure()
+    for curve in fine.curves:
+        assert curve.widths == (*range(32, 0, -2),)
+        assert all(after > before for before, after in pairwise(curve.effects))
+    coarse = Session(setting, recipe, multiple=32).cuts
+    coarse.measure()
+    assert coarse.curves == []

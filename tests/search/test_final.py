@@ -43,6 +43,8 @@ def test_no_image_is_in_two_parts(count, limit, judging):
         (512, None, False, (410, 0, 102)),  # nothing beyond: a fifth
         (512, None, True, (308, 102, 102)),
         (520, 512, False, (416, 0, 104)),  # next to nothing beyond: a fifth of all
+        (9, None, False, (8, 0, 1)),  # no more than a calibration can spare
+        (8, None, False, (8, 0, 0)),
     ],
 )
 def test_what_was_left_is_used_and_a_fifth_where_nothing_was(count, limit, judging, sizes):

@@ -237,6 +237,8 @@ def test_spans_may_be_pairs_and_numbers_numpys() -> None:
     assert str(by_pair.plan) == "3:5 affine"
     pictures = small_pictures(4)
     assert torch.equal(by_pair.model(pictures), by_text.model(pictures))
+    with pytest.raises(blockfit.BlockfitError, match=r"tuples, but holds range\(3, 5\)"):
+        blockfit.compress(model, images, spans=[range(3, 5)])
 
 
 def test_protected_blocks_that_come_from_a_generator_are_kept(tmp_path: Path) -> None:

@@ -79,9 +79,11 @@ def key_of(curve: Curve) -> tuple[int, str]:
 
 
 def widths_of(part: Narrowing, multiple: int | None = None) -> tuple[int, ...]:
-    """Widths that a part may keep, descending: its size, then multiples of what kernels like."""
-    step = multiple or MULTIPLES[part.part]
-    step = min(step, max(1, part.size // 4))
+    """Widths that a part may keep, descending: its size, then multiples of ``multiple``.
+
+    By default of what kernels like, or of a quarter of a small part.
+    """
+    step = multiple or min(MULTIPLES[part.part], max(1, part.size // 4))
     return (part.size, *range((part.size - 1) // step * step, 0, -step))
 
 
@@ -187,19 +189,20 @@ class PartSums:
 
 
 def candidates(
-    sums: PartSums, part: Narrowing, widths: Sequence[int]
+    sums: PartSums, part: Narrowing, widths: Sequence[int], smallest: int
 ) -> tuple[dict[int, float], dict[int, Layers]]:
     """The error curve of a part, and the layers of the block at some widths.
 
     Args:
         part: at its full size.
         widths: where the layers are wanted.
+        smallest: where the curve may end.
 
     Returns:
         width → error for all widths that are known, and width → parameters of the block.
     """
     if part.part == "mlp":
-        return _mlp_candidates(sums, part, widths)
+        return _mlp_candidates(sums, part, widths, smallest)
     block = sums.block
     if part.part == "keys":
         bases = key_bases(sums.sums["queries"], sums.sums["keys"])
@@ -239,11 +242,10 @@ def _shifted(
 
 
 def _mlp_candidates(
-    sums: PartSums, part: Narrowing, widths: Sequence[int]
+    sums: PartSums, part: Narrowing, widths: Sequence[int], smallest: int
 ) -> tuple[dict[int, float], dict[int, Layers]]:
     block, writer = sums.block, sums.writers[-1]
     weight, _ = writer.effective(block)
-    smallest = widths_of(part)[-1]
     removal = neurons_removed(sums.sums["mlp"], weight, [*widths, smallest])
     mean = sums.sums["mlp"].mean[0]
     layers = {}
@@ -314,8 +316,10 @@ def _block_curves(
     out = []
     for name, part in found.items():
         widths = widths_of(part, multiple if name == "mlp" else None)
+        if len(widths) == 1:
+            continue  # smaller than what its widths are to be multiples of
         trials = _trial_widths(part, widths)
-        errors, layers = candidates(sums, part, trials)
+        errors, layers = candidates(sums, part, trials, widths[-1])
         solutions = [
             Solution(
                 Plan((), (replace(part, kept=width),)),
@@ -344,7 +348,7 @@ def _judging(part: str, held_out: HeldOut, batches: Sequence[int] | None) -> Seq
 
 def _trial_widths(part: Narrowing, widths: Sequence[int]) -> list[int]:
     shares = TRIALS[part.part]
-    near = [min(widths[1:] or widths, key=lambda w: abs(w - share * part.size)) for share in shares]
+    near = [min(widths[1:], key=lambda w: abs(w - share * part.size)) for share in shares]
     return list(dict.fromkeys(near))
 
 

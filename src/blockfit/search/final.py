@@ -20,6 +20,7 @@ from blockfit.models.forward import placed
 from blockfit.models.head import Observation, observe
 from blockfit.progress import Progress
 from blockfit.search.fidelity import kl_divergence
+from blockfit.search.setting import FEWEST_IMAGES
 from blockfit.search.solve import Solution
 
 FINAL_IMAGES = 1000
@@ -55,7 +56,8 @@ def set_apart(
 
     Of images beyond those that were drawn for the calibration, up to ``FINAL_IMAGES`` are for the
     final figures (a third of them, where a budget is judged) and the others for the judge. Where
-    less than a fifth of all was left beyond, a fifth of all is set apart for each.
+    less than a fifth of all was left beyond, a fifth of all is set apart for each; for the final
+    figures only what a calibration can spare.
 
     Args:
         images: the calibration images, and what lies beyond them.
@@ -79,7 +81,8 @@ def set_apart(
         count = usual if final is None else final
         judges, how = (beyond - count) * judging, "beyond the calibration images"
     else:
-        count = min(FINAL_IMAGES, fifth) if final is None else final
+        spare = max(0, total - judging * fifth - FEWEST_IMAGES)
+        count = min(FINAL_IMAGES, fifth, spare) if final is None else final
         judges, how = fifth * judging, "set apart from the calibration images"
     rest, last = images.apart(count, seed)
     judge = None
