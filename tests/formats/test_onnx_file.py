@@ -12,36 +12,32 @@ from commandline import FEW, blockfit_command
 from exporting import MAPS, nearly_empty, output, prepared, saved
 from families import EXPORTED, FAMILIES
 from families import one_thread as one_thread
+from families_plain import PLAIN
 from torch import Tensor
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Plan
 from blockfit.formats.onnx_file import Session, export_onnx
-from blockfit.formats.traced import Resolution
+from blockfit.formats.traced import Bare, Resolution, run
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-NAMES = {
-    "timm-vit": "output",
-    "timm-beit": "output",
-    "torchvision-vit": "output",
-    "clip-vision": "last_hidden_state",
-}
-
-
 @pytest.mark.parametrize("name", EXPORTED["ONNX"])
 def test_onnxruntime_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
-    small = saved(tmp_path / "small", name, MAPS)
-    done = export_onnx(small, tmp_path / "small.onnx")
+    """Of any number of images; of hand-written models that count theirs, of as many."""
+    small, counted = nearly_empty(name), name in PLAIN
+    done = export_onnx(small, tmp_path / "small.onnx", batch=4 if counted else None)
     session = Session(done.path)
-    for count in (1, 3, 8):
+    for count in (4,) if counted else (1, 3, 8):
         images = FAMILIES[name].images(count, seed=count)
-        found = session.outputs(images)[NAMES.get(name, "logits")]
-        assert torch.allclose(found, output(small.model, images), atol=1e-5)
+        found, expected = session.outputs(images), run(Bare(small.model), images)
+        assert found.keys() == expected.keys()
+        for part, value in expected.items():
+            torch.testing.assert_close(found[part], value, rtol=1e-4, atol=2e-5)
     assert done.parity.images == 16
-    assert done.parity.max_abs_error < 1e-5
+    assert done.parity.max_abs_error < 2e-5
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "dinov2-classifier", "clip-vision"])
@@ -50,7 +46,7 @@ def test_onnxruntime_runs_narrowed_blocks(name: str, tmp_path: Path) -> None:
     assert {cut.part for cut in small.plan.narrowings} == {"mlp", "values", "keys"}
     done = export_onnx(small, tmp_path / "small.onnx")
     images = FAMILIES[name].images(3, seed=5)
-    found = Session(done.path).outputs(images)[NAMES.get(name, "logits")]
+    found = next(iter(Session(done.path).outputs(images).values()))
     assert torch.allclose(found, output(small.model, images), atol=2e-5)
 
 
