@@ -136,7 +136,7 @@ class Calibration:
         held, setting = self._held, self.setting
         narrowing = {"whole": sorted({*held.whole}), "multiple_of": held.multiple_of}
         told = (setting.model, self.parts, self.recipe, held.protect, held.hold_out, held.seed)
-        run = {**run_json(*told), **narrowing}
+        run = {**run_json(*told, kept=held.resume is not None), **narrowing}
         checkpoint = checkpoint_of(held.resume, run, self.parts.calibration, setting.blocks)
         how = (self._teller.say, self._teller.count, checkpoint, held.max_memory)
         cut = (held.whole, held.multiple_of)

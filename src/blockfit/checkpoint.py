@@ -47,9 +47,25 @@ def place_beside(target: Path) -> Path:
     return whole.parent / f".{name}{ENDING}"
 
 
-def settled(description: Mapping[str, Any]) -> dict[str, Any]:
-    """``Images.description`` without what only a walk over the images finds out."""
-    return {k: v for k, v in description.items() if k not in ("skipped", "used", "labels")}
+CONTENT = "content"
+
+
+def settled(description: Mapping[str, Any], content: str | None) -> dict[str, Any]:
+    """``Images.description`` without what only a walk over the images finds out.
+
+    Args:
+        description: it.
+        content: ``Images.digest``: other images may come from the same place.
+    """
+    told = {k: v for k, v in description.items() if k not in ("skipped", "used", "labels")}
+    return {**told, CONTENT: content}
+
+
+def same(known: Any, wanted: Any) -> bool:
+    """Whether a run is about the same; earlier versions noted nothing of the images' content."""
+    if isinstance(known, Mapping) and isinstance(wanted, Mapping) and CONTENT not in known:
+        wanted = {key: value for key, value in wanted.items() if key != CONTENT}
+    return bool(known == wanted)
 
 
 class Checkpoint:
@@ -115,9 +131,9 @@ class Checkpoint:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         except (ValueError, RecursionError) as error:
             raise BlockfitError(f"{path} is damaged ({first_line(error)}); {hint}") from error
-        if run != self._run:
-            known = run if isinstance(run, dict) else {}
-            other = [key for key in self._run if known.get(key) != self._run[key]]
+        known = run if isinstance(run, dict) else {}
+        other = [key for key in self._run if not same(known.get(key), self._run[key])]
+        if other or known.keys() != self._run.keys():
             raise BlockfitError(
                 f"{self.folder} holds the progress of a run with another "
                 f"{' and '.join(other) or 'setting'}; repeat that run to go on, or {hint}"

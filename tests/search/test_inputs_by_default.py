@@ -1,6 +1,7 @@
 """How many images a run takes where nobody says so, and images that change (case 22)."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from small import small_pictures, small_vit
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import blockfit
+from blockfit.checkpoint import EVERY_NAME, same
 from blockfit.data.decode import decode
 from blockfit.data.images import images
 from blockfit.search.setting import CALIBRATION_IMAGES, unprepared
@@ -119,3 +121,30 @@ def test_values_up_to_one_are_told_of_where_the_model_subtracts_a_mean() -> None
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "input_size": (3, 12, 12)}  # as timm's
     assert "not normalised yet" in unprepared(images(pictures), model, pictures)[0]
     assert unprepared(images(pictures), model, pictures - 0.5) == ()
+
+
+def test_other_images_of_the_same_source_and_size_are_other_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stopped run or an earlier sweep has measured is not gone on with for other images."""
+    model, one, other = small_vit(3), small_pictures(24), small_pictures(24, seed=1)
+    assert images(one).digest() == images(one.clone()).digest() != images(other).digest()
+    assert images(Counted(24, noise=0.1)).digest() is None
+    how = {"points": [0.9], "cuts": "mlp", "final": 0}
+    blockfit.sweep(model, one, tmp_path / "sweep", **how)
+    blockfit.sweep(model, one.clone(), tmp_path / "sweep", **how)
+    with pytest.raises(blockfit.BlockfitError, match="a sweep with another calibration"):
+        blockfit.sweep(model, other, tmp_path / "sweep", **how)
+    monkeypatch.setenv(EVERY_NAME, "0")
+    checkpoint = {"resume": tmp_path / "state", "remove": 1, "final": 0}
+    blockfit.compress(model, one, **checkpoint)
+    blockfit.compress(model, one, **checkpoint)
+    with pytest.raises(blockfit.BlockfitError, match="a run with another calibration"):
+        blockfit.compress(model, other, **checkpoint)
+
+
+def test_progress_of_earlier_versions_without_the_content_is_gone_on_with() -> None:
+    earlier = {"source": "photos", "seed": 0}
+    assert same(earlier, {**earlier, "content": "abc"})
+    assert not same(earlier, {**earlier, "seed": 1, "content": "abc"})
+    assert not same({**earlier, "content": "abd"}, {**earlier, "content": "abc"})

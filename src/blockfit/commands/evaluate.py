@@ -137,7 +137,7 @@ def _checkpoint(name: str, models: Mapping[str, nn.Module | None], images: Image
     run = {
         "rows": 2,  # what a batch leaves: answers by image since 2
         "models": {k: None if m is None else fingerprint(m) for k, m in models.items()},
-        "images": settled(images.description()),
+        "images": settled(images.description(), images.digest()),
         "batch_size": images.batch_size,
     }
     return Checkpoint(place_beside(target.with_name(f"{target.name}.evaluate")), run)

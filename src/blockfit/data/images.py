@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +41,9 @@ from blockfit.models.preprocessing import (
 )
 from blockfit.models.text_tower import Tokenize
 from blockfit.models.wrappers import bare
+
+DIGESTED = 4
+"""Images that tell one set from another of the same source and size."""
 
 MOST_UNREADABLE = 0.1
 """The share of unreadable images beyond which a run stops."""
@@ -267,6 +271,17 @@ class Images:
         return once.keys() != again.keys() or any(
             not torch.equal(value, again[key]) for key, value in once.items()
         )
+
+    def digest(self) -> str | None:
+        """A short hash of the first images as a model gets them; ``None`` where they change."""
+        few, found = self._part(self.positions[:DIGESTED]), set()
+        for _ in range(2):
+            digest = hashlib.sha256()
+            for name, value in sorted(_tensors(next(iter(few), {})).items()):
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().double().numpy().tobytes())
+            found.add(digest.hexdigest()[:16])
+        return found.pop() if len(found) == 1 else None
 
     def split(self, fraction: float, seed: int | None = None) -> tuple[Images, Images]:
         """Two disjoint parts, drawn with the seed; the second holds ``fraction`` of the images.

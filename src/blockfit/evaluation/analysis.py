@@ -186,7 +186,7 @@ def analyze(
     groups = _groups(where, room)
     checkpoint = None
     if resume is not None:
-        told = settled(images.description())
+        told = settled(images.description(), images.digest())
         run = {"model": fingerprint(model), "calibration": told, "seed": seed}
         how = {"batch_size": images.batch_size, "blocks": where.to_json()}
         checkpoint = Checkpoint(resume, {**run, **how})

@@ -214,15 +214,16 @@ def run_json(
     protect: Iterable[int],
     hold_out: float,
     seed: int,
+    kept: bool = True,
 ) -> dict[str, Any]:
-    """What a run's search depends on, as JSON values."""
+    """What a run's search depends on, as JSON values; with the images' content where ``kept``."""
     run = {
         "recipe": recipe_json(recipe),
         "protect": sorted(set(protect)),
         "hold_out": hold_out,
         "seed": seed,
         "model": fingerprint(model),
-        "calibration": settled(parts.whole.description()),
+        "calibration": settled(parts.whole.description(), parts.whole.digest() if kept else None),
         "apart": [len(p.positions) for p in (parts.judge, parts.final) if p is not None],
     }
     return dict(json.loads(json.dumps(run)))

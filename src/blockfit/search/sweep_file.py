@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blockfit.checkpoint import same
 from blockfit.errors import BlockfitError
 from blockfit.fields import LEFT_OUT, read, written
 from blockfit.files import check_kept, is_unfinished, kept_file
@@ -54,7 +55,8 @@ class Run:
     def differences(self, other: Run) -> list[str]:
         """The names of what another run has otherwise."""
         names = [each.name for each in fields(self)]
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
+        different = [n for n in names if not same(getattr(self, n), getattr(other, n))]
+        return [{"shares": "list of points"}.get(name, name) for name in different]
 
 
 @dataclass(frozen=True)
