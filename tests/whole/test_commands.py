@@ -90,3 +90,22 @@ def test_analyze_writes_the_tables(tmp_path: Path) -> None:
     assert json.loads((folder / "analysis.json").read_text())["similarity"] == told["similarity"]
     again = blockfit_command("analyze", "demo", *FEW, "-o", folder)
     assert "--overwrite" in again.error
+
+
+def test_images_that_the_model_was_made_with_or_learns_from_are_told_of(
+    small: tuple[Path, Done], tmp_path: Path
+) -> None:
+    for name in "01":
+        folder_of(tmp_path / "photos" / name, 6)
+    shutil.copytree(tmp_path / "photos", tmp_path / "others")
+    known = tmp_path / "known"
+    shutil.copytree(small[0], known)
+    manifest = json.loads((known / "blockfit.json").read_text())
+    manifest["report"]["calibration"]["source"] = str(tmp_path / "photos")
+    (known / "blockfit.json").write_text(json.dumps(manifest))
+    judged = ("evaluate", known, "--no-speed", "--protocol", "knn", "--train", tmp_path / "photos")
+    same = blockfit_command(*judged, "--images", tmp_path / "photos").err
+    assert "the model was calibrated on 40 of the images of" in same
+    assert "12 of the 12 test images are among the training images" in same
+    other = blockfit_command(*judged, "--images", tmp_path / "others").err
+    assert "warning" not in other

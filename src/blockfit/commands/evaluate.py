@@ -101,6 +101,7 @@ def evaluate(
             prepared = original  # whose folder has the tokenizer
         pictures = written.open(images, prepared or compressed, reading)
         out.show_images(pictures, loading.place())
+        out.warn(_known(compressed, pictures))
         if blocks is not None:
             where = blockfit.find_blocks(compressed, next(iter(pictures), None), blocks)
         out.say("evaluating")
@@ -124,6 +125,18 @@ def evaluate(
             checkpoint.forget()
     out.show(evaluation(worth))
     out.result(worth)
+
+
+def _known(compressed: nn.Module, pictures: Images) -> list[str]:
+    """What to tell where a model is judged by the images that it was made with."""
+    calibrated = getattr(compressed, "blockfit_report", {}).get("calibration", {})
+    source = pictures.records.source
+    if calibrated.get("source") != source or not Path(source).exists():
+        return []
+    return [
+        f"the model was calibrated on {calibrated.get('drawn')} of the images of {source}; figures "
+        "for others may be worse"
+    ]
 
 
 def _checkpoint(name: str, models: Mapping[str, nn.Module | None], images: Images) -> Checkpoint:

@@ -63,6 +63,13 @@ class Wanted:
         """Judge the models that are there; protocol → model → figure or figures."""
         there = {name: model for name, model in models.items() if model is not None}
         found: dict[str, Any] = {}
+        if train is not None and (shared := test.shared_with(train)):
+            out.warn(
+                [
+                    f"{shared} of the {len(test)} test images are among the training images, where "
+                    "they are found again; give others with --images or --train"
+                ]
+            )
         if set(self.protocols) - {"dense"}:
             tested = _features(out, there, where, test, "test")
         if train is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -271,6 +272,16 @@ class Images:
         return once.keys() != again.keys() or any(
             not torch.equal(value, again[key]) for key, value in once.items()
         )
+
+    def shared_with(self, other: Images) -> int:
+        """How many of these images another set has, too, by the files or rows that they lie in."""
+        return len(self._places() & other._places())
+
+    def _places(self) -> set[str]:
+        records = self.records
+        if not isinstance(records, Records) or not (records.names or Path(records.source).exists()):
+            return set()  # tensors that look alike may be others
+        return {os.path.abspath(records.name(position)) for position in self.positions.tolist()}
 
     def digest(self) -> str | None:
         """A short hash of the first images as a model gets them; ``None`` where they change."""
