@@ -59,6 +59,7 @@ def test_names_with_spaces_dots_and_signs_are_kept_whole(tmp_path: Path) -> None
         ("header.tsv", "label\tpath\nbee\t002.png\nant\t000.png\nant\t001.png\n"),
         ("header.csv", 'id,Path,Label\n7,"002.png",bee\n8,000.png,ant\n\n9,001.png,ant\n'),
         ("semicolons.csv", "image;class\n002.png;bee\n000.png;ant\n001.png;ant\n"),
+        ("other.csv", "id,image_id,label\n1,002.png,bee\n2,000.png,ant\n3,001.png,ant\n"),
         ("plain.csv", "002.png,bee\n000.png,ant\n001.png,ant\n"),
     ],
     ids=lambda value: value if "\n" not in value else "",
@@ -68,6 +69,12 @@ def test_lists_as_other_programs_write_them(name: str, text: str, tmp_path: Path
     data = images(listed(tmp_path, text, name), preprocessing=PIXELS)
     assert levels(data) == [2, 0, 1]
     assert (labels(data), data.class_names) == ([1, 0, 0], ["ant", "bee"])
+
+
+def test_whole_numbers_that_a_table_wrote_as_fractions_are_numbers(tmp_path: Path) -> None:
+    folder_of(tmp_path, 3)
+    file = listed(tmp_path, "path,label\n002.png,2.0\n000.png,\n001.png,11.0\n", "x.csv")
+    assert labels(images(file, preprocessing=PIXELS)) == [2, -1, 11]
 
 
 def test_the_columns_of_a_list_are_named(tmp_path: Path) -> None:

@@ -144,6 +144,14 @@ def test_a_table_written_without_datasets_is_read_by_its_bytes(tmp_path: Path) -
     assert (labels(texts), texts.class_names) == ([0, 1, 2, 3], ["a", "b", "c", "d"])
 
 
+def test_a_column_of_texts_that_is_called_label_holds_labels() -> None:
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": encoded(grey(i)), "path": None} for i in range(3)]
+    rows = datasets.Dataset.from_dict({"image": cells, "label": ["fly", "ant", "fly"]})
+    data = images(rows.cast_column("image", datasets.Image()), preprocessing=PIXELS)
+    assert (labels(data), data.class_names) == ([1, 0, 1], ["ant", "fly"])
+
+
 def test_columns_that_are_not_clear_must_be_named(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     two = table().add_column("other", [{"bytes": encoded(grey(99)), "path": None}] * 6)

@@ -121,7 +121,11 @@ def _rows(file: Path, text: str, asked: Columns) -> list[tuple[int, str, str | N
     sign = max("\t,;", key=first.count)
     reader = csv.reader(text.splitlines(), delimiter=sign)
     names = [name.strip() for name in next(reader, [])]
-    image = asked.image or next((n for n in names if n.lower() in _IMAGE_NAMES), None)
+    second = next(csv.reader(text.splitlines()[1:2], delimiter=sign), [])
+    pictures = [n for n, cell in zip(names, second, strict=False) if _is_path(cell)]
+    pictures = [] if len(names) == 1 or any(map(_is_path, names)) else pictures
+    usual = [n for n in names if n.lower() in _IMAGE_NAMES]
+    image = asked.image or next(iter([*usual, *pictures]), None)
     if image not in names or (len(names) == 1 and (file.parent / first.strip()).exists()):
         return None
     label = asked.label or next((n for n in names if n.lower() in LABEL_NAMES), None)
@@ -133,18 +137,24 @@ def _rows(file: Path, text: str, asked: Columns) -> list[tuple[int, str, str | N
     return [(i, row[image].strip(), row[label].strip() if label else None) for i, row in rows]
 
 
+def _is_path(text: str) -> bool:
+    return text.strip().lower().endswith(tuple(_SUFFIXES))
+
+
 def _path_and_label(line: str) -> tuple[str, str | None]:
     if "\t" in line:
         path, _, label = line.rpartition("\t")
         return path.strip(), label.strip()
-    if line.lower().endswith(tuple(_SUFFIXES)):
+    if _is_path(line):
         return line, None
     found = _PATH_AND_LABEL.fullmatch(line)
     return (found[1], found[2]) if found else (line, None)
 
 
 def _number(text: str | None) -> int | str | None:
-    return int(text) if text and re.fullmatch(r"-?\d{1,9}", text, re.ASCII) else text
+    """A label as it is meant; whole numbers with ``.0`` are how tables write them beside gaps."""
+    found = re.fullmatch(r"(-?\d{1,9})(?:\.0+)?", text or "", re.ASCII)
+    return int(found[1]) if found else text or None
 
 
 def _from_npz(file: Path, asked: Columns) -> Records:

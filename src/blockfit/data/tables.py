@@ -154,7 +154,9 @@ def _columns(features: Mapping[str, Any], source: str, asked: Columns) -> tuple[
             f"the columns are {', '.join(features)}"
         )
     labels = [n for n, f in features.items() if isinstance(f, library.ClassLabel)] or [
-        n for n, f in features.items() if n in LABEL_NAMES and "int" in getattr(f, "dtype", "")
+        n
+        for n, f in features.items()
+        if n in LABEL_NAMES and re.search("int|string", str(getattr(f, "dtype", "")))
     ]
     return image, asked.label or _preferred(labels, LABEL_NAMES)
 
