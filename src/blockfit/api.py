@@ -44,7 +44,7 @@ from blockfit.models.preprocessing import Given
 from blockfit.models.stages import find_blocks
 from blockfit.models.surgery import OwnWriter
 from blockfit.models.wrappers import bare
-from blockfit.progress import Progress, Say, Teller, told
+from blockfit.progress import Progress, Say, Teller, silent, told
 from blockfit.provenance import installed_versions
 from blockfit.reports.page import check_report, write_report
 from blockfit.reports.runs import read_runs
@@ -464,7 +464,7 @@ def evaluate(
         BlockfitError: no image, outputs that are not finite or differ in shape, labels that the
             head does not have, an original with other blocks.
     """
-    assert not isinstance(progress, bool)
+    assert callable(progress)  # whatever the caller gave
     small = as_saved(compressed) if _has_blocks(compressed) else None
     model = _module(compressed) if small is None else small.model
     where = small.blocks if blocks is None and small is not None else blocks
@@ -509,7 +509,7 @@ def compare(
         BlockfitError: fewer than two models, an unknown reference, no images, outputs that are not
             finite.
     """
-    assert not isinstance(progress, bool)
+    assert callable(progress)  # whatever the caller gave
     named = models if isinstance(models, Mapping) else {str(model): model for model in models}
     if len(named) < 2:
         raise BlockfitError("there is one model; give two or more to compare")
@@ -563,7 +563,7 @@ def bench(
             models[name] = _module(small)
     chosen = replace(settings or Settings(), **changes)
     return benchmark.bench(
-        _module(original), models, chosen, blocks={**where, **(blocks or {})}, say=say
+        _module(original), models, chosen, blocks={**where, **(blocks or {})}, say=say or silent
     )
 
 

@@ -124,8 +124,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def _rows(self, inputs: Any) -> np.ndarray:
         seen = observe(self.model_, self.blocks_, placed(self.model_, inputs))
-        rows: np.ndarray = vectors(seen, self.blocks_.prefix_tokens).float().cpu().numpy()
-        return rows
+        return vectors(seen, self.blocks_.prefix_tokens).float().cpu().numpy()
 
     def __sklearn_clone__(self) -> FeatureExtractor:
         return type(self)(**self.get_params(deep=False))

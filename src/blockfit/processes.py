@@ -191,8 +191,7 @@ def agreed(make: Callable[[], T]) -> T:
     if not is_first():
         data = torch.empty(int(size), dtype=torch.uint8)
     _share(data)
-    value: T = json.loads(data.numpy().tobytes())
-    return value
+    return json.loads(data.numpy().tobytes())
 
 
 def spread(

@@ -26,6 +26,11 @@ Progress = Callable[[int, int], None]
 
 LOG = logging.getLogger("blockfit")
 
+
+def silent(*told: object) -> None:
+    """Takes what a run tells where nobody listens; a ``Say`` and a ``Progress``."""
+
+
 SWITCH = "BLOCKFIT_PROGRESS"
 """The environment variable that turns bars off where it is ``0``."""
 

@@ -9,7 +9,6 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
@@ -44,7 +43,7 @@ def doctor(out: Output) -> None:
     )
     hub = "only cached files are used (HF_HUB_OFFLINE is set)" if found.offline else "may be asked"
     out.line(f"torch computes with {found.threads} threads; the Hub {hub}")
-    out.result(found.to_json())
+    out.result(asdict(found))
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,6 @@ class Findings:
     threads: int
     caches: tuple[Cache, ...]
     offline: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
 
 
 def examine() -> Findings:

@@ -54,8 +54,7 @@ class Command(TyperCommand):
     @property
     def declared(self) -> Declared:
         """What was given to ``commands.command``."""
-        declared: Declared = vars(self.callback)["declared"]
-        return declared
+        return vars(self.callback)["declared"]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Bring old names to those of now; everything else is click's."""

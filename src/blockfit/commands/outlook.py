@@ -44,7 +44,9 @@ class Outlook:
         self._steps, self._clock = tuple(steps), clock
         self._total = sum(step.weight for step in steps)
         self._at, self._round, self._inside, self._inner = -1, 0, 0.0, 0.0
-        self._part, self._began, self._counting = 0.0, 0.0, False
+        self._began, self._counting = 0.0, False
+        self.part = 0.0
+        """How much of the run is done, from 0 to 1."""
 
     @property
     def number(self) -> int:
@@ -81,19 +83,14 @@ class Outlook:
         inside = self._inside + self._inner * (done / total if total else 0.0)
         place = min((min(self._round, step.times - 1) + inside) / step.times, 1.0)
         before = sum(one.weight for one in self._steps[: self._at])
-        self._part = max(self._part, (before + step.weight * place) / self._total)
-
-    @property
-    def part(self) -> float:
-        """How much of the run is done, from 0 to 1."""
-        return self._part
+        self.part = max(self.part, (before + step.weight * place) / self._total)
 
     @property
     def left_s(self) -> float | None:
         """Seconds that the rest takes; ``None`` before the first of several steps is done."""
-        if self._part <= 0 or (self._at == 0 and len(self._steps) > 1):
+        if self.part <= 0 or (self._at == 0 and len(self._steps) > 1):
             return None
-        return (self._clock() - self._began) * (1 - self._part) / self._part
+        return (self._clock() - self._began) * (1 - self.part) / self.part
 
 
 _CALIBRATED = (

@@ -207,8 +207,7 @@ def _tokenize(given: Any) -> Tokenize:
             )
         return lambda some: given(list(some), padding=True, truncation=True, return_tensors="pt")
     if callable(given):
-        own: Tokenize = given
-        return own
+        return given
     raise BlockfitError(
         f"a tokenizer is one of transformers, a function of a list of texts, or a model, "
         f"not {type(given).__name__}"

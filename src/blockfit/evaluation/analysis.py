@@ -170,7 +170,8 @@ def analyze(
     Raises:
         BlockfitError: no blocks, no images, NaN or infinite hidden states, a folder that is taken.
     """
-    assert not isinstance(progress, bool)
+    assert say is not None  # functions, whatever the caller gave
+    assert callable(progress)
     at_least(0, seed=seed)
     room = MOST_BYTES
     if max_memory is not None:
@@ -192,8 +193,7 @@ def analyze(
         checkpoint = Checkpoint(resume, {**run, **how})
     parts = []
     for number, spans in enumerate(groups):
-        if say is not None:
-            say("hidden states" + (f", pass {number + 1} of {len(groups)}" if groups[1:] else ""))
+        say("hidden states" + (f", pass {number + 1} of {len(groups)}" if groups[1:] else ""))
         moments = calibrate(
             model,
             where,
@@ -204,8 +204,7 @@ def analyze(
             progress=progress,
             checkpoint=checkpoint,
         )
-        if say is not None:
-            say("comparing hidden states")
+        say("comparing hidden states")
         parts.append(part(moments))
     report = {
         "command": command_line(),

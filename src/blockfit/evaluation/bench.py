@@ -23,7 +23,7 @@ from blockfit.evaluation.speed import ORIGINAL, Bench, Row, Setting, Settings
 from blockfit.models.blocks import Blocks
 from blockfit.models.cost import Timing, device_name, flops, in_turn, parameters, size_bytes
 from blockfit.models.forward import Batch, first_images
-from blockfit.progress import Say
+from blockfit.progress import Say, silent
 from blockfit.provenance import installed_versions
 
 
@@ -34,7 +34,7 @@ def bench(
     settings: Settings | None = None,
     *,
     blocks: Mapping[str, Blocks] | None = None,
-    say: Say | None = None,
+    say: Say = silent,
 ) -> Bench:
     """``blockfit.bench`` of modules by name: all of them in turn, A B A B, in every setting.
 
@@ -42,7 +42,6 @@ def bench(
     ``blocks`` are known, a shortfall is explained by the time that the removed blocks took.
     """
     settings = settings or Settings()
-    tell = say or (lambda line: None)
     if not smalls or ORIGINAL in smalls:
         raise BlockfitError(f"a compressed model cannot be named {ORIGINAL!r}; choose another name")
     models = {ORIGINAL: original, **smalls}
@@ -65,9 +64,9 @@ def bench(
                 skipped[why] = None
                 continue
             if setting.engine == "onnx" and not files:
-                tell("exporting to ONNX")
+                say("exporting to ONNX")
                 files = onnx_files(models, inputs, Path(folder))
-            tell(f"timing {setting}")
+            say(f"timing {setting}")
             batch = first_images(inputs, setting.batch_size)
             rows += _rows(models, setting, settings, batch, costs, blocks or {}, files)
     explained = tuple(replace(row, remarks=remarks(row, rows)) for row in rows)

@@ -27,7 +27,7 @@ from blockfit.models.head import Observation, observe
 from blockfit.models.load import label_names, source_of
 from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.stages import find_blocks
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.search.fidelity import kl_divergence
 from blockfit.search.final import finite
 from blockfit.summary import Summary, frame
@@ -190,7 +190,7 @@ class Comparison:
 def compare(
     entrants: Mapping[str, Entrant],
     against: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Comparison:
     """``blockfit.compare`` of models with their images, each figure with its interval.
 
@@ -210,8 +210,7 @@ def compare(
         for batch in own.batches():
             rows.add(batch, _observed(batch, {n: seen[n] for n in names}, reference), images)
             done += len(batch.names)
-            if progress is not None:
-                progress(min(done, total), total)
+            progress(min(done, total), total)
         images.exchange()
         for name in names:
             seen[name].rows = rows.of(name)
@@ -345,8 +344,7 @@ def _columns(
         if old.shape == new.shape:
             size = old.norm(dim=1).clamp_min(1e-30)
             table[:, 5] = ((new - old).norm(dim=1) / size).numpy()
-    rows: list[list[float]] = table.tolist()
-    return rows
+    return table.tolist()
 
 
 def _result(
@@ -389,8 +387,7 @@ def _compared(one: _Seen, table: np.ndarray, first: np.ndarray | None, seed: int
             more["agreement"] = wilson(int(same.sum()), len(same))
         for name, column in (("kl", 4), ("feature_error", 5)):
             if not np.isnan(table[:, column]).any():
-                mean = mean_interval(table[:, column], seed)
-                more[name] = Interval(mean.value, max(mean.low, 0.0), mean.high)
+                more[name] = mean_interval(table[:, column], seed).at_least_0()
     return Compared(
         parameters(one.model),
         flops(one.model, one.example),
@@ -407,9 +404,8 @@ def _paired(right: np.ndarray, before: np.ndarray) -> dict[str, Any]:
     if not len(right):
         return {}
     lost, gained = int((before > right).sum()), int((right > before).sum())
-    drop = paired_drop(lost, gained, len(right))
-    points = Interval(100 * drop.value, 100 * drop.low, 100 * drop.high)
-    return {"lost": lost, "gained": gained, "drop": points}
+    drop = paired_drop(lost, gained, len(right)).in_points()
+    return {"lost": lost, "gained": gained, "drop": drop}
 
 
 def _class_row(

@@ -21,7 +21,7 @@ from blockfit.files import expanded
 from blockfit.models.forward import call, evaluating
 from blockfit.models.head import primary_output
 from blockfit.models.preprocessing import Preprocessing
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 
 IGNORED = 255
 """The label of pixels that do not count, as in most data sets of masks."""
@@ -100,7 +100,7 @@ def confusion(
     model: nn.Module,
     images: Images,
     masks: Masks,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Tensor:
     """How many pixels of each class (rows) the model takes for each class (columns), int64.
 
@@ -132,8 +132,7 @@ def confusion(
                 mask = masks(name, int(images.positions[place]))
                 total += _pixels(scores, torch.from_numpy(mask), reduce, name)
             done += len(maps)
-            if progress is not None:
-                progress(done, len(own))
+            progress(done, len(own))
     images.exchange()
     sizes = ranks.gathered(len(total))
     if not any(sizes):

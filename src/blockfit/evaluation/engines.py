@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def ready(
         return
     with measuring(model):
         if engine == "compiled":
-            model = _compiled(model)
+            model = cast(nn.Module, torch.compile(model, dynamic=False))
         yield Engine(_waited(model, batch), functools.partial(peak_memory, model, batch))
 
 
@@ -137,11 +137,6 @@ def _in_onnx(session: Session, batch: Batch) -> Engine:
     pixels = batch if isinstance(batch, Tensor) else batch["pixel_values"]
     feed = {session.input: pixels.numpy()}
     return Engine(functools.partial(session.session.run, None, feed), lambda: None)
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    made: Any = torch.compile(model, dynamic=False)
-    return made
 
 
 def _waited(model: nn.Module, batch: Batch) -> Callable[[], object]:

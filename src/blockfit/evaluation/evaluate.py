@@ -36,7 +36,7 @@ from blockfit.models.forward import first_images, place, placed
 from blockfit.models.head import Observation, observe, right_answers
 from blockfit.models.load import label_names
 from blockfit.models.stages import find_blocks
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.provenance import made
 from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
 from blockfit.search.final import Final, Outcomes, final_of, finite, rows_of
@@ -250,7 +250,7 @@ def evaluate(
     against: nn.Module | None = None,
     blocks: Blocks | None = None,
     measure: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
 ) -> Evaluation:
     """``blockfit.evaluate`` of modules and ``Images``: both models over the images once.
@@ -277,8 +277,7 @@ def evaluate(
     for batch in own.batches(start):
         rows[str(batch.number)] = _row(models, places, batch, accuracies)
         start = batch.places[-1] + 1
-        if progress is not None:
-            progress(sum(row[0] for row in rows.values()), len(own))
+        progress(sum(row[0] for row in rows.values()), len(own))
         if checkpoint is not None and checkpoint.due():
             checkpoint.save("evaluation", [rows, start, [*data.unreadable.items()]])
     data.exchange()

@@ -19,7 +19,7 @@ from blockfit.models.cost import measuring
 from blockfit.models.forward import Batch, call, first_images, placed
 from blockfit.models.head import observe, primary_output
 from blockfit.models.surgery import is_replaced
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 
 HALVES = ("bfloat16", "float16")
 
@@ -117,7 +117,7 @@ def check_precision(
     blocks: Blocks,
     data: Images,
     dtype: str,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Precision:
     """Run a model in half precision and in float32 over the same images.
 
@@ -147,8 +147,7 @@ def check_precision(
         output.add(got, wanted)
         same += int((got.argmax(1) == wanted.argmax(1)).sum()) if head else 0
         done += len(wanted)
-        if progress is not None:
-            progress(done, len(data))
+        progress(done, len(data))
     found = Precision(
         dtype,
         done,
@@ -204,9 +203,12 @@ def _too_large(model: nn.Module, dtype: str) -> Iterator[str]:
                 yield f"{name} reaches {largest:.3g}, more than the {limit:.3g} of {dtype}"
 
 
+def _where(index: int) -> str:
+    return "the input of block 0" if index == 0 else f"the output of block {index - 1}"
+
+
 def _overflow(index: int, largest: float, dtype: str) -> str:
-    where = "the input of block 0" if index == 0 else f"the output of block {index - 1}"
-    limit = torch.finfo(getattr(torch, dtype)).max
+    where, limit = _where(index), torch.finfo(getattr(torch, dtype)).max
     return f"{where} reaches {largest:.3g}, more than the {limit:.3g} of {dtype}; use bfloat16"
 
 
@@ -214,11 +216,7 @@ def _of_states(found: Precision) -> Iterator[str]:
     """On the first state that overflows, or comes close."""
     limit = torch.finfo(getattr(torch, found.dtype)).max
     for boundary in found.boundaries:
-        where = (
-            "the input of block 0"
-            if boundary.index == 0
-            else f"the output of block {boundary.index - 1}"
-        )
+        where = _where(boundary.index)
         if boundary.largest > limit:
             yield _overflow(boundary.index, boundary.largest, found.dtype)
             return

@@ -25,7 +25,7 @@ from blockfit.models.head import observe
 from blockfit.models.load import label_names
 from blockfit.models.preprocessing import Preprocessing
 from blockfit.models.surgery import removed_plan
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.search.fidelity import kl_divergence
 
 SHOWN = 12
@@ -160,7 +160,7 @@ def side_by_side(
     compressed: nn.Module,
     blocks: Blocks,
     images: Images,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> SideBySide:
     """Run both models on all of ``images`` and keep ``SHOWN`` of them to look at.
 
@@ -194,8 +194,7 @@ def side_by_side(
                 elif len(others) < SHOWN:
                     others.append(one)
             different = sorted(different, key=lambda one: -(one.cost or 0.0))[: SHOWN // 2]
-            if progress is not None:
-                progress(seen, len(images))
+            progress(seen, len(images))
     kept = different + others[: SHOWN - len(different)]
     names = images.class_names or label_names(original)
     samples, explained = _drawn(kept, names, images.preprocessing)

@@ -20,7 +20,7 @@ from blockfit.formats.int8 import check_kind, round_embeddings, to_int8
 from blockfit.models.cost import ROUNDS, Timing, alternate, measuring
 from blockfit.models.forward import Batch, call, first_images, placed
 from blockfit.models.head import Observation, observe, primary_output
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 
 
 def quantize(saved: Saved, kind: str) -> Saved:
@@ -102,7 +102,7 @@ def stages(
     saved: Saved,
     *,
     rounds: int = ROUNDS,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Stage]:
     """Run all models over the same images, and time them in turn.
 
@@ -129,8 +129,7 @@ def stages(
                 )
             tallies[name].add(output, original, classes, batch.labels)
         done += len(original)
-        if progress is not None:
-            progress(done, len(data))
+        progress(done, len(data))
     latency = alternate(models, first_images(first, 1), rounds)
     throughput = alternate(models, first, rounds)
     return [

@@ -75,8 +75,7 @@ def right(classes: Tensor, images: Features) -> np.ndarray:
         )
     # Lengths of images do not change which class is the nearest.
     guessed = (torch.from_numpy(images.values) @ classes.T).argmax(1).numpy()
-    found: np.ndarray = guessed == images.labels
-    return found
+    return guessed == images.labels
 
 
 def with_intervals(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def with_intervals(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if (old := found.get("original")) is not None:
         new = found["compressed"]
         lost = paired_drop(int((old & ~new).sum()), int((new & ~old).sum()), len(new))
-        ends["drop"] = {name: 100 * value for name, value in asdict(lost).items()}
+        ends["drop"] = asdict(lost.in_points())
     return {**{name: float(one.mean()) for name, one in found.items()}, "intervals": ends}
 
 

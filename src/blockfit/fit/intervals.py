@@ -31,6 +31,14 @@ class Interval:
     low: float
     high: float
 
+    def in_points(self) -> Interval:
+        """Of a share: the same in points, which are hundredths."""
+        return Interval(100 * self.value, 100 * self.low, 100 * self.high)
+
+    def at_least_0(self) -> Interval:
+        """The same of what cannot be negative."""
+        return Interval(self.value, max(self.low, 0.0), self.high)
+
 
 def wilson(hits: int, images: int, confidence: float = CONFIDENCE) -> Interval:
     """A share of images: the score interval (Wilson 1927), which holds near 0 and 1 as well."""
@@ -180,8 +188,7 @@ def _tail(worse: int, better: int, images: int, drop: float) -> float:
 
 @lru_cache(maxsize=16)
 def _log_factorials(most: int) -> np.ndarray:
-    logs: np.ndarray = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 1)))])
-    return logs
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 1)))])
 
 
 def _chances(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,14 +74,7 @@ class Regression:
             )
 
     def __add__(self, other: Regression) -> Regression:
-        return Regression(
-            self.count + other.count,
-            self.sum_x + other.sum_x,
-            self.sum_y + other.sum_y,
-            self.xx + other.xx,
-            self.xy + other.xy,
-            self.yy + other.yy,
-        )
+        return Regression(*map(add, vars(self).values(), vars(other).values()))
 
     @classmethod
     def zeros(cls, inputs: int, outputs: int) -> Regression:
@@ -89,23 +84,10 @@ class Regression:
 
     def over_ranks(self) -> Regression:
         """The sums over all processes of the run."""
-        if ranks.count() == 1:
-            return self
-        count = torch.tensor([self.count], dtype=torch.float64)
-        tensors = [self.sum_x, self.sum_y, self.xx, self.xy, self.yy]
-        shared = [tensor.contiguous().clone() for tensor in tensors]
-        ranks.reduce([count, *shared])
-        return Regression(float(count), *shared)
+        return self if ranks.count() == 1 else Regression(*_of_all_ranks(**vars(self)))
 
     def __mul__(self, weight: float) -> Regression:
-        return Regression(
-            self.count * weight,
-            self.sum_x * weight,
-            self.sum_y * weight,
-            self.xx * weight,
-            self.xy * weight,
-            self.yy * weight,
-        )
+        return Regression(*(value * weight for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -142,16 +124,11 @@ class Spread:
         return cls(0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def __add__(self, other: Spread) -> Spread:
-        return Spread(self.count + other.count, self.sum + other.sum, self.xx + other.xx)
+        return Spread(*map(add, vars(self).values(), vars(other).values()))
 
     def over_ranks(self) -> Spread:
         """The sums over all processes of the run."""
-        if ranks.count() == 1:
-            return self
-        count = torch.tensor([self.count], dtype=torch.float64)
-        total, xx = self.sum.contiguous().clone(), self.xx.contiguous().clone()
-        ranks.reduce([count, total, xx])
-        return Spread(float(count), total, xx)
+        return self if ranks.count() == 1 else Spread(*_of_all_ranks(**vars(self)))
 
     @property
     def mean(self) -> Tensor:
@@ -165,6 +142,14 @@ class Spread:
     def covariance(self) -> Tensor:
         """Second moments about the mean, shape (heads, m, m)."""
         return self.second() - self.mean[:, :, None] * self.mean[:, None, :]
+
+
+def _of_all_ranks(count: float, **sums: Tensor) -> tuple[Any, ...]:
+    """The sums over all processes of the run, in their order."""
+    rows = torch.tensor([count], dtype=torch.float64)
+    shared = [tensor.contiguous().clone() for tensor in sums.values()]
+    ranks.reduce([rows, *shared])
+    return float(rows), *shared
 
 
 def _square(left: Tensor, x: Tensor) -> Tensor:

@@ -132,17 +132,8 @@ def push_folder(
 
     huggingface_hub does it, with its own endpoint, token and offline switch.
 
-    Args:
-        folder: an exported folder.
-        repository: ``owner/name``.
-        private: visible to its owner only, where the repository is new.
-        overwrite: put the files into a repository that is there already.
-        base_model: repository of the original on the Hub, as ``OWNER/NAME``, for the model card
-            that is uploaded; by default what the folder's card says. The folder stays.
-        license: of the original, likewise.
-
-    Returns:
-        The address of the repository.
+    Arguments and what is returned are those of ``blockfit.push_to_hub``; where ``base_model`` and
+    ``license`` are not given, the folder's card says them. The folder stays as it is.
 
     Raises:
         BlockfitError: where the folder is no exported one, the base model or the licence is none,

@@ -92,21 +92,12 @@ def export_hub(
     license: str | None = None,
     overwrite: bool = False,
 ) -> ExportedFolder:
-    """Write a compressed transformers model as a folder for the Hub, with code of its own.
+    """``blockfit.export_hub`` of a ``Saved``.
 
     ``AutoModel….from_pretrained(FOLDER, trust_remote_code=True)`` reads it where blockfit is not
     installed: ``config.json``, ``model.safetensors``, ``modeling_blockfit.py``, the image processor
     and a model card. Blocks keep their positions. The folder is read back and compared with the
     small model before it takes its name.
-
-    Args:
-        saved: from ``store.load_saved``.
-        folder: new or empty.
-        images: to compare on; see ``parity.Pictures``.
-        base_model: repository of the original on the Hub, as ``OWNER/NAME``, for the model card;
-            by default the model's name where it is one.
-        license: of the original, for the model card; by default what the model states.
-        overwrite: replace a folder that was exported there.
 
     Raises:
         BlockfitError: for a model of another library, where the outputs differ, or the folder is

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line, need
+from blockfit.fields import fields_written
 from blockfit.files import FileForm, check_file, new_file
 from blockfit.formats.folder import Saved
 from blockfit.formats.parity import Parity, compare
@@ -61,13 +62,7 @@ class Level:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        parity = None if self.parity is None else self.parity.to_json()
-        return {
-            "name": self.name,
-            "latency_ms": self.latency_ms,
-            "spread_ms": self.spread_ms,
-            "parity": parity,
-        }
+        return fields_written(self)
 
 
 @dataclass(frozen=True)

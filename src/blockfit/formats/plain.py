@@ -60,23 +60,14 @@ def export_plain(
     license: str | None = None,
     overwrite: bool = False,
 ) -> ExportedFolder:
-    """Write a compressed model as an ordinary checkpoint of its library.
+    """``blockfit.export_plain`` of a ``Saved``; ``dtype`` may be torch's.
 
     A transformers model becomes a folder for ``from_pretrained``, a timm or open_clip model one for
     ``create_model("local-dir:FOLDER")``, a torchvision model a state dict and the arguments of
     its class. The folder is read back by the library and compared with the small model before it
     takes its name.
 
-    Args:
-        saved: from ``store.load_saved``.
-        folder: new or empty.
-        images: to compare on; see ``parity.Pictures``.
-        dtype: of the weights, ``"float16"`` or ``"bfloat16"``; by default the model's own, held in
-            half precision where that loses nothing.
-        base_model: repository of the original on the Hub, as ``OWNER/NAME``, for the model card;
-            by default the model's name where it is one.
-        license: of the original, for the model card; by default what the model states.
-        overwrite: replace a checkpoint that lies there.
+    Without ``dtype`` the weights are held in half precision where that loses nothing.
 
     Raises:
         BlockfitError: where the plan needs a module or several widths, the library has no

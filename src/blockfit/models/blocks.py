@@ -121,14 +121,12 @@ class Blocks:
 
     def hidden_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """The hidden state among the arguments of a block's call."""
-        hidden: Tensor = args[0] if args else kwargs[self.input_name]
-        return hidden
+        return args[0] if args else kwargs[self.input_name]
 
     def hidden_out(self, output: Any) -> Tensor:
         """The hidden state in what a block returned."""
         several = isinstance(output, tuple) if self.stages else bool(self.output_items)
-        hidden: Tensor = output[0] if several else output
-        return hidden
+        return output[0] if several else output
 
     def as_output(self, hidden: Tensor, rest: tuple[Any, ...] | None = None) -> Any:
         """``hidden`` in the form in which the blocks return it; other items become ``None``.

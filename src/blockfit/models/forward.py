@@ -175,8 +175,7 @@ def placed(model: nn.Module, inputs: Batch) -> Batch:
         return value.to(like) if value.is_floating_point() else value.to(like.device)
 
     if isinstance(inputs, Tensor):
-        moved: Tensor = move(inputs)
-        return moved
+        return move(inputs)
     return {name: move(value) for name, value in inputs.items()}
 
 
@@ -265,8 +264,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def block_class(module: nn.Module) -> type[nn.Module]:
     """The class of a block; for a block that was replaced, the class of the one that was there."""
     replaced = getattr(type(module), "_blockfit_replaces", type(module))
-    kind: type[nn.Module] = module.__dict__.get("_blockfit_stands_for", replaced)
-    return kind
+    return module.__dict__.get("_blockfit_stands_for", replaced)
 
 
 def runs_in(container: nn.Module) -> list[dict[str, nn.Module]]:
@@ -469,8 +467,7 @@ def two_different(model: nn.Module, example: Batch) -> Batch:
         return rows
 
     if isinstance(example, Tensor):
-        doubled: Batch = two("the example", example)
-        return doubled
+        return two("the example", example)
     return {str(name): two(f"{name} of the example", v) for name, v in example.items()}
 
 

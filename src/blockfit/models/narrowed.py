@@ -277,8 +277,7 @@ def narrow(model: nn.Module, blocks: Blocks, cuts: Sequence[Narrowing]) -> None:
 
 def narrowings_of(block: nn.Module) -> tuple[Narrowing, ...]:
     """What was narrowed in a block; nothing in a block that is whole."""
-    cuts: tuple[Narrowing, ...] = getattr(block, "_blockfit_narrowings", ())
-    return cuts
+    return getattr(block, "_blockfit_narrowings", ())
 
 
 def by_block(cuts: Iterable[Narrowing]) -> dict[int, list[Narrowing]]:

@@ -171,8 +171,7 @@ class _Call:
             out = self.module(own, *self.args[1:], **self.kwargs)
         else:
             out = self.module(**{**self.kwargs, self.name_of_input: own})
-        state: Tensor = _state(out)
-        return state
+        return _state(out)
 
 
 def _state(output: Any) -> Any:

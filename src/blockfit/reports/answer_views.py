@@ -67,9 +67,9 @@ def flips_view(answers: Answers, images: int) -> View | None:
     if labelled and len(answers.flips) == answers.flipped:
         worse = sum(one.before == one.label for one in labelled)
         better = sum(one.after == one.label for one in labelled)
-        drop = paired_drop(worse, better, images)
+        drop = paired_drop(worse, better, images).in_points()
         words += (
             f" {worse} were right and are wrong now, {better} were wrong and are right now: "
-            f"{100 * drop.value:.2f} points lost ({100 * drop.low:.2f} to {100 * drop.high:.2f})."
+            f"{drop.value:.2f} points lost ({drop.low:.2f} to {drop.high:.2f})."
         )
     return {"words": words, "rows": answers.flips}

@@ -20,7 +20,7 @@ from blockfit.models.blocks import Blocks, call, record
 from blockfit.models.forward import evaluating
 from blockfit.models.padding import real_tokens
 from blockfit.models.trace import check_finite
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 
 TOKENS_PER_IMAGE = 16
 """Patch tokens taken of each image where the moments of *all* spans are wanted.
@@ -38,7 +38,7 @@ def calibrate(
     *,
     tokens_per_image: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
 ) -> Moments:
     """Run the images through ``model`` once and return the moments of all ``spans``.
@@ -49,14 +49,8 @@ def calibrate(
     The model is run in eval mode without gradients and left as it was.
 
     Args:
-        model: the original model.
-        blocks: where its blocks are.
-        images: the calibration images.
-        spans: what maps may be fitted for.
         tokens_per_image: take this many patch tokens of each image, drawn with ``seed`` and the
             image's place in the walk; all where ``None``. Prefix tokens are always taken.
-        seed: of that draw.
-        progress: called with images done and images in all.
         checkpoint: where the sums are saved from time to time, and gone on from.
 
     Raises:
@@ -75,12 +69,12 @@ def calibrate(
         states = stack.enter_context(record(model, blocks))
         for batch in own.batches(start):
             call(model, batch.inputs)
-            _check_all(states, batch.names)
+            for index, hidden in enumerate(states):
+                check_finite(hidden, index, batch.names)
             real = None if blocks.stages else real_tokens(batch.inputs, states[0])
             _add(moments, dict(enumerate(states)), tokens_per_image, seed, batch.places, real)
             done += len(states[0])
-            if progress is not None:
-                progress(done, len(own))
+            progress(done, len(own))
             start = batch.places[-1] + 1
             if checkpoint is not None and checkpoint.due():
                 _save(checkpoint, name, moments, [done, start, [*images.unreadable.items()]])
@@ -138,11 +132,6 @@ def _add(
 def _save(checkpoint: Checkpoint, name: str, moments: Moments, rest: list[Any]) -> None:
     counts, tensors = moments.state()
     checkpoint.save(name, [counts, *rest], tensors)
-
-
-def _check_all(states: list[Tensor], names: list[str]) -> None:
-    for index, hidden in enumerate(states):
-        check_finite(hidden, index, names)
 
 
 def _pick(

@@ -24,7 +24,7 @@ from blockfit.models.forward import evaluating
 from blockfit.models.narrowed import Layer
 from blockfit.models.padding import real_rows
 from blockfit.models.residual import Writer
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.search.fidelity import Fidelity
 from blockfit.search.held_out import HeldOut
 from blockfit.search.narrowing import (
@@ -271,7 +271,7 @@ def curves(
     *,
     batches: Sequence[int] | None = None,
     multiple: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     failed: dict[Plan, str] | None = None,
 ) -> list[Curve]:
     """The curves of all parts that can be narrowed.
@@ -294,8 +294,7 @@ def curves(
                 out += _block_curves(
                     originals, held_out, index, wanted, prefix, batches, multiple, failed
                 )
-            if progress is not None:
-                progress(index + 1, depth)
+            progress(index + 1, depth)
     return out
 
 

@@ -18,7 +18,7 @@ from blockfit.fit.closed_form import RIDGE, fit_map
 from blockfit.fit.maps import empty_map
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import PARTS, Narrowing, Plan, Replacement, Span, runs_of, spans_up_to
-from blockfit.progress import Progress, Say
+from blockfit.progress import Progress, Say, silent
 from blockfit.search.budget import Sizes
 from blockfit.search.choose import Choice, Priced, choose, choose_uniform
 from blockfit.search.curves import Curve, curves, effect_of, key_of, widths_of
@@ -91,8 +91,8 @@ class CutSearch:
         moments: Callable[[list[Span]], Moments | GroupedMoments],
         multiple: int | None = None,
         precision: torch.dtype | None = None,
-        say: Say | None = None,
-        progress: Progress | None = None,
+        say: Say = silent,
+        progress: Progress = silent,
         says: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
         self.originals, self.held_out, self.sizes, self.recipe = originals, held_out, sizes, recipe
@@ -100,7 +100,7 @@ class CutSearch:
         self.protected, self.whole = frozenset(protected) | set(whole), tuple(whole)
         self.depth = originals.blocks.depth
         self._moments, self._multiple = moments, multiple
-        self._say, self._progress = say or (lambda line: None), progress
+        self._say, self._progress = say, progress
         self._judge = PlanJudge(originals, held_out, recipe.options, progress, precision)
         self._curves: list[Curve] | None = None
         self._failed: dict[Plan, str] = {}

@@ -18,7 +18,7 @@ from blockfit.fit.numerics import exact
 from blockfit.models.blocks import Blocks
 from blockfit.models.forward import placed
 from blockfit.models.head import Observation, observe
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.search.fidelity import kl_divergence
 from blockfit.search.setting import FEWEST_IMAGES
 from blockfit.search.solve import Solution
@@ -146,7 +146,7 @@ def outcomes(
     small: nn.Module,
     blocks: Blocks,
     images: Images,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     kept: dict[int, Observation] | None = None,
 ) -> Outcomes:
     """Run both models over the images; the processes of a run share the batches.
@@ -171,8 +171,7 @@ def outcomes(
         after = finite(seen, "compressed", batch.names)
         known = labels_of_head(before, batch.labels, images)
         rows[str(batch.number)] = rows_of(before, after, known)
-        if progress is not None:
-            progress(sum(map(len, rows.values())), len(own))
+        progress(sum(map(len, rows.values())), len(own))
     images.exchange()
     found = {int(k): row for part in ranks.gathered(rows) for k, row in part.items()}
     return Outcomes.of_rows(row for _, part in sorted(found.items()) for row in part)
@@ -210,7 +209,7 @@ def rows_of(before: Observation, after: Observation, labels: Tensor | None) -> l
     rows[:, 5] = gap / old.reshape(len(old), -1).norm(dim=1).clamp_min(1e-30)
     if before.logits is None or after.logits is None:
         rows[:, 3:5] = torch.nan
-        return _listed(rows)
+        return rows.tolist()
     first, second = before.logits.argmax(1).cpu(), after.logits.argmax(1).cpu()
     rows[:, 3] = kl_divergence(before.logits.cpu(), after.logits.cpu())
     rows[:, 4] = (first == second).double()
@@ -220,12 +219,7 @@ def rows_of(before: Observation, after: Observation, labels: Tensor | None) -> l
         rows[:, 0] = known.double() - (labels >= classes).double()
         rows[:, 1] = (known & (first == labels)).double()
         rows[:, 2] = (known & (second == labels)).double()
-    return _listed(rows)
-
-
-def _listed(rows: Tensor) -> list[list[float]]:
-    found: list[list[float]] = rows.tolist()
-    return found
+    return rows.tolist()
 
 
 @dataclass(frozen=True)
@@ -265,19 +259,14 @@ def final_of(found: Outcomes, source: str, seed: int = 0) -> Final:
     before = after = drop = agreement = kl = None
     if labelled:
         worse, better = found.changes
-        points = paired_drop(worse, better, labelled)
-        drop = Interval(100 * points.value, 100 * points.low, 100 * points.high)
+        drop = paired_drop(worse, better, labelled).in_points()
         before = wilson(int(found.column("before").sum()), labelled)
         after = wilson(int(found.column("after").sum()), labelled)
     if not bool(found.column("kl").isnan().any()):
         agreement = wilson(int(found.column("agreement").sum()), images)
-        kl = _at_least_0(mean_interval(found.column("kl").numpy(), seed))
-    error = _at_least_0(mean_interval(found.column("feature_error").numpy(), seed))
+        kl = mean_interval(found.column("kl").numpy(), seed).at_least_0()
+    error = mean_interval(found.column("feature_error").numpy(), seed).at_least_0()
     return Final(images, labelled, source, before, after, drop, agreement, kl, error)
-
-
-def _at_least_0(found: Interval) -> Interval:
-    return Interval(found.value, max(found.low, 0.0), found.high)
 
 
 def final_figures(
@@ -287,7 +276,7 @@ def final_figures(
     images: Images,
     seed: int = 0,
     apart: str = "",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Final:
     """What a small model is worth on images that were used for nothing else.
 

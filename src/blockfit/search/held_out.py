@@ -151,12 +151,11 @@ class HeldOut:
     def _tried(self, number: int, solution: Solution) -> Sums | str:
         """What was compared; or in one line why it could not be, for all processes to know."""
         try:
-            return self._compared(number, solution)
+            seen = self.images.traces[self._at[number]]
+            found = observe_solution(self.model, self.blocks, seen, solution)
+            return compared(self.original[self._at[number]], found)
         except FORWARD_ERRORS as error:
             return first_line(error)
-
-    def _compared(self, number: int, solution: Solution) -> Sums:
-        return compared(self.original[self._at[number]], self._observe(number, solution))
 
     def _spread(
         self, tasks: Sequence[tuple[int, int]], work: Callable[[int, int], Any]
@@ -226,10 +225,6 @@ class HeldOut:
             for entry, total in zip(entries, sums, strict=True)
         ]
         return meter.result(), map_errors, _share([right for _, _, right in found])
-
-    def _observe(self, number: int, solution: Solution) -> Observation:
-        seen = self.images.traces[self._at[number]]
-        return observe_solution(self.model, self.blocks, seen, solution)
 
 
 def observe_solution(

@@ -24,7 +24,7 @@ from blockfit.fit.plan import Plan
 from blockfit.models.blocks import Blocks
 from blockfit.models.forward import placed
 from blockfit.models.head import Observation, observe
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.search.budget import Budget
 from blockfit.search.final import (
     APART,
@@ -138,7 +138,7 @@ class Judge:
         images: Images,
         seed: int = 0,
         force: bool = False,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> None:
         self.budget, self.model, self.blocks, self.images = budget, model, blocks, images
         self.seed, self.force, self._progress = seed, force, progress

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from blockfit.fit.plan import Plan, Replacement
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.search.fidelity import Fidelity
 from blockfit.search.held_out import HeldOut, MapError
 from blockfit.search.solve import Choices, Options, Solution, solve
@@ -50,7 +50,7 @@ class PlanJudge:
         originals: TracedImages,
         held_out: HeldOut,
         options: Options,
-        progress: Progress | None = None,
+        progress: Progress = silent,
         precision: torch.dtype | None = None,
     ) -> None:
         self.originals, self.held_out, self.options = originals, held_out, options

@@ -16,7 +16,7 @@ from blockfit.models.forward import FORWARD_ERRORS
 from blockfit.models.load import source_of
 from blockfit.models.stock import Stock
 from blockfit.models.tensors import narrowest
-from blockfit.progress import Progress, Say
+from blockfit.progress import Progress, Say, silent
 from blockfit.search.baselines import Baseline, Neurons
 from blockfit.search.budget import Budget, Sizes
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
@@ -70,8 +70,8 @@ class Session:
         recipe: Recipe,
         protected: Iterable[int] = (),
         seed: int = 0,
-        say: Say | None = None,
-        progress: Progress | None = None,
+        say: Say = silent,
+        progress: Progress = silent,
         checkpoint: Checkpoint | None = None,
         max_memory: int | None = None,
         whole: Iterable[int] = (),
@@ -81,7 +81,7 @@ class Session:
         self.setting, self.recipe, self.seed = setting, recipe, seed
         self.protected = tuple(sorted({*protected, *whole}))
         self._whole, self._multiple = tuple(sorted(set(whole))), multiple
-        self._say, self._progress = say or (lambda line: None), progress
+        self._say, self._progress = say, progress
         model, blocks = setting.model, setting.blocks
         check_whole(self._whole, blocks.depth)
         spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist

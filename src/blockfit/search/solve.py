@@ -36,7 +36,7 @@ from blockfit.models.residual import (
 )
 from blockfit.models.stages import crossed
 from blockfit.models.surgery import apply_plan, swapped
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.search.narrowing import (
     Layers,
     Rewritten,
@@ -159,7 +159,7 @@ def solve(
     originals: TracedImages,
     plan: Plan,
     options: Options | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     beginnings: Beginnings | None = None,
     choices: Choices | None = None,
 ) -> Solution:
@@ -227,7 +227,7 @@ class _Walk:
         self.ends: dict[int, list[Tensor]] = {}
         """What the last blocks of the stages so far return, batch by batch."""
 
-    def solution(self, progress: Progress | None) -> Solution:
+    def solution(self, progress: Progress) -> Solution:
         if not self.plan:
             return Solution(self.plan, ())
         cut = [cut.block for cut in self.plan.narrowings]
@@ -244,8 +244,7 @@ class _Walk:
             else:
                 self._replace(entry)
                 index = entry.span.stop
-            if progress is not None:
-                progress(index - first, end - first)
+            progress(index - first, end - first)
         return Solution(self.plan, tuple(self.maps[e] for e in self.plan), self.weights)
 
     def _begin(self, first: int) -> int:

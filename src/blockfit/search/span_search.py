@@ -16,7 +16,7 @@ from blockfit.fit.closed_form import RIDGE, fit_map, identity_error
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Plan, Replacement, Span, runs_of, spans_up_to
 from blockfit.models.forward import FORWARD_ERRORS
-from blockfit.progress import Progress, Say
+from blockfit.progress import Progress, Say, silent
 from blockfit.search.candidates import cheapest, race
 from blockfit.search.held_out import HeldOut, left_out
 from blockfit.search.plan_judge import PlanJudge, Point
@@ -66,8 +66,8 @@ class Search:
         recipe: Recipe,
         protected: Iterable[int] = (),
         seed: int = 0,
-        say: Say | None = None,
-        progress: Progress | None = None,
+        say: Say = silent,
+        progress: Progress = silent,
         precision: torch.dtype | None = None,
     ) -> None:
         self.originals, self.held_out, self.moments = originals, held_out, moments
@@ -83,7 +83,7 @@ class Search:
         """Candidates that were left out because they cannot be run, and why."""
         self.keep: Callable[[], None] = lambda: None
         """Called whenever ``state`` has something new."""
-        self._say = say or (lambda line: None)
+        self._say = say
         self.judge = PlanJudge(originals, held_out, recipe.options, progress, precision)
 
     @property

@@ -17,7 +17,7 @@ from blockfit.models.forward import evaluating
 from blockfit.models.probe import Probe
 from blockfit.models.residual import input_of, written
 from blockfit.models.trace import Trace, trace
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.search.spill import Shelf
 from blockfit.search.tokens import Draw
 
@@ -75,7 +75,7 @@ class TracedImages:
         blocks: Blocks,
         images: Images,
         limit_bytes: float = STATES_LIMIT,
-        progress: Progress | None = None,
+        progress: Progress = silent,
         shelf: Shelf | None = None,
     ) -> TracedImages:
         """Run the original on images; each process of a run takes its own batches.
@@ -108,7 +108,7 @@ class TracedImages:
         model: nn.Module,
         blocks: Blocks,
         images: Images,
-        progress: Progress | None = None,
+        progress: Progress = silent,
         shelf: Shelf | None = None,
     ) -> TracedImages:
         """The same with all batches and all their hidden states on every process.
@@ -126,11 +126,10 @@ class TracedImages:
         made._whole = set(made.numbers)
         return made
 
-    def _trace_all(self, images: Images, progress: Progress | None) -> None:
+    def _trace_all(self, images: Images, progress: Progress) -> None:
         for batch in images.batches():
             self._trace(batch)
-            if progress is not None:
-                progress(len(self), len(images))
+            progress(len(self), len(images))
 
     def _trace(self, batch: LabelledBatch) -> None:
         boundaries = range(self.blocks.depth + 1)

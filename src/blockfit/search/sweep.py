@@ -202,9 +202,8 @@ class Frontier:
         """
         if images is not None:
             how: dict[str, Any] = {"force_budget": force_budget, "images": images, **more}
-            made: Result = self.verbs["from_sweep"](self.folder, budget, model, **how)
-            return made
-        result = made_of(self, Budget.one(budget, **more), model, force_budget)
+            return self.verbs["from_sweep"](self.folder, budget, model, **how)
+        result = from_sweep(self, Budget.one(budget, **more), model, force_budget)
         tell(result.report["warnings"])
         return result
 
@@ -362,7 +361,8 @@ def sweep(
     Raises:
         BlockfitError: for anything that cannot be done, and where ``folder`` holds another sweep.
     """
-    assert not isinstance(progress, bool)
+    assert say is not None  # functions, whatever the caller gave
+    assert callable(progress)
     target = check_sweep_folder(folder)
     at_least(0, seed=seed)
     at_least(1, latency_images=latency_images)
@@ -452,11 +452,11 @@ class _Looks:
         setting: Setting,
         parts: Parts,
         seed: int,
-        say: Say | None,
-        progress: Progress | None,
+        say: Say,
+        progress: Progress,
     ) -> None:
         self._setting, self._parts, self._seed = setting, parts, seed
-        self._say, self._progress = say or (lambda line: None), progress
+        self._say, self._progress = say, progress
         self._original: list[dict[int, Observation]] = [{}, {}]
 
     def at(self, point: Point) -> dict[str, Any]:
@@ -563,7 +563,7 @@ def _keep(
     frontier.keep(points=(*frontier.content.points, entry), search=search)
 
 
-def _measure(frontier: Frontier, setting: Setting, inputs: Batch, say: Say | None) -> None:
+def _measure(frontier: Frontier, setting: Setting, inputs: Batch, say: Say) -> None:
     """Time every plan that was not timed in the same way, from what lies in the folder.
 
     The first of several processes does it, one plan after the other, so that none waits long.
@@ -583,8 +583,7 @@ def _measure(frontier: Frontier, setting: Setting, inputs: Batch, say: Say | Non
         frontier.keep(points=tuple(points))
 
     for file in ranks.agreed(missing):
-        if say is not None:
-            say(f"latency of {Path(file).stem}")
+        say(f"latency of {Path(file).stem}")
         ranks.agreed(partial(timed, file))
 
 
@@ -606,33 +605,14 @@ def read_sweep(folder: str | Path) -> Frontier:
 
 @checked
 def from_sweep(
-    folder: str | Path,
+    sweep: str | Path | Frontier,
     budget: Budget,
     model: nn.Module | str | Path | None = None,
     force_budget: bool = False,
 ) -> Result:
-    """Make the model of a sweep's best plan for ``budget``, without images.
-
-    Args:
-        folder: of a sweep.
-        budget: what has to be reached.
-        model: the original; loaded by the name that the sweep wrote down where ``None``.
-        force_budget: as in ``compress``.
-
-    Raises:
-        BlockfitError: where no plan meets the budget or the model is not the sweep's.
-    """
-    return made_of(read_sweep(folder), budget, model, force_budget)
-
-
-def made_of(
-    frontier: Frontier,
-    budget: Budget,
-    model: nn.Module | str | Path | None,
-    force_budget: bool = False,
-) -> Result:
-    """``from_sweep``, of a sweep that was read."""
+    """``blockfit.from_sweep`` without images, of a folder or of what was read from it."""
     started = time.perf_counter()
+    frontier = sweep if isinstance(sweep, Frontier) else read_sweep(sweep)
     content, folder = frontier.content, frontier.folder
     entry = frontier.best(budget, force_budget)
     verdict = None

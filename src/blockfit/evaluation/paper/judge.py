@@ -19,7 +19,7 @@ from blockfit.models.blocks import Blocks
 from blockfit.models.forward import Batch, evaluating
 from blockfit.models.head import observe
 from blockfit.models.trace import Trace, trace
-from blockfit.progress import Progress
+from blockfit.progress import Progress, silent
 from blockfit.search.fidelity import FidelityMeter
 from blockfit.search.held_out import observe_solution
 from blockfit.search.solve import Solution
@@ -129,7 +129,7 @@ class Judge:
         kind: str = "head",
         train: Images | None = None,
         most_bytes: int = MOST_BYTES,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> None:
         if kind not in JUDGES:
             raise BlockfitError(f"unknown judge {kind!r}; choose one of {', '.join(JUDGES)}")
@@ -242,8 +242,7 @@ class Judge:
         }
 
     def _tell(self, done: int, total: int | None = None) -> None:
-        if self._progress is not None:
-            self._progress(done, self.images if total is None else total)
+        self._progress(done, self.images if total is None else total)
 
 
 def fitting_judge(model: nn.Module, blocks: Blocks, example: Batch, images: Images) -> str:

@@ -21,7 +21,7 @@ from blockfit.fit.moments import Moments
 from blockfit.fit.plan import Plan, Replacement, Span, spans_up_to
 from blockfit.models.blocks import Blocks, call, record
 from blockfit.models.forward import evaluating, first_images
-from blockfit.progress import Progress
+from blockfit.progress import Progress, Say, silent
 from blockfit.search.calibrate import calibrate
 from blockfit.search.solve import Solution
 from blockfit.search.states import TracedImages
@@ -110,8 +110,8 @@ class Lab:
     draw: Draw
     judge: Judge
     transfers: Mapping[str, Draw] = field(default_factory=dict)
-    say: Callable[[str], None] = lambda line: None
-    progress: Progress | None = None
+    say: Say = silent
+    progress: Progress = silent
     _moments: Moments | None = None
     _originals: TracedImages | None = None
 
@@ -209,9 +209,8 @@ class Lab:
                     call(self.model, batch.inputs)
                     for b in wanted:
                         parts[b].append(recorded[b].float().cpu())
-                    if self.progress is not None:
-                        done = min((number + 1) * images.batch_size, len(images))
-                        self.progress(done, len(images))
+                    done = min((number + 1) * images.batch_size, len(images))
+                    self.progress(done, len(images))
             whole = {b: torch.cat(parts.pop(b)) for b in wanted}
             for span in group:
                 yield span, whole[span.start], whole[span.stop]

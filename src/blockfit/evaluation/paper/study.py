@@ -16,6 +16,7 @@ from blockfit.evaluation.paper.lab import Lab, Row, stopwatch
 from blockfit.evaluation.paper.pages import as_csv, as_table, similarity_table
 from blockfit.evaluation.paper.writeup import finding
 from blockfit.files import check_kept, is_unfinished, kept_file, resolved
+from blockfit.progress import Say, silent
 from blockfit.provenance import command_line
 from blockfit.untrusted import read_json
 
@@ -109,7 +110,7 @@ def reproduce(
     folder: Path,
     about: Mapping[str, Any],
     experiments: Sequence[Experiment] = EXPERIMENTS,
-    warn: Callable[[str], None] = lambda line: None,
+    warn: Say = silent,
 ) -> dict[str, Any]:
     """Run experiments and write each as soon as it is done: CSV, Markdown, picture, JSON, index.
 
@@ -117,11 +118,7 @@ def reproduce(
     stopped keeps those that are done.
 
     Args:
-        lab: model, images, settings.
-        folder: new, empty, or of an earlier run about the same.
         about: JSON values: model, images, judge; what all experiments share.
-        experiments: which to run.
-        warn: called with what the user should know.
 
     Returns:
         What ``reproduction.json`` holds: ``format``, ``about``, and by name each experiment's

@@ -55,8 +55,7 @@ class _Residual(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         normed = self.before(hidden)
-        out: Tensor = self.after(normed + self.branch(normed))
-        return out
+        return self.after(normed + self.branch(normed))
 
 
 class _Scaled(nn.Module):
