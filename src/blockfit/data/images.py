@@ -210,7 +210,7 @@ class Images:
                     self._stop_if_too_many(sample.reason)
                 elif place >= start:
                     good.append((place, sample))
-            for _, alike in itertools.groupby(good, lambda one: _shape(one[1])):
+            for _, alike in itertools.groupby(good, lambda one: cast(Tensor, one[1].inputs).shape):
                 yield self._batch(list(alike))
 
     def own(self) -> Images:
@@ -353,10 +353,6 @@ class Images:
                 labels, own_labels = self._numbered([int(name) for name in names], known)
                 yield LabelledBatch(inputs, labels, names, here[0], here, own_labels)
 
-    def _chunk(self, number: int) -> np.ndarray:
-        """The positions of one batch."""
-        return self.positions[number * self.batch_size : (number + 1) * self.batch_size]
-
     def _numbers(self) -> list[int]:
         """The numbers of the batches of this shard."""
         rank, of = self.shard
@@ -374,7 +370,8 @@ class Images:
 
     def _samples(self, numbers: Sequence[int]) -> Iterator[list[_Sample]]:
         reader = _Reader(cast(Records, self.records), self.preprocessing, self.max_pixels)
-        chunks = [self._chunk(number).tolist() for number in numbers]
+        size = self.batch_size
+        chunks = [self.positions[n * size : (n + 1) * size].tolist() for n in numbers]
         if self.workers == 0:
             return ([reader[i] for i in chunk] for chunk in chunks)
         loader = DataLoader(
@@ -435,10 +432,6 @@ class Images:
 def _tensor_of(numbers: list[int]) -> Tensor | None:
     """``None`` where all are −1."""
     return torch.tensor(numbers, dtype=torch.int64) if max(numbers) >= 0 else None
-
-
-def _shape(sample: _Sample) -> tuple[int, ...]:
-    return tuple(cast(Tensor, sample.inputs).shape)
 
 
 @checked

@@ -16,13 +16,13 @@ from blockfit.data.decode import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from blockfit.data.records import (
     LABEL_NAMES,
     PATH_NAMES,
-    SPLIT_NAMES,
     UNNAMED,
     Columns,
     Picture,
     Records,
     from_arrays,
     from_pictures,
+    split_in,
     used,
 )
 from blockfit.errors import BlockfitError, first_line
@@ -173,7 +173,7 @@ def _from_npz(file: Path, asked: Columns) -> Records:
             for name, (shape, kind) in shapes.items()
             if kind[0] in "iu"
             and shape in (count, (*count, 1))
-            and _split_of(name) == _split_of(image)
+            and split_in(name) == split_in(image)
         ]
         usual = [name for name in whole if name in LABEL_NAMES]
         label = asked.label or next(iter(whole if len(whole) == 1 else usual), None)
@@ -200,7 +200,7 @@ def _shapes(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _the_one(pictures: list[str], split: str | None, arrays: Mapping[str, Any]) -> str:
-    fitting = [n for n in pictures if split is None or _split_of(n) == split]
+    fitting = [n for n in pictures if split is None or split_in(n) == split]
     if len(fitting) == 1:
         return fitting[0]
     if not pictures:
@@ -212,9 +212,3 @@ def _the_one(pictures: list[str], split: str | None, arrays: Mapping[str, Any]) 
         f"holds the arrays of images {', '.join(pictures)}; "
         "name one with image_column= or by its split"
     )
-
-
-def _split_of(name: str) -> str | None:
-    """``train`` of ``x_train`` or ``train_images``."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((word for word in words if word in SPLIT_NAMES), None)

@@ -153,7 +153,8 @@ class _Collate:
     own: Callable[[list[Any]], Any]
 
     def __call__(self, samples: list[Any]) -> list[tuple[int, Any]]:
-        return [(len(run), self._together(run)) for run in _alike(samples)]
+        runs = [list(run) for _, run in groupby(samples, key=_form)]
+        return [(len(run), self._together(run)) for run in runs]
 
     def _together(self, samples: list[Any]) -> Any:
         if self.own is not default_collate:
@@ -175,12 +176,8 @@ def _numbered_label(sample: Any) -> Any:
     return sample
 
 
-def _alike(samples: Iterable[Any]) -> Iterator[list[Any]]:
-    """Runs of neighbours of the same shapes and flags."""
-    return (list(run) for _, run in groupby(samples, key=_form))
-
-
 def _form(sample: Any) -> Any:
+    """Shapes and flags of a sample."""
     if isinstance(sample, Mapping):
         return [(key, _form(value)) for key, value in sample.items()]
     if isinstance(sample, list | tuple):

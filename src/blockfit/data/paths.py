@@ -15,7 +15,7 @@ from blockfit.data.decode import is_picture, why_left_out
 from blockfit.data.layouts import from_layout
 from blockfit.data.lists import from_list, from_numpy
 from blockfit.data.ready import READY, from_ready
-from blockfit.data.records import SPLIT_NAMES, UNNAMED, Columns, Records, from_pictures
+from blockfit.data.records import UNNAMED, Columns, Records, from_pictures, split_in
 from blockfit.data.tables import from_hub, from_saved, from_tables
 from blockfit.data.tar_shards import from_shards, is_shard
 from blockfit.errors import BlockfitError
@@ -188,7 +188,7 @@ def _other_files(
             f"{folder} holds no images and no parquet or arrow files or shards; give a folder that "
             "holds some"
         )
-    splits = {path: _split_in(path.relative_to(folder)) for path in shards}
+    splits = {path: split_in(str(path.relative_to(folder))) for path in shards}
     names = sorted({name for name in splits.values() if name})
     if split is None and len(set(splits.values())) > 1 and names:
         raise BlockfitError(
@@ -202,12 +202,6 @@ def _other_files(
         )
     source = str(folder) if split is None else f"{folder}:{split}"
     return from_shards(chosen, source, asked)
-
-
-def _split_in(path: Path) -> str | None:
-    """``val`` of ``val/000.tar`` or ``imagenet-val-000.tar``."""
-    words = re.split(r"[^a-z]+", str(path).lower())
-    return next((word for word in words if word in SPLIT_NAMES), None)
 
 
 def _files_in(folder: Path) -> list[Path]:

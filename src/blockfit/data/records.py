@@ -6,6 +6,7 @@ time; ``data.Images`` draws, decodes, prepares and batches.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,12 @@ class Columns(NamedTuple):
 
 UNNAMED = Columns()
 """Everything is found."""
+
+
+def split_in(name: str) -> str | None:
+    """The split that a name speaks of: ``train`` of ``x_train``, ``val`` of ``val/000.tar``."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((word for word in words if word in SPLIT_NAMES), None)
 
 
 def used(image: str, label: str | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ gets the images as its own preprocessing makes them; models that agree on it sha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -440,7 +440,8 @@ def _flips(
             if tables[name][row, 0] > 0 and first[row, 0] > 0
         }
         lost, gained = (_names(apart, sign) for sign in (-1, 1))
-        if not (lost or gained) and (labelled or not _disagree(seen, tables, others, first, row)):
+        differ = any(seen[n].same_classes and tables[n][row, 2] != first[row, 2] for n in others)
+        if not (lost or gained) and (labelled or not differ):
             continue
         name, label = seen[reference].rows[place][:2]
         answers = {n: seen[n].answer(int(table[row, 2])) for n, table in tables.items()}
@@ -451,14 +452,3 @@ def _flips(
 
 def _names(apart: Mapping[str, float], sign: int) -> tuple[str, ...]:
     return tuple(name for name, change in apart.items() if change == sign)
-
-
-def _disagree(
-    seen: Mapping[str, _Seen],
-    tables: Mapping[str, np.ndarray],
-    others: Iterable[str],
-    first: np.ndarray,
-    row: int,
-) -> bool:
-    """Whether some model with the same classes names another one first."""
-    return any(seen[name].same_classes and tables[name][row, 2] != first[row, 2] for name in others)

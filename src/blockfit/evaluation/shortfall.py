@@ -86,8 +86,8 @@ def _looked_into(modules: Sequence[nn.Module], run: Callable[[], object]) -> tup
 
     with ExitStack() as undo:
         for module in modules:
-            undo.callback(module.register_forward_pre_hook(tick).remove)
-            undo.callback(module.register_forward_hook(tick).remove)
+            undo.enter_context(module.register_forward_pre_hook(tick))
+            undo.enter_context(module.register_forward_hook(tick))
         start = time.perf_counter()
         run()
         taken = time.perf_counter() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from blockfit.errors import BlockfitError
@@ -31,12 +32,13 @@ def evaluation(worth: Mapping[str, Any]) -> list[Part]:
 
     top1 = [before.get("top1"), after["top1"]]
     change = "–" if None in top1 else f"{100 * (top1[1] - top1[0]):+.2f} points"
+    rate = partial(number, digits=1)
     rows = [
         ("top-1", *map(percent, top1), change),
         row("parameters", "parameters", amount),
         row("FLOPs per image", "flops", amount),
         row("file", "size_bytes", _bytes),
-        (*row("images per second", "images_per_second", _rate)[:3], _paired(after.get("speedup"))),
+        (*row("images per second", "images_per_second", rate)[:3], _paired(after.get("speedup"))),
         row("latency, ms", "latency_ms", _timing, "median"),
         row("peak memory", "peak_memory_bytes", _bytes),
     ]
@@ -256,10 +258,6 @@ def _bytes(value: float | None) -> str:
 def _paired(speedup: float | None) -> str:
     """Of rounds that were timed together, so not always what the two medians give."""
     return "–" if speedup is None else f"{speedup:.2f}× (paired)"
-
-
-def _rate(value: float | None) -> str:
-    return number(value, 1)
 
 
 def _timing(value: Mapping[str, float] | None) -> str:

@@ -134,8 +134,8 @@ def _check_smaller_for_images(saved: Saved) -> None:
     ran: list[bool] = []
     with ExitStack() as undo, evaluating(saved.model), torch.no_grad():
         for block in block_modules(saved.model, saved.blocks):
-            handle = block.register_forward_pre_hook(lambda module, args: ran.append(True))
-            undo.callback(handle.remove)
+            note = block.register_forward_pre_hook(lambda module, args: ran.append(True))
+            undo.enter_context(note)
         call(saved.model, example_input(saved.model))
     if not ran:
         raise BlockfitError(

@@ -206,10 +206,9 @@ def record(model: nn.Module, blocks: Blocks) -> Iterator[list[Tensor]]:
 
     modules = block_modules(model, blocks)
     with ExitStack() as hooks:
-        start = modules[0].register_forward_pre_hook(first, with_kwargs=True)
-        hooks.callback(start.remove)
+        hooks.enter_context(modules[0].register_forward_pre_hook(first, with_kwargs=True))
         for module in modules:
-            hooks.callback(module.register_forward_hook(after).remove)
+            hooks.enter_context(module.register_forward_hook(after))
         yield states
 
 

@@ -67,10 +67,10 @@ def observe(model: nn.Module, blocks: Blocks, inputs: Batch) -> Observation:
             seen.append((args[0], output))
 
     with ExitStack() as undo:
-        undo.callback(modules[-1].register_forward_hook(after_last).remove)
+        undo.enter_context(modules[-1].register_forward_hook(after_last))
         for module in model.modules():
             if isinstance(module, nn.Linear) and id(module) not in inside:
-                undo.callback(module.register_forward_hook(after_linear).remove)
+                undo.enter_context(module.register_forward_hook(after_linear))
         undo.enter_context(evaluating(model))
         undo.enter_context(torch.no_grad())
         output = call(model, inputs)

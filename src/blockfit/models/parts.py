@@ -119,7 +119,7 @@ class _Probe:
 
         with ExitStack() as undo:
             for name in linears:
-                undo.callback(self.layer(name).register_forward_hook(note(name)).remove)
+                undo.enter_context(self.layer(name).register_forward_hook(note(name)))
             self.run(self.hidden)
         once = [n for n in order if order.count(n) == 1]
         self.outputs = {n: rows_in(self.layer(n)) for n in once if not is_depthwise(self.layer(n))}
@@ -155,11 +155,8 @@ class _Probe:
             pushed[..., ::2, row] += 3 * size
             return pushed.movedim(-1, 1) if channels_first else pushed
 
-        handle = self.layer(layer).register_forward_hook(push)
-        try:
+        with self.layer(layer).register_forward_hook(push):
             after = self.read(reader)
-        finally:
-            handle.remove()
         if after.shape != before.shape:
             raise _No(f"the input of {reader} changes its shape")
         gap = (after - before).abs().amax(dim=tuple(range(before.ndim - 1)))
@@ -269,9 +266,9 @@ def _masked(block: nn.Module, masks: Mapping[str, Tensor], reader: str) -> Itera
                 return output * mask.to(output)
 
             if name == reader:
-                undo.callback(layer.register_forward_pre_hook(before).remove)
+                undo.enter_context(layer.register_forward_pre_hook(before))
             else:
-                undo.callback(layer.register_forward_hook(after).remove)
+                undo.enter_context(layer.register_forward_hook(after))
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +129,8 @@ def written(block: nn.Module, outputs: Mapping[str, Tensor | float]) -> Iterator
 
     with ExitStack() as undo:
         for name, value in outputs.items():
-            handle = block.get_submodule(name).register_forward_hook(replace_by(value))
-            undo.callback(handle.remove)
+            layer = block.get_submodule(name)
+            undo.enter_context(layer.register_forward_hook(replace_by(value)))
         yield
 
 
@@ -142,14 +142,10 @@ def input_of(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) -> Tens
         seen.append(args[0].detach())
         raise Enough
 
-    handle = block.get_submodule(name).register_forward_pre_hook(hook)
-    try:
+    with suppress(Enough), block.get_submodule(name).register_forward_pre_hook(hook):
         run(hidden)
-    except Enough:
-        return seen[0]
-    finally:
-        handle.remove()
-    raise BlockfitError(f"the block did not run its layer {name}")
+        raise BlockfitError(f"the block did not run its layer {name}")
+    return seen[0]
 
 
 @dataclass(frozen=True)
@@ -226,7 +222,7 @@ def _parts_around(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) ->
             def hook(module: nn.Module, args: Any, output: Any, seen: list[Any] = seen) -> None:
                 seen.append(output)
 
-            undo.callback(block.get_submodule(around).register_forward_hook(hook).remove)
+            undo.enter_context(block.get_submodule(around).register_forward_hook(hook))
         run(hidden)
     found = []
     for around, seen in outputs.items():
@@ -254,14 +250,12 @@ def outputs_of(
 
         return hook
 
-    with ExitStack() as undo:
+    with suppress(Enough), ExitStack() as undo:
         for name in names:
-            undo.callback(block.get_submodule(name).register_forward_hook(note(name)).remove)
-        try:
-            run(hidden)
-        except Enough:
-            return seen
-    raise BlockfitError(f"the block did not run its layers {', '.join(names)}")
+            undo.enter_context(block.get_submodule(name).register_forward_hook(note(name)))
+        run(hidden)
+        raise BlockfitError(f"the block did not run its layers {', '.join(names)}")
+    return seen
 
 
 @contextmanager
@@ -272,11 +266,8 @@ def inputs_of(block: nn.Module, name: str) -> Iterator[list[Tensor]]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0].detach())
 
-    handle = block.get_submodule(name).register_forward_pre_hook(hook)
-    try:
+    with block.get_submodule(name).register_forward_pre_hook(hook):
         yield seen
-    finally:
-        handle.remove()
 
 
 def find_writers(
@@ -364,7 +355,7 @@ def _outputs(
 
     with ExitStack() as undo, torch.no_grad():
         for name in linears:
-            undo.callback(block.get_submodule(name).register_forward_hook(note(name)).remove)
+            undo.enter_context(block.get_submodule(name).register_forward_hook(note(name)))
         run(hidden)
     return seen
 
@@ -420,9 +411,7 @@ def _placed(
     base, width, images = out(0.0), output.shape[-1], len(hidden)
     if len(base) != images or output.numel() % (images * width) or base.ndim < 3:
         return None
-    unit = float(base.abs().max().clamp_min(1.0))
-    slope, change = (out(unit) - base) / unit, out(output) - base
-    scale = change.abs().max()
+    unit, slope, change, scale = _answer(out, base, output)
     if not torch.isfinite(scale) or scale == 0:
         return None
     tolerance = 2e-3 if hidden.dtype == torch.float32 else 5e-2
@@ -435,15 +424,31 @@ def _placed(
         if (each - gain).abs().max() > tolerance * gain.abs().max():
             continue
         rows, wrote = exact(output).reshape(images, -1, width), writer.tokens(change)
-        one = (gain - 1).abs().max() < 1e-4
-        factors = (torch.ones_like(gain) if one else gain).float()
         for ordered in (False, True):
             order = _order(out, base, output, writer, gain, unit) if ordered else None
             taken = rows if order is None else rows[:, order]
             fits = taken.shape == wrote.shape and (order is not None) == ordered
             if fits and (gain * taken - wrote).abs().max() <= tolerance * scale:
-                return Writer(name, factors, channels, order)
+                return Writer(name, _factors(gain), channels, order)
     return None
+
+
+def _answer(
+    out: Callable[[Tensor | float], Tensor], base: Tensor, output: Tensor
+) -> tuple[float, Tensor, Tensor, Tensor]:
+    """How a block answers to one of its layers: a unit and the change with it, per unit; the change
+    with the layer's own output, and its size.
+
+    The unit is of the size of the state itself, so that the difference stands clear of rounding.
+    """
+    unit = float(base.abs().max().clamp_min(1.0))
+    slope, change = (out(unit) - base) / unit, out(output) - base
+    return unit, slope, change, change.abs().max()
+
+
+def _factors(gain: Tensor) -> Tensor:
+    """The gain, or ones: rounding must not look like a LayerScale."""
+    return (torch.ones_like(gain) if (gain - 1).abs().max() < 1e-4 else gain).float()
 
 
 def _order(
@@ -506,21 +511,14 @@ def _gain(
     """The gain of one layer; ``None`` where its output is not simply added."""
 
     out = _with_output(block, run, hidden, name, silenced)
-    base, real = out(0.0), out(output)
-    # A unit of the size of the state itself, so that the difference stands clear of rounding.
-    unit = float(base.abs().max().clamp_min(1.0))
-    slope = (out(unit) - base) / unit
+    _, slope, change, scale = _answer(out, out(0.0), output)
     gain = slope.mean(dim=(0, 1))
-    change = real - base
-    scale = change.abs().max()
     if not torch.isfinite(scale) or scale == 0:
         return None
     tolerance = 2e-3 if hidden.dtype == torch.float32 else 5e-2
-    predicted = gain * exact(output)
-    if (predicted - change).abs().max() > tolerance * scale:
+    if (gain * exact(output) - change).abs().max() > tolerance * scale:
         return None
-    # Rounding must not look like a LayerScale.
-    return torch.ones_like(gain).float() if (gain - 1).abs().max() < 1e-4 else gain.float()
+    return _factors(gain)
 
 
 def need_writer(writers: list[Writer], block: int, why: str) -> Writer:

@@ -141,7 +141,7 @@ def _is_a_stage(model: nn.Module, chain: Blocks, example: Batch | None) -> bool:
     first = chains.block_modules(model, chain)[0]
     with ExitStack() as undo, evaluating(model), torch.no_grad():
         for module in (first, *others):
-            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            undo.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         chains.call(model, two_different(model, inputs))
     at = next((place for place, (in_chain, _) in enumerate(tokens) if in_chain), None)
     if at is None:
@@ -311,8 +311,8 @@ def _calls(model: nn.Module, inputs: Batch) -> list[_Call]:
         for name, module in model.named_modules():
             if name and type(module) is not nn.Linear and any(_linears(module)):
                 start = module.register_forward_pre_hook(before(name), with_kwargs=True)
-                undo.callback(start.remove)
-                undo.callback(module.register_forward_hook(after(name)).remove)
+                undo.enter_context(start)
+                undo.enter_context(module.register_forward_hook(after(name)))
         chains.call(model, inputs)
     return [one for one in calls.values() if one.count == 1 and _is_state(_state(one.output))]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,15 +66,12 @@ class Trace:
             raise Enough
 
         block = block_modules(model, self.blocks)[index]
-        handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with torch.no_grad(), overridden(model, self.blocks, functions or {}, self.rests):
-                call(model, self.inputs)
-        except Enough:
-            return seen[0]
-        finally:
-            handle.remove()
-        raise BlockfitError(f"the model did not run its block {index}")
+        others = overridden(model, self.blocks, functions or {}, self.rests)
+        listening = block.register_forward_pre_hook(hook, with_kwargs=True)
+        with suppress(Enough), listening, torch.no_grad(), others:
+            call(model, self.inputs)
+            raise BlockfitError(f"the model did not run its block {index}")
+        return seen[0]
 
     def run(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Run ``module`` as block ``index`` was run, on another hidden state."""
@@ -145,11 +142,10 @@ def trace(
     modules, ends = block_modules(model, blocks), blocks.ends
     with ExitStack() as undo, torch.no_grad():
         for index, module in enumerate(modules if blocks.stages else ()):
-            undo.callback(module.register_forward_hook(in_stage(index)).remove)
+            undo.enter_context(module.register_forward_hook(in_stage(index)))
         for index, module in enumerate(modules):
-            handle = module.register_forward_pre_hook(before(index), with_kwargs=True)
-            undo.callback(handle.remove)
-        undo.callback(modules[-1].register_forward_hook(after).remove)
+            undo.enter_context(module.register_forward_pre_hook(before(index), with_kwargs=True))
+        undo.enter_context(modules[-1].register_forward_hook(after))
         call(model, inputs)
     return out
 

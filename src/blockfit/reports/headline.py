@@ -26,7 +26,7 @@ def headline(chosen: Candidate | None, evaluation: Evaluated | None) -> list[Vie
     for name, key in (("Parameters", "parameters"), ("FLOPs per image", "flops")):
         if after.get(key) is not None:
             note = share(after[key], before.get(key)) + " remain" if before.get(key) else ""
-            cards.append(_card(name, _amount(before.get(key)), amount(after[key]), note))
+            cards.append(_card(name, _or_none(amount, before.get(key)), amount(after[key]), note))
     if evaluation is not None:
         cards += _measured(evaluation)
     elif after.get("size_bytes") is not None:
@@ -119,10 +119,6 @@ def headline_note(chosen: Candidate | None, measured: Evaluated | None, swept: b
 
 def _card(name: str, before: Any, after: Any, note: str = "") -> View:
     return {"name": name, "before": before, "after": after, "note": note}
-
-
-def _amount(value: float | None) -> str | None:
-    return None if value is None else amount(value)
 
 
 def _or_none(shown: Callable[[float], str], value: float | None) -> str | None:

@@ -104,7 +104,8 @@ class Plot:
             text = text.replace(colour, variable)
         text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
         text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)
-        text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', _opening, text, count=1)
+        opening = r'<svg viewBox="\1" aria-hidden="true" focusable="false">'
+        text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', opening, text, count=1)
         for mark, attributes in (marks or {}).items():
             text = text.replace(f'<g id="{mark}">', f'<g id="{mark}" {attributes}>')
         text = re.sub(r'<g id="(run-\d+)">', r'<g class="\1">', text)
@@ -128,10 +129,6 @@ class Plot:
         return paths
 
 
-def _opening(found: re.Match[str]) -> str:
-    return f'<svg viewBox="{found[1]}" aria-hidden="true" focusable="false">'
-
-
 def _write(figure: Any, target: Any, kind: str, signed: bool = True) -> None:
     import matplotlib
 
@@ -145,20 +142,19 @@ def _write(figure: Any, target: Any, kind: str, signed: bool = True) -> None:
         figure.savefig(target, format=kind, transparent=kind == "svg", **more)
 
 
-def _figure(palette: Palette, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes, bare but for what helps to read them."""
+def _figure(palette: Palette, height: float) -> tuple[Any, Any]:
+    """A figure and its axis, bare but for what helps to read it."""
     make = need("matplotlib.figure", "report", "a report").Figure
     figure = make(figsize=(WIDTH, height), layout="constrained", facecolor=palette.paper)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.set_facecolor("none")
-        axis.tick_params(colors=palette.soft, labelsize=8, length=3, which="both")
-        axis.xaxis.label.set(color=palette.ink, fontsize=8.5)
-        axis.yaxis.label.set(color=palette.ink, fontsize=8.5)
-        for side, spine in axis.spines.items():
-            spine.set_color(palette.line)
-            spine.set_visible(side in ("left", "bottom"))
-    return figure, axes[0]
+    axis = figure.subplots()
+    axis.set_facecolor("none")
+    axis.tick_params(colors=palette.soft, labelsize=8, length=3, which="both")
+    axis.xaxis.label.set(color=palette.ink, fontsize=8.5)
+    axis.yaxis.label.set(color=palette.ink, fontsize=8.5)
+    for side, spine in axis.spines.items():
+        spine.set_color(palette.line)
+        spine.set_visible(side in ("left", "bottom"))
+    return figure, axis
 
 
 MARKERS = "oDs^vPX*"

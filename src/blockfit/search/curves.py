@@ -159,10 +159,10 @@ class PartSums:
             if (keys := self.parts.get("keys")) is not None:
                 for name in {rows.layer for rows in keys.rows}:
                     layer = self.block.get_submodule(name)
-                    undo.callback(layer.register_forward_hook(output(name)).remove)
+                    undo.enter_context(layer.register_forward_hook(output(name)))
             for name in {part.reader for part in self.parts.values() if part.reader}:
                 layer = self.block.get_submodule(name)
-                undo.callback(layer.register_forward_pre_hook(given(name)).remove)
+                undo.enter_context(layer.register_forward_pre_hook(given(name)))
             run(hidden)
         return taken
 
@@ -269,7 +269,6 @@ def curves(
     parts: Iterable[str],
     whole_blocks: Iterable[int] = (),
     *,
-    batches: Sequence[int] | None = None,
     multiple: int | None = None,
     progress: Progress = silent,
     failed: dict[Plan, str] | None = None,
@@ -277,8 +276,6 @@ def curves(
     """The curves of all parts that can be narrowed.
 
     Args:
-        batches: of the held-out images, on which effects are measured; by default all for MLPs and
-            the first half for values and keys.
         multiple: chosen widths of MLPs are multiples of it.
         failed: plans that the model cannot be run with, and why, are written into it.
     """
@@ -291,9 +288,7 @@ def curves(
         for index in range(depth):
             if index not in whole:
                 prefix = ".".join(filter(None, (originals.blocks.path, names[index])))
-                out += _block_curves(
-                    originals, held_out, index, wanted, prefix, batches, multiple, failed
-                )
+                out += _block_curves(originals, held_out, index, wanted, prefix, multiple, failed)
             progress(index + 1, depth)
     return out
 
@@ -304,7 +299,6 @@ def _block_curves(
     index: int,
     wanted: set[str],
     prefix: str,
-    batches: Sequence[int] | None,
     multiple: int | None,
     failed: dict[Plan, str],
 ) -> list[Curve]:
@@ -327,7 +321,8 @@ def _block_curves(
             )
             for width in trials
         ]
-        scores = held_out.trials(solutions, failed, _judging(name, held_out, batches))
+        half = range((len(held_out.sizes) + 1) // 2)  # of heads, which do less
+        scores = held_out.trials(solutions, failed, None if name == "mlp" else half)
         pairs = zip(trials, scores, strict=True)
         measured = {width: effect_of(score) for width, score in pairs if score is not None}
         if not measured:
@@ -336,13 +331,6 @@ def _block_curves(
         unit = unit_cost(sums.block, part, originals.probe.tokens(index))
         out.append(Curve(part, widths, effects, *unit))
     return out
-
-
-def _judging(part: str, held_out: HeldOut, batches: Sequence[int] | None) -> Sequence[int] | None:
-    """The held-out batches for the trials of a part: of heads the first half, which do less."""
-    if batches is not None or part == "mlp":
-        return batches
-    return range((len(held_out.sizes) + 1) // 2)
 
 
 def _trial_widths(part: Narrowing, widths: Sequence[int]) -> list[int]:

@@ -93,10 +93,10 @@ class CutSearch:
         precision: torch.dtype | None = None,
         say: Say = silent,
         progress: Progress = silent,
-        says: Callable[[Plan], bool] = lambda plan: True,
+        says: Callable[[Plan], bool] | None = None,
     ) -> None:
         self.originals, self.held_out, self.sizes, self.recipe = originals, held_out, sizes, recipe
-        self._says = says
+        self._says = says or (lambda plan: True)
         self.protected, self.whole = frozenset(protected) | set(whole), tuple(whole)
         self.depth = originals.blocks.depth
         self._moments, self._multiple = moments, multiple

@@ -42,11 +42,6 @@ SAFE_LOSS = 0.1
 """Held-out loss above which a warning is due: KL in nats, relative feature error without a head."""
 
 
-def _any(plan: Plan) -> bool:
-    """Where no stock config has to say it."""
-    return True
-
-
 def _laid_out(part: Narrowing) -> str:
     layers = ", ".join(f"{rows.layer} from row {rows.start}" for rows in part.rows)
     return f"{part.heads} × {part.size} in {layers}"
@@ -81,7 +76,7 @@ class Session:
         self.setting, self.recipe, self.seed = setting, recipe, seed
         self.protected = tuple(sorted({*protected, *whole}))
         self._whole, self._multiple = tuple(sorted(set(whole))), multiple
-        self._say, self._progress = say, progress
+        self.say, self._progress = say, progress
         model, blocks = setting.model, setting.blocks
         check_whole(self._whole, blocks.depth)
         spans_up_to(blocks.depth, 1, self.protected)  # refuses blocks that do not exist
@@ -89,9 +84,9 @@ class Session:
         if max_memory is not None:
             check_batch(setting.fit.batch_size, setting.state(), blocks.depth, max_memory)
             shelf = Shelf(int(STATES_SHARE * max_memory))
-        self._say(f"original model on {len(setting.fit)} fit images")
+        self.say(f"original model on {len(setting.fit)} fit images")
         self.originals = TracedImages.of(model, blocks, setting.fit, progress=progress, shelf=shelf)
-        self._say(f"original model on {len(setting.held_out)} held-out images")
+        self.say(f"original model on {len(setting.held_out)} held-out images")
         self.held_out = HeldOut(
             TracedImages.everywhere(model, blocks, setting.held_out, progress, shelf)
         )
@@ -101,10 +96,6 @@ class Session:
         self._search: Search | None = None
         self._cuts: CutSearch | None = None
         self._neurons: dict[str, Neurons] = {}
-
-    def say(self, line: str) -> None:
-        """Tell what is being done."""
-        self._say(line)
 
     def with_recipe(self, recipe: Recipe) -> Session:
         """The same calibration under another recipe; nothing of it is saved."""
@@ -127,9 +118,9 @@ class Session:
                 self._calibrate,
                 self._multiple,
                 self.precision,
-                self._say,
+                self.say,
                 self._progress,
-                Stock(model, blocks, source_of(model)).says if self.recipe.uniform else _any,
+                Stock(model, blocks, source_of(model)).says if self.recipe.uniform else None,
             )
         return self._cuts
 
@@ -158,7 +149,7 @@ class Session:
             if not spans:
                 raise BlockfitError("every block is protected; protect fewer")
             if not self._moments or not set(spans) <= set(self._moments[0].spans):
-                self._say(f"moments of {len(spans)} spans")
+                self.say(f"moments of {len(spans)} spans")
                 self._moments[:] = [self._calibrate(spans)]
             moments = self._moments[0]
             self._search = Search(
@@ -168,7 +159,7 @@ class Session:
                 replace(recipe, longest=longest),
                 self.protected,
                 self.seed,
-                self._say,
+                self.say,
                 self._progress,
                 self.precision,
             )
@@ -195,7 +186,7 @@ class Session:
 
     def _passes(self, groups: list[list[Span]]) -> Iterator[Moments]:
         for number, spans in enumerate(groups):
-            self._say(f"moments of {len(spans)} spans, pass {number + 1} of {len(groups)}")
+            self.say(f"moments of {len(spans)} spans, pass {number + 1} of {len(groups)}")
             yield self._pass(spans)
 
     def _pass(self, spans: list[Span]) -> Moments:
@@ -210,7 +201,7 @@ class Session:
     def by_hand(self, plan: Plan) -> Point:
         """Solve a plan that the user wrote."""
         plan.check(self.setting.blocks.depth, self.protected)
-        self._say(f"solving {plan}")
+        self.say(f"solving {plan}")
         if plan.narrowings:
             self._check_parts(plan)
             return self.cuts.point(plan)
@@ -261,7 +252,7 @@ class Session:
         plan = Baseline(known["fit"], method).plan(self.sizes, budget.kind, budget.value)
         solved = []
         for images, neurons in known.items():
-            self._say(f"{method} on {'the fit' if images == 'fit' else 'all'} images")
+            self.say(f"{method} on {'the fit' if images == 'fit' else 'all'} images")
             solution = Baseline(neurons, method).solution(plan)
             solved.append(solution if self.precision is None else solution.rounded(self.precision))
         fidelity, errors, top1 = self.held_out.judge(solved[0])

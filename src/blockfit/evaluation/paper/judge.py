@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -201,8 +200,9 @@ class Judge:
                     for name, features in self._features(self._train, part).items():
                         probes[name] = linear_probe_sgd(features, seed)
                 for name, features in self._features(self._test, part, meters).items():
-                    guess = (probes.get(name) or fixed or _nothing)(features)
-                    top1 = float((guess == features.labels).mean())
+                    probe = probes.get(name) or fixed
+                    assert probe is not None, "a probe is either fixed or learnt"
+                    top1 = float((probe(features) == features.labels).mean())
                     verdicts[name] = _verdict(top1, meters[name])
         return verdicts, probes
 
@@ -257,7 +257,3 @@ def fitting_judge(model: nn.Module, blocks: Blocks, example: Batch, images: Imag
 def _verdict(top1: float, meter: FidelityMeter) -> Verdict:
     fidelity = meter.result()
     return Verdict(top1, fidelity.agreement, fidelity.kl, fidelity.feature_relative_error)
-
-
-def _nothing(features: Features) -> np.ndarray:
-    raise AssertionError("a probe is either fixed or learnt")
