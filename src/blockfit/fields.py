@@ -39,7 +39,6 @@ class Values:
     """An object of a JSON file; every read names the file and the key where it fails.
 
     Args:
-        value: what was read.
         where: the file and the keys that led here, for messages.
 
     Raises:

@@ -77,9 +77,6 @@ class Beside:
     """Texts that images are given with, one to each, for models of both.
 
     Args:
-        source: what they are, for people.
-        texts: by their positions.
-        tokenize: makes what the text tower is called with.
         name: by which the image tower takes images.
         order: which text goes with the image at a position, taken in turn.
         left_out: what was no text, and why.

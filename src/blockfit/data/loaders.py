@@ -33,7 +33,6 @@ class Stream:
     """Prepared images that come in order, one or many at a time, from a re-iterable.
 
     Args:
-        source: what it is, for people.
         size: the number of images, from the data set's length or from counting them once.
         items: the re-iterable, or a ``DataLoader`` whose data set is read by position.
         by_position: whether ``items`` is such a loader; its own shuffling is not used then.

@@ -14,8 +14,6 @@ class Ready:
     """A data set of the Hub.
 
     Args:
-        hub: its id there.
-        splits: that it has.
         label_column: where it has several.
         large: whether only the files of the wanted split are to be fetched.
     """

@@ -66,8 +66,6 @@ class Records:
     """Pictures that can be read by position; a plain value that worker processes receive.
 
     Args:
-        source: where they come from, for people.
-        size: how many there are.
         read: picture and label (or ``None``) at a position; raises ``Unreadable``.
         names: of the pictures; the source and the position by default.
         class_names: in the order of the labels, where known.

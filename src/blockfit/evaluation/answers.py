@@ -19,13 +19,7 @@ Answer = tuple[str, int, int, int, float]
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One class of labelled images.
-
-    Args:
-        images: with this label.
-        before: how many of them the original names rightly.
-        after: how many the small model does.
-    """
+    """One class of labelled images."""
 
     name: str
     images: int
@@ -58,7 +52,6 @@ class Answers:
     Args:
         classes: those with labelled images, in the head's order; empty without labels.
         flips: images that are classed differently, the costliest first, ``MOST_FLIPS`` at most.
-        flipped: how many there are.
     """
 
     classes: tuple[ClassFigures, ...] = ()

@@ -113,7 +113,6 @@ class Disagreement:
     """One image on which some model does not do as the reference does.
 
     Args:
-        label: its class; ``None`` where it has none.
         answers: model → class that it names first.
         lost: models that answer it wrongly where the reference is right.
         gained: models that answer it rightly where the reference is wrong.
@@ -132,8 +131,6 @@ class Comparison:
 
     Args:
         reference: the model that the others are compared with.
-        images: how many all of them saw.
-        source: where the images are from.
         models: by name, in the order in which they were given.
         classes: those that lose most first; empty without labels.
         flips: with labels, the images that one model answers rightly and another does not; without,
@@ -152,11 +149,7 @@ class Comparison:
         return {**asdict(self), "confidence": CONFIDENCE}
 
     def summary(self, whole: bool = False) -> Summary:
-        """Tables for terminals and notebooks.
-
-        Args:
-            whole: all classes and images, not those alone that lose most.
-        """
+        """Tables for terminals and notebooks."""
         return Summary.of(comparison(self.to_json(), whole))
 
     def to_frame(self) -> Any:

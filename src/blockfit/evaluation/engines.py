@@ -43,7 +43,6 @@ class Engine:
     """A model that is ready to run on one batch.
 
     Args:
-        run: one forward pass, waited for.
         memory: measures its peak in bytes; ``None`` where that cannot be had.
     """
 

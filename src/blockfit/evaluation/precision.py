@@ -61,7 +61,6 @@ class Precision:
         boundaries: h[0] … h[L], each as the whole model in half precision makes it.
         output_error: of the model's output, likewise; ``None`` where it is not finite.
         agreement: fraction of images with the same top-1 class; ``None`` without a head.
-        warnings: what overflows or loses accuracy.
     """
 
     dtype: str

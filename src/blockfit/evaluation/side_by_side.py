@@ -68,7 +68,6 @@ class Sample:
         picture: PNG, what the models were shown.
         label: its class, where known.
         original: prediction; ``None`` where the model has no head.
-        compressed: likewise.
         cosine: of the two models' final features.
         cost: KL(original ‖ compressed) of this image, in nats; ``None`` without a head.
         right: whether original and compressed model name the label first; ``None`` without one.
@@ -105,8 +104,6 @@ class SideBySide:
     """Original and compressed model on the same images.
 
     Args:
-        images: how many were compared.
-        source: where they are from.
         differing: on how many the first classes differ; ``None`` without a head.
         samples: the images that are shown; those that differ first, the costliest in front.
         errors: token type → error of h[l] for l = 0 … L: Σ‖h' − h‖² / Σ‖h − mean‖², as of maps.

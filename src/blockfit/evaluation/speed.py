@@ -38,10 +38,8 @@ class Settings:
     """All that ``bench`` is to go through.
 
     Args:
-        batch_sizes: images per pass.
         engines: of ``ENGINES``.
         dtypes: of ``DTYPES``.
-        device: a torch device.
         threads: on the CPU; torch's own number by default.
         rounds: timed passes of each model in each setting.
     """
@@ -107,8 +105,6 @@ class Row:
     """One compressed model against the original in one setting, measured in turn.
 
     Args:
-        name: of the compressed model.
-        setting: batch size, engine and dtype.
         before: times of the original.
         after: times of the compressed model, in the same rounds.
         promised: speed-up by FLOPs: the original's over the compressed model's; ``None`` where they
@@ -173,7 +169,6 @@ class Bench:
 
     Args:
         machine: device, threads, versions of libraries.
-        rounds: timed passes of each model in each setting.
         models: by name: parameters, FLOPs per image, bytes of the weights file.
         skipped: why a setting was left out, a sentence each.
     """

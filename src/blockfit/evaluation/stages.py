@@ -53,8 +53,6 @@ class Stage:
         top1: fraction of labelled images; ``None`` without labels or head.
         agreement: fraction of images with the original's top-1 class; likewise.
         error: of its outputs, relative to the original's (root of the ratio of summed squares).
-        latency: of one image.
-        throughput: of a batch.
     """
 
     name: str

@@ -36,13 +36,7 @@ FORM = FolderForm(CARD, "Made with blockfit", FILES)
 
 @dataclass(frozen=True)
 class ExportedFolder:
-    """A folder that was written.
-
-    Args:
-        library: that loads it.
-        blocks: how many it runs.
-        parity: how far its outputs are from the small model's.
-    """
+    """A folder that was written."""
 
     folder: Path
     library: str
@@ -96,7 +90,6 @@ def compared(
     """Compare a model that was read back with the small one.
 
     Args:
-        images: to compare on; see ``parity.Pictures``.
         what: was written, for the message.
         dtype: that its weights were brought to; by default the small model's.
     """

@@ -67,7 +67,6 @@ class Saved:
 
     Args:
         model: in eval mode, its base's source attached.
-        blocks: where its blocks are.
         report: what the run that made it wrote down.
         versions: of the libraries that wrote it.
     """

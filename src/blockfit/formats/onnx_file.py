@@ -52,7 +52,6 @@ class Level:
         name: a key of ``LEVELS``, ``openvino``, or ``pytorch`` for the model itself.
         latency_ms: median time of one image.
         spread_ms: the range that the middle half of the times fell into.
-        parity: how far it is from the model.
     """
 
     name: str

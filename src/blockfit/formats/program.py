@@ -41,10 +41,8 @@ class Exported:
     """A file that was written.
 
     Args:
-        blocks: how many blocks it runs.
         size: height and width that it takes, in pixels; ``None`` for any.
         batch: number of images that it takes at a time; ``None`` for any.
-        parity: how far it is from the model.
     """
 
     path: Path
@@ -79,7 +77,6 @@ class Setting:
     Args:
         bare: the same, as it is traced.
         size: height and width of the export; ``None`` for any.
-        sizes: those that are compared.
         batch: the only number of images at a time; ``None`` for any.
         classes: the output that tells the class.
     """

@@ -54,7 +54,6 @@ def find_parts(
 
     Args:
         writers: its layers that write into the residual stream, from ``find_writers``.
-        run: calls it as its model does.
         hidden: a hidden state that reaches it, shape (batch, tokens, width), two tokens or more.
         shared: ids of parameters that something beside the block uses too; their layers stay.
     """
@@ -201,7 +200,6 @@ class _Probe:
         """``cut`` where a really narrowed block computes what the masked whole block does.
 
         Args:
-            cut: the part at its full size.
             masked: what to put in place of layers' outputs or inputs, of a mask over dimensions.
         """
         keep = max(1, cut.size // 2)

@@ -191,7 +191,6 @@ def find_attention(
 
     Args:
         writers: of its attention and of its MLP; silenced, the block returns its input.
-        run: calls it as its model does.
         hidden: a hidden state that reaches it, shape (batch, tokens, width).
     """
     attention, mlp = writers
@@ -282,7 +281,6 @@ def find_writers(
     ``nn.MultiheadAttention``) has fewer or none.
 
     Args:
-        run: calls it as its model does.
         hidden: a hidden state that reaches it, shape (batch, tokens, width), at least two tokens.
         shared: ids of parameters that something beside the block uses too; never solved.
 

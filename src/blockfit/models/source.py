@@ -27,7 +27,6 @@ class Source:
 
     Args:
         library: one of ``LIBRARIES``.
-        name: the name it was loaded by; for ``module`` the qualified name of its class.
         arguments: JSON values that rebuild the architecture (see ``skeleton``).
         licence: of the weights, where the checkpoint says.
         preprocessing: its own, where known.

@@ -39,10 +39,8 @@ class Candidate:
         before: ``parameters`` and ``flops`` of the original, where known.
         after: the same of the small model.
         fidelity: the figures of ``FIDELITY`` and the number of ``images``, where known.
-        maps: local held-out error of each map beside identity's.
         repaired: kept blocks with weights that were solved again; ``None`` where nobody wrote down
             which.
-        command: that makes it.
         top1: the original's and its own on the held-out images, where known.
         latency: of the original's, and the quartiles of the rounds; where it was measured.
         final: figures of images that decided nothing, where there are any.
@@ -170,12 +168,7 @@ class Content:
     Args:
         compressed: the one small model that the report is about.
         frontier: of a sweep, the gentlest first.
-        similarity: of the original's hidden states.
-        experiments: of the paper, on this model.
-        evaluation: figures of ``Evaluation.to_json``, checked.
-        side: original and small model on a few images.
         facts: where it all came from.
-        commands: that made it.
         warnings: that belong to no single plan.
         run: what the run is called on the page.
         small: what the run of ``compressed`` is called.

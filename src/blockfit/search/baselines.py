@@ -96,9 +96,6 @@ class Neurons:
 class Baseline:
     """One published method: plans that keep the same share of all MLPs' neurons, and their weights.
 
-    Args:
-        neurons: of the original; several methods may share them.
-
     Raises:
         BlockfitError: an unknown method, or an MLP that cannot be narrowed.
     """

@@ -24,13 +24,7 @@ BISECTIONS = 80
 
 @dataclass(frozen=True)
 class Priced:
-    """A span with its map as a choice.
-
-    Args:
-        entry: the span and the kind of its map.
-        effect: what it does to the output.
-        saved: cost that it takes away, its map's counted.
-    """
+    """A span with its map as a choice."""
 
     entry: Replacement
     effect: float

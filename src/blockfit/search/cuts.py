@@ -73,7 +73,6 @@ class CutSearch:
     """Finds plans of cuts for budgets of parameters, FLOPs or latency.
 
     Args:
-        originals: the fit images as the original saw them.
         moments: of spans up to ``LONGEST_SPAN``; called where spans are weighed.
         multiple: widths of MLPs are multiples of it.
         precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.

@@ -16,7 +16,6 @@ class Fidelity:
     """Means over images; ``kl`` and ``agreement`` are ``None`` where the model has no head.
 
     Args:
-        images: how many images were compared.
         kl: KL(original ‖ compressed) of the head's softmax, in nats.
         agreement: fraction of images with the same top-1 class.
         feature_cosine: cosine of the final features.

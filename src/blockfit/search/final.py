@@ -227,7 +227,6 @@ class Final:
     """Figures of images that decided nothing, each with its ``CONFIDENCE`` interval.
 
     Args:
-        images: how many.
         labelled: how many of them have a label of the head's classes.
         source: which images they are.
         top1_before: the original's, a fraction; ``None`` without labels of the head's classes.
@@ -281,7 +280,6 @@ def final_figures(
     """What a small model is worth on images that were used for nothing else.
 
     Args:
-        original: the model before; it stays as it is.
         small: the model after, or the solution that makes it.
         apart: how the images were found, for people.
 

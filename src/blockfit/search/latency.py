@@ -33,8 +33,6 @@ class Latency:
         high: above which a quarter lies.
         original_ms: median time of one forward pass, in milliseconds.
         compressed_ms: the same of the small model.
-        batch_size: images in each pass.
-        threads: that torch used on the CPU.
     """
 
     ratio: float

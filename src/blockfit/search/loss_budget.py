@@ -59,10 +59,8 @@ class Verdict:
     """Whether a plan keeps a budget of loss.
 
     Args:
-        kept: the decision.
         value: the loss on the images: nats, or points of top-1.
         bound: the upper end of its one-sided interval.
-        images: that were looked at; with labels, for points.
         confidence: of the bound.
     """
 

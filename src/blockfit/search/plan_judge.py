@@ -20,8 +20,6 @@ class Point:
     """One solved plan of the frontier.
 
     Args:
-        solution: plan, maps and repaired weights.
-        fidelity: on the held-out images.
         map_errors: local held-out error of each map beside identity's.
         top1: of the model's own head on the held-out images; ``None`` without their labels.
     """
@@ -41,7 +39,6 @@ class PlanJudge:
     """Solves plans on the fit images and judges them on held-out ones.
 
     Args:
-        originals: the fit images as the original saw them.
         precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.
     """
 

@@ -21,7 +21,6 @@ class Original:
     """Figures of the original model.
 
     Args:
-        parameters: how many it has.
         flops: of one image; ``None`` where they cannot be counted.
         top1: of its own head on the held-out images; ``None`` without their labels.
     """
@@ -43,7 +42,6 @@ class Entry:
     Args:
         share: the part of the parameters that it was found for; ``None`` where it was found for a
             number of blocks.
-        removed: blocks that it removes.
         parameters: of the small model.
         flops: of the small model, for one image; ``None`` where they are unknown.
         held_out: fidelity on the images that chose the plan.
@@ -54,7 +52,6 @@ class Entry:
         file: where its tensors lie in the folder of a sweep; empty before they are written.
         final: figures of images that decided nothing, as ``Final.to_json`` gives them.
         judged: what budgets of loss are decided by.
-        latency: against the original's.
     """
 
     removed: int

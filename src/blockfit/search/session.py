@@ -51,12 +51,10 @@ class Session:
     """Calibrates once; then finds plans for any number of budgets.
 
     Args:
-        recipe: maps, selection, refit and repair.
         seed: of the token draw and of ``select="random"``.
         checkpoint: where moments and the search are saved from time to time, and gone on from.
         max_memory: bytes that moments and hidden states may take above the model; all fit into
             memory where ``None``.
-        multiple: widths that MLPs keep are multiples of it.
     """
 
     def __init__(

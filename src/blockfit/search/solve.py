@@ -111,7 +111,6 @@ class Solution:
     """A plan with everything that was solved for it.
 
     Args:
-        plan: what goes.
         maps: one float32 module per replacement, in the plan's order.
         weights: parameters of kept blocks that were solved again, by their names in the model;
             those of narrowed parts have their smaller shapes.

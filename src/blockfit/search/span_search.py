@@ -52,7 +52,6 @@ class Search:
     """Finds the best plan for every size from one calibration.
 
     Args:
-        originals: the fit images as the original saw them.
         moments: of all spans up to ``recipe.longest``.
         seed: for ``select="random"``.
         precision: solved values are rounded to what this dtype can hold; ``None`` keeps them.

@@ -42,7 +42,6 @@ class Settings:
 
     Args:
         calibration: images that maps are fitted on.
-        longest: the longest span.
         starts: at most this many starts of each length, evenly spread; all where ``None``.
         compared: lengths of the spans on which maps are compared.
         sets: how many sets of separate spans are tried for every number of removed blocks.
@@ -99,9 +98,7 @@ class Lab:
 
     Args:
         model: the original; left as it was.
-        draw: calibration images.
         transfers: other sources of calibration images, by name.
-        progress: called with images done and images in all.
     """
 
     model: nn.Module

@@ -54,9 +54,6 @@ class Sources:
     Args:
         learn: maps are fitted on images of it, and probes learn from it.
         judged: on these the models are judged.
-        transfer: other images to fit maps on.
-        train_limit: images that probes learn from.
-        test_limit: images that judge.
         reading: other options of ``blockfit.images``, such as ``batch_size``.
     """
 
