@@ -79,6 +79,12 @@ def at_least(least: int, **given: float | None) -> None:
             raise BlockfitError(f"{name} must be at least {least}, got {value}")
 
 
+def one_of(what: str, value: Any, known: Iterable[str]) -> None:
+    """Refuse what is none of the names that there are."""
+    if value not in known:
+        raise BlockfitError(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
+
+
 class _Wrong(Exception):
     """A value does not fit."""
 

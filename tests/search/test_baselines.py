@@ -59,7 +59,7 @@ def test_every_mlp_keeps_as_many_neurons_as_the_budget_allows(
         (kept,) = {cut.kept for cut in plan.narrowings}
         assert [cut.block for cut in plan.narrowings] == list(range(6))
         more = Plan((), tuple(_keeping(cut, kept + 1) for cut in plan.narrowings))
-        assert sizes.fractions(plan)[kind] <= SHARE < sizes.fractions(more)[kind]
+        assert sizes.fraction(plan, kind) <= SHARE < sizes.fraction(more, kind)
     small = applied(known.model, known.blocks, baseline.solution(plan))
     parameters = sum(p.numel() for p in small.parameters())
     assert parameters == sizes.of(plan)[0]
@@ -188,7 +188,7 @@ def test_a_session_shares_the_statistics_of_its_baselines(monkeypatch: pytest.Mo
     monkeypatch.setattr(Neurons, "_read", lambda *args: ran.append(1))
     smaller = reach(session.with_recipe(RECIPES["vbp"]), Budget("flops", 0.7))
     assert not ran
-    assert session.sizes.fractions(smaller.solution.plan)["flops"] <= 0.7
+    assert session.sizes.known_fraction(smaller.solution.plan, "flops") <= 0.7
 
 
 @pytest.mark.parametrize(

@@ -176,13 +176,11 @@ def test_counting_leaves_the_model_alone_and_sees_layers_that_blocks_share() -> 
 def test_fractions_are_of_the_original() -> None:
     model = small_vit(6)
     sizes = Sizes(model, small_blocks(model), small_pictures(2))
-    whole = sizes.fractions(Plan())
-    assert whole == {"removed": 0, "params": 1, "flops": 1}
+    assert sizes.fraction(Plan(), "params") == sizes.fraction(Plan(), "flops") == 1
     block = sum(p.numel() for p in model.blocks[0].parameters())
     total = sum(p.numel() for p in model.parameters())
-    part = sizes.fractions(Plan.of(["1:3"], "affine"))
-    assert part["removed"] == 2
-    assert part["params"] == pytest.approx((total - 2 * block + 16 * 17) / total)
+    part = sizes.fraction(Plan.of(["1:3"], "affine"), "params")
+    assert part == pytest.approx((total - 2 * block + 16 * 17) / total)
 
 
 def test_a_budget_of_parameters_counts_no_flops_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,42 +13,7 @@ from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
 from blockfit.errors import BlockfitError
 
-Data = Annotated[str | None, opt.option("--images", "Labelled, with both parts.", opt.DATA, "DATA")]
-TrainData = Annotated[
-    str | None, opt.option("--train", "The training part by itself.", opt.DATA, "DATA")
-]
-TestPart = Annotated[str | None, opt.option("--test", "The test part by itself.", opt.DATA, "DATA")]
-Transfer = Annotated[
-    list[str] | None,
-    opt.option("--transfer", "Others to fit maps on. Repeatable.", opt.DATA, "DATA"),
-]
-TrainLimit = Annotated[
-    int | None,
-    opt.rare("--train-limit", "Draw so many images for probes.", opt.DATA, "N"),
-]
-TestLimit = Annotated[
-    int | None, opt.rare("--test-limit", "Draw so many test images.", opt.DATA, "N")
-]
-Names = Annotated[
-    str | None,
-    opt.option(
-        "--experiments",
-        "Some of similarity,spans,several,translators,samples,positions,transfer,seeds.",
-        opt.HOW,
-        "LIST",
-    ),
-]
-Quick = Annotated[bool, opt.option("--quick", "Minutes on a CPU: less of everything.", opt.HOW)]
-JudgeName = Annotated[
-    str | None,
-    opt.option("--judge", "head, probe-fixed, probe-new; head where it fits.", opt.HOW, "NAME"),
-]
 Calibration = Annotated[int | None, opt.option("--limit", "Calibration images: 500.", opt.HOW, "N")]
-Samples = Annotated[
-    str | None,
-    opt.rare("--samples", "Numbers of images to compare: 50,500.", opt.HOW, "LIST"),
-]
-Seeds = Annotated[int | None, opt.rare("--seeds", "Draws to average over: 3.", opt.HOW, "N")]
 Output_ = Annotated[Path, opt.option("--output", "Folder to write.", opt.OUT, "FOLDER", "-o")]
 
 
@@ -57,6 +22,53 @@ class Reading(opt.Reading):
     """``--limit`` is of the calibration images."""
 
     limit: Calibration = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which experiments, on which images, and how much of them."""
+
+    images: Annotated[
+        str | None, opt.option("--images", "Labelled, with both parts.", opt.DATA, "DATA")
+    ] = None
+    train: Annotated[
+        str | None, opt.option("--train", "The training part by itself.", opt.DATA, "DATA")
+    ] = None
+    test: Annotated[
+        str | None, opt.option("--test", "The test part by itself.", opt.DATA, "DATA")
+    ] = None
+    transfer: Annotated[
+        list[str] | None,
+        opt.option("--transfer", "Others to fit maps on. Repeatable.", opt.DATA, "DATA"),
+    ] = None
+    experiments: Annotated[
+        str | None,
+        opt.option(
+            "--experiments",
+            "Some of similarity,spans,several,translators,samples,positions,transfer,seeds.",
+            opt.HOW,
+            "LIST",
+        ),
+    ] = None
+    quick: Annotated[
+        bool, opt.option("--quick", "Minutes on a CPU: less of everything.", opt.HOW)
+    ] = False
+    judge: Annotated[
+        str | None,
+        opt.option("--judge", "head, probe-fixed, probe-new; head where it fits.", opt.HOW, "NAME"),
+    ] = None
+    samples: Annotated[
+        str | None, opt.rare("--samples", "Numbers of images to compare: 50,500.", opt.HOW, "LIST")
+    ] = None
+    seeds: Annotated[int | None, opt.rare("--seeds", "Draws to average over: 3.", opt.HOW, "N")] = (
+        None
+    )
+    train_limit: Annotated[
+        int | None, opt.rare("--train-limit", "Draw so many images for probes.", opt.DATA, "N")
+    ] = None
+    test_limit: Annotated[
+        int | None, opt.rare("--test-limit", "Draw so many test images.", opt.DATA, "N")
+    ] = None
 
 
 @command(
@@ -69,17 +81,7 @@ def reproduce(
     model: opt.Model,
     reading: Reading,
     loading: opt.Loading,
-    images: Data = None,
-    train: TrainData = None,
-    test: TestPart = None,
-    transfer: Transfer = None,
-    experiments: Names = None,
-    quick: Quick = False,
-    judge: JudgeName = None,
-    samples: Samples = None,
-    seeds: Seeds = None,
-    train_limit: TrainLimit = None,
-    test_limit: TestLimit = None,
+    study: Study,
     blocks: opt.BlocksPath = None,
     output: Output_ = Path("reproduction"),
     report: opt.ReportFile = None,
@@ -89,11 +91,12 @@ def reproduce(
     from blockfit.evaluation.paper.study import INDEX, chosen, earlier
 
     page = Reporter(report)
-    out.expect(outlook.of_titles([one.title for one in chosen(experiments)]))
-    numbers = _numbers(samples)
-    if (images is None) == (train is None or test is None):
+    out.expect(outlook.of_titles([one.title for one in chosen(study.experiments)]))
+    what = {**asdict(study), "samples": _numbers(study.samples), "transfer": study.transfer or ()}
+    images, parts = what.pop("images"), (study.train, study.test)
+    if (images is None) == (None in parts):
         raise BlockfitError("give --images, or both --train and --test")
-    if images is not None and (train is not None or test is not None):
+    if images is not None and parts != (None, None):
         raise BlockfitError("give --images, or --train and --test, not both")
     earlier(output)  # refuses a folder that is taken before anything is loaded
     with out.working(), keeping(lambda: f"the experiments that were finished are in {output}"):
@@ -103,22 +106,13 @@ def reproduce(
             loading.load(model),
             images,
             output,
-            train=train,
-            test=test,
-            transfer=transfer or (),
-            experiments=experiments,
-            quick=quick,
-            judge=judge,
-            samples=numbers,
-            seeds=seeds,
-            train_limit=train_limit,
-            test_limit=test_limit,
             blocks=blocks,
             say=out.say,
             progress=out.count,
             note=out.note,
             warn=lambda line: out.warn([line]),
             reads=out.show_images,
+            **what,
             **asdict(reading),
         )
         page.reproduced(out, output)

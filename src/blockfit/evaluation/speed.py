@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blockfit.arguments import check_fields
+from blockfit.arguments import check_fields, one_of
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.engines import DTYPES, ENGINES
 from blockfit.fields import fields_written
@@ -57,10 +57,8 @@ class Settings:
             ("engine", ENGINES, self.engines),
             ("dtype", DTYPES, self.dtypes),
         ):
-            if unknown := [value for value in given if value not in known]:
-                raise BlockfitError(
-                    f"unknown {name} {unknown[0]!r}; choose one of {', '.join(known)}"
-                )
+            for one in given:
+                one_of(name, one, known)
         for name, value, least in (
             ("batch size", min(self.batch_sizes, default=0), 1),
             ("number of threads", self.threads, 1),

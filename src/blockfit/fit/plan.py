@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blockfit import drawing
-from blockfit.arguments import check_fields, fitted
+from blockfit.arguments import check_fields, fitted, one_of
 from blockfit.errors import BlockfitError
 from blockfit.fields import LEFT_OUT, fields_written, object_of, read, written
 from blockfit.files import FileForm, expanded, new_file
@@ -126,8 +126,7 @@ class Replacement:
     per_token_type: bool = field(default=False, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
-        if self.map not in MAP_KINDS:
-            raise BlockfitError(f"unknown map {self.map!r}; choose one of {', '.join(MAP_KINDS)}")
+        one_of("map", self.map, MAP_KINDS)
         if self.map == "low-rank":
             if self.rank is None or _whole(self.rank, "the rank of a low-rank map") < 1:
                 raise BlockfitError(
@@ -218,8 +217,7 @@ class Narrowing:
     reader: str = ""
 
     def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise BlockfitError(f"unknown part {self.part!r}; choose one of {', '.join(PARTS)}")
+        one_of("part", self.part, PARTS)
         for name, least in (("block", 0), ("kept", 1), ("size", 1), ("heads", 1)):
             if _whole(getattr(self, name), f"{name} of a narrowing") < least:
                 raise BlockfitError(f"{name} of a narrowing must be at least {least}")

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from blockfit.arguments import one_of
 from blockfit.errors import BlockfitError, first_line, need
 from blockfit.files import SAVED
 from blockfit.models.described import describe
@@ -60,10 +61,7 @@ class Preprocessing:
     settings: dict[str, Any]
 
     def __post_init__(self) -> None:
-        if self.kind not in _KEYS:
-            raise BlockfitError(
-                f"unknown kind of preprocessing {self.kind!r}; choose one of {', '.join(_KEYS)}"
-            )
+        one_of("kind of preprocessing", self.kind, _KEYS)
         object.__setattr__(self, "settings", _plain_values(self.settings))
         _check_sides(self.settings)
         known = _KEYS[self.kind]

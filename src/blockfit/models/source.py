@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from blockfit.arguments import one_of
 from blockfit.errors import BlockfitError
 from blockfit.fields import read
 from blockfit.models.preprocessing import Preprocessing
@@ -39,10 +40,7 @@ class Source:
     preprocessing: Preprocessing | None = None
 
     def __post_init__(self) -> None:
-        if self.library not in LIBRARIES:
-            raise BlockfitError(
-                f"unknown library {self.library!r}; choose one of {', '.join(LIBRARIES)}"
-            )
+        one_of("library", self.library, LIBRARIES)
 
     @property
     def loads_as(self) -> str | None:

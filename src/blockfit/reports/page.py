@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib
+import io
 from importlib.resources import files
 from pathlib import Path
+
+from PIL import Image
 
 from blockfit.errors import BlockfitError, need
 from blockfit.files import FileForm, check_file, check_kept, new_file
 from blockfit.provenance import installed_versions
 from blockfit.reports.content import Content
-from blockfit.reports.image_views import file_name, png_data, png_width
 from blockfit.reports.views import all_plots, views
 from blockfit.units import number
 
@@ -62,6 +64,21 @@ def render(content: Content) -> str:
         script_hash=f"sha256-{digest}",
         legend=Markup(LEGEND),  # noqa: S704 - a constant
     )
+
+
+def png_data(png: bytes) -> str:
+    """The address of a picture that lies in the page itself."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def png_width(png: bytes) -> int:
+    """In pixels."""
+    return Image.open(io.BytesIO(png)).width
+
+
+def file_name(name: str) -> str:
+    """A file's name without its folders."""
+    return name.replace("\\", "/").rpartition("/")[2] or name
 
 
 def check_report(path: str | Path) -> None:

@@ -16,7 +16,6 @@ from blockfit.reports.answer_views import classes_view, flips_view
 from blockfit.reports.content import Candidate, Content, short_name
 from blockfit.reports.glossary import GLOSSARY, READING
 from blockfit.reports.headline import headline, headline_note
-from blockfit.reports.image_views import pca_words, samples_words
 from blockfit.reports.plots import Plot
 from blockfit.units import number, percent, share
 
@@ -68,9 +67,9 @@ def views(content: Content) -> View:
         "similarity": _similarity(content.similarity) if content.similarity else None,
         "experiments": content.experiments,
         "samples": side.samples if side else (),
-        "samples_words": samples_words(side) if side else "",
+        "samples_words": _samples_words(side) if side else "",
         "pca": [one for one in side.samples if one.components is not None] if side else [],
-        "pca_words": pca_words(side) if side else "",
+        "pca_words": _pca_words(side) if side else "",
         "facts": content.facts,
         "commands": content.commands,
         "missing": missing(content),
@@ -309,6 +308,30 @@ def _state_rows(side: SideBySide) -> list[list[str]]:
         for values in (side.errors, side.identity) if kind in values
     ]  # fmt: skip
     return [[number(value) for value in row] for row in zip(*columns, strict=True)]
+
+
+def _samples_words(side: SideBySide) -> str:
+    """On how many images the models differ, and which are shown."""
+    words = f"{len(side.samples)} of {side.images} images from {side.source}. "
+    if side.differing is None:
+        return words + "The model has no head, so that only features are compared."
+    if not side.differing:
+        return words + f"The two models name the same class first on all {side.images}."
+    shown = sum(sample.differs for sample in side.samples)
+    return words + (
+        f"The two models name another class first on {side.differing} of the {side.images}; "
+        f"the {shown} costliest of these come first, then others."
+    )
+
+
+def _pca_words(side: SideBySide) -> str:
+    """How the colours come about."""
+    part = "" if side.explained is None else f" ({side.explained:.0%} of their variance)"
+    return (
+        "The patch tokens after the last block: the original's first three principal components"
+        f"{part} as red, green and blue. Both models are coloured on the same scale, so that the "
+        "same colour means the same feature."
+    )
 
 
 def _metrics(tables: Tables) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
+from blockfit.arguments import one_of
 from blockfit.errors import BlockfitError
 from blockfit.fit.moments import Spread
 from blockfit.fit.narrow import Kept
@@ -101,10 +102,7 @@ class Baseline:
     """
 
     def __init__(self, neurons: Neurons, method: str) -> None:
-        if method not in BASELINES:
-            raise BlockfitError(
-                f"unknown baseline {method!r}; choose one of {', '.join(BASELINES)}"
-            )
+        one_of("baseline", method, BASELINES)
         self._neurons, self.method, self._mlps = neurons, method, neurons.mlps()
 
     def plan(self, sizes: Sizes, kind: str, value: float) -> Plan:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from blockfit.arguments import one_of
 from blockfit.errors import BlockfitError
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
@@ -36,8 +37,7 @@ class Budget:
     value: float
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise BlockfitError(f"unknown budget {self.kind!r}; choose one of {', '.join(KINDS)}")
+        one_of("budget", self.kind, KINDS)
         if not math.isfinite(self.value):
             raise BlockfitError(f"{self.kind}= must be a number, got {self.value}")
         if self.kind == "remove" and (self.value < 1 or self.value != int(self.value)):
@@ -80,9 +80,8 @@ class Budget:
         Raises:
             BlockfitError: where there is none or more than one.
         """
-        unknown = [kind for kind in given if kind not in KINDS]
-        if unknown:
-            raise BlockfitError(f"unknown budget {unknown[0]!r}; choose one of {', '.join(KINDS)}")
+        for kind in given:
+            one_of("budget", kind, KINDS)
         named = cls.of(**given)
         if budget is not None and named is None:
             return budget
@@ -174,12 +173,6 @@ class Sizes:
             self._savings[kind] = sorted(known, reverse=True) if len(known) == len(left) else None
         savings = self._savings[kind]
         return None if savings is None else 1 - sum(savings[:count])
-
-    def fractions(self, plan: Plan) -> dict[str, float]:
-        """What remains of the original: ``params``, ``flops`` if known; and ``removed`` blocks."""
-        known = {kind: self.fraction(plan, kind) for kind in ("params", "flops")}
-        out = {"removed": float(len(plan.removed_blocks))}
-        return out | {kind: value for kind, value in known.items() if value is not None}
 
     def _built(self, plan: Plan) -> nn.Module:
         """A model with the plan in it; the tensors, and blocks that nothing cuts, are the bare

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blockfit.arguments import check_fields
+from blockfit.arguments import check_fields, one_of
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import MAP_KINDS, PARTS, Replacement, Span
 from blockfit.fit.published import BASELINES
@@ -73,21 +73,14 @@ class Recipe:
         if not self.cuts:
             raise BlockfitError(f"a recipe needs a kind of cut; name one of {', '.join(CUTS)}")
         for kind in self.maps:
-            if kind not in MAP_KINDS:
-                raise BlockfitError(f"unknown map {kind!r}; choose one of {', '.join(MAP_KINDS)}")
+            one_of("map", kind, MAP_KINDS)
         if not self.maps:
             raise BlockfitError("a recipe needs a kind of map; name one of its maps")
         if self.rank is not None and "low-rank" not in self.maps:
             raise BlockfitError("only low-rank maps have a rank; leave rank= out or add the map")
-        if self.select not in SELECTIONS:
-            raise BlockfitError(
-                f"unknown selection {self.select!r}; choose one of {', '.join(SELECTIONS)}"
-            )
-        if self.baseline not in (None, *BASELINES):
-            raise BlockfitError(
-                f"unknown baseline {self.baseline!r}; choose one of {', '.join(BASELINES)}"
-            )
-
+        one_of("selection", self.select, SELECTIONS)
+        if self.baseline is not None:
+            one_of("baseline", self.baseline, BASELINES)
         self._check_uniform()
 
     def _check_uniform(self) -> None:
@@ -191,8 +184,8 @@ def named_recipe(name: str | Recipe, **changes: Any) -> Recipe:
     Raises:
         BlockfitError: for an unknown name.
     """
-    if isinstance(name, str) and name not in RECIPES:
-        raise BlockfitError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    if isinstance(name, str):
+        one_of("recipe", name, RECIPES)
     recipe = RECIPES[name] if isinstance(name, str) else name
     recipe.check_use("params=", **changes)
     return replace(recipe, **changes) if changes else recipe
@@ -256,10 +249,3 @@ def _ridge(value: float | str) -> float | None:
         raise BlockfitError(
             f"cannot read {value!r} as ridge; give a number, such as 1e-4, or auto"
         ) from None
-
-
-def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON values."""
-    values = asdict(recipe)
-    values["maps"], values["cuts"] = list(recipe.maps), list(recipe.cuts)
-    return values

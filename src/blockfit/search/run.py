@@ -22,7 +22,7 @@ from blockfit.search.budget import Budget
 from blockfit.search.final import Final, Parts
 from blockfit.search.loss_budget import Judge, beyond_bound
 from blockfit.search.plan_judge import Point
-from blockfit.search.recipes import Recipe, recipe_json
+from blockfit.search.recipes import Recipe
 from blockfit.search.report import Entry, Original, Report
 from blockfit.search.session import Session
 from blockfit.search.summaries import compression, figure_rows, plan_lines
@@ -198,7 +198,7 @@ def describe(
         budget,
         verdict,
         tuple(beyond),
-        recipe=recipe_json(session.recipe),
+        recipe=fields_written(session.recipe),
         seed=session.seed,
         calibration=calibration,
         protect=session.protected,
@@ -218,7 +218,7 @@ def run_json(
 ) -> dict[str, Any]:
     """What a run's search depends on, as JSON values; with the images' content where ``kept``."""
     run = {
-        "recipe": recipe_json(recipe),
+        "recipe": fields_written(recipe),
         "protect": sorted(set(protect)),
         "hold_out": hold_out,
         "seed": seed,

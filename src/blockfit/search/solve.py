@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blockfit import processes as ranks
-from blockfit.arguments import check_fields
+from blockfit.arguments import check_fields, one_of
 from blockfit.errors import BlockfitError
 from blockfit.fit.closed_form import RIDGE, choose_ridge, fit_affine, fit_map
 from blockfit.fit.maps import empty_map
@@ -94,10 +94,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.repair not in REPAIRS:
-            raise BlockfitError(
-                f"unknown repair {self.repair!r}; choose one of {', '.join(REPAIRS)}"
-            )
+        one_of("repair", self.repair, REPAIRS)
         for name in ("ridge", "repair_ridge", "narrow_ridge"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blockfit import drawing
 from blockfit import processes as ranks
-from blockfit.arguments import at_least, checked
+from blockfit.arguments import at_least, checked, one_of
 from blockfit.checkpoint import forget
 from blockfit.data.images import Images, prepared_images
 from blockfit.errors import BlockfitError, tell
@@ -166,8 +166,8 @@ class Frontier:
             BlockfitError: where the sweep does not know the figures, or without matplotlib.
         """
         for name, value, known in (("size", size, drawing.SIZES), ("loss", loss, drawing.LOSSES)):
-            if value is not None and value not in known:
-                raise BlockfitError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+            if value is not None:
+                one_of(name, value, known)
         original = self.data["original"]
         losses = ["kl", "feature_relative_error"] if loss is None else [loss]
         curves = [(one, summaries.curve_of(self.points, original, size, one)) for one in losses]

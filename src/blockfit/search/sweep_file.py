@@ -31,7 +31,7 @@ class Run:
     """What the plans of a sweep depend on.
 
     Args:
-        recipe: as ``recipe_json`` gives it.
+        recipe: as ``fields.written`` gives it.
         hold_out: part of the images that chose the plans.
         model: fingerprint of the original.
         calibration: what the images are.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blockfit.arguments import one_of
 from blockfit.data.images import Images, LabelledBatch
 from blockfit.data.labels import by_name
 from blockfit.errors import BlockfitError
@@ -130,8 +131,7 @@ class Judge:
         most_bytes: int = MOST_BYTES,
         progress: Progress = silent,
     ) -> None:
-        if kind not in JUDGES:
-            raise BlockfitError(f"unknown judge {kind!r}; choose one of {', '.join(JUDGES)}")
+        one_of("judge", kind, JUDGES)
         if kind != "head" and train is None:
             raise BlockfitError(f"the judge {kind} needs labelled images to learn from; give some")
         self.model, self.blocks, self.kind = model, blocks, kind

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blockfit.arguments import one_of
 from blockfit.errors import BlockfitError
 from blockfit.fit.closed_form import fit_affine
 from blockfit.fit.moments import Regression
@@ -109,8 +110,7 @@ def train(
     Raises:
         BlockfitError: for an unknown kind, or where training ends in NaN or infinite values.
     """
-    if kind not in TRAINED:
-        raise BlockfitError(f"unknown translator {kind!r}; choose one of {', '.join(TRAINED)}")
+    one_of("translator", kind, TRAINED)
     x, y = (side.reshape(-1, side.shape[-1]).float() for side in (x, y))
     device = torch.device(x.device if device is None else device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
