@@ -152,18 +152,15 @@ def analyze(
     """Compare the hidden states of all pairs of block boundaries.
 
     ``folder`` gets ``analysis.json``, ``similarity.csv`` (metric,token_type,start,stop,value) and,
-    where matplotlib is installed, ``similarity.png``: all of it or nothing.
+    where matplotlib is installed, ``similarity.png``: all of it or nothing. What is not named here
+    is as in ``compress``.
 
     Args:
         model: any module with blocks, or its name.
         images: ``Images``, or whatever ``blockfit.images`` takes; labels are not used.
         folder: new or empty; nothing is written where ``None``.
-        blocks: dotted path of the list of blocks, where looking is not enough.
         seed: of the draw of patch tokens.
         overwrite: replace a folder that an analysis wrote.
-        preprocessing: as in ``compress``.
-        say: called with one line on what is being done.
-        progress: called with images done and images in all; or whether there is a bar.
         resume: a folder in which the sums are saved from time to time, and gone on from.
         max_memory: what the sums may take, as ``"2GB"`` or in bytes; more passes need less.
 

@@ -92,13 +92,7 @@ class Result:
         return frame(figure_rows(self.report, self.blocks.depth), ["figure"])
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw what is left of every block.
-
-        Args:
-            ax: matplotlib's axes; a new figure by default.
-
-        Returns:
-            The axes.
+        """Draw what is left of every block: ``plot`` of the plan; returns matplotlib's axes.
 
         Raises:
             BlockfitError: where matplotlib is not installed.
@@ -106,11 +100,7 @@ class Result:
         return self.plan.plot(self.blocks.depth, ax)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the model to a folder that ``blockfit.load`` reads.
-
-        Args:
-            folder: new or empty.
-            overwrite: replace what an earlier run wrote.
+        """``blockfit.save`` of it: write a new folder that ``blockfit.load`` reads.
 
         Raises:
             BlockfitError: where the folder is taken or cannot be written.
@@ -120,13 +110,7 @@ class Result:
     def push_to_hub(
         self, repository: str, *, private: bool = False, overwrite: bool = False, **card: Any
     ) -> str:
-        """Upload the model to the Hugging Face Hub.
-
-        Args:
-            repository: ``owner/name``.
-            private: visible to its owner only, where the repository is new.
-            overwrite: put the files into a repository that is there already.
-            card: ``base_model`` and ``license``, as in ``blockfit.push_to_hub``.
+        """``blockfit.push_to_hub`` of it; ``card`` are ``base_model`` and ``license``.
 
         Returns:
             The address of the repository.
@@ -138,11 +122,7 @@ class Result:
         return str(push(self, repository, private=private, overwrite=overwrite, **card))
 
     def evaluate(self, data: Any, **options: Any) -> Any:
-        """What the model is worth on images, as an ``Evaluation``.
-
-        Args:
-            data: ``Images``, or whatever ``blockfit.images`` takes.
-            options: of ``blockfit.evaluate``, such as ``against``, the original.
+        """``blockfit.evaluate`` of it, with all its options, such as ``against``, the original.
 
         Raises:
             BlockfitError: as ``blockfit.evaluate``.

@@ -228,12 +228,8 @@ class Frontier:
         Args:
             budget: what has to be reached; or one of the others.
             force: go by the loss that was measured instead of the bound.
-            remove: blocks that go, of sweeps over whole blocks.
-            params: the part of the parameters that may remain, such as ``"62%"``.
-            flops: the same of FLOPs.
-            latency: the same of the latency, of plans that were timed.
-            max_kl: largest KL divergence.
-            max_drop: largest loss of top-1, in points.
+            remove: of sweeps over whole blocks; this and the others as in ``blockfit.compress``.
+            latency: of plans that were timed.
 
         Raises:
             BlockfitError: where no plan meets it, or the sweep does not hold what it needs.
