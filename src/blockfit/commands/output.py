@@ -105,8 +105,8 @@ class Output:
         self._shown = self._console.is_terminal and not self.quiet and not logged
         self._in_lines = not (self._console.is_terminal or self.quiet or as_json or logged)
         self._bars = Bars(
-            SpinnerColumn(), _What(), BarColumn(bar_width=16),
-            _Count(lambda: self._bars.tasks[1]), _Clock(self._started, self._left),
+            SpinnerColumn(), _Column(_what), BarColumn(bar_width=16),
+            _Column(lambda _: _count(self._bars.tasks[1])), _Column(lambda _: self._clock()),
             console=self._console, transient=True, disable=not self._shown,
         )  # fmt: skip
         self._outlook: Outlook | None = None
@@ -120,6 +120,12 @@ class Output:
 
     def _left(self) -> float | None:
         return None if self._outlook is None else self._outlook.left_s
+
+    def _clock(self) -> str:
+        """The time since the command began, and what is left of the run."""
+        left = self._left()
+        more = "" if left is None else f", ~{told_time(left)} left"
+        return f"[{clock(self._started)}{more}]"
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Output]:
@@ -270,42 +276,29 @@ def told_time(seconds: float) -> str:
     return f"{hours}:{least:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class _Clock(ProgressColumn):
-    """The time since the command began, and what is left of the run."""
+class _Column(ProgressColumn):
+    """A text that a function makes of the task."""
 
-    def __init__(self, started: float, left: Callable[[], float | None]) -> None:
+    def __init__(self, text: Callable[[Task], str]) -> None:
         super().__init__()
-        self.started, self.left = started, left
+        self.text = text
 
     def render(self, task: Task) -> Text:
-        left = self.left()
-        more = "" if left is None else f", ~{told_time(left)} left"
-        return Text(f"[{clock(self.started)}{more}]")
+        return Text(self.text(task))
 
 
-class _What(ProgressColumn):
+def _what(task: Task) -> str:
     """What is done now, as far as there is room."""
-
-    def render(self, task: Task) -> Text:
-        whole = task.description
-        return Text(whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 1]}…")
+    whole = task.description
+    return whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 1]}…"
 
 
-class _Count(ProgressColumn):
-    """Done, all and rate of the present step, where there is a count."""
-
-    def __init__(self, step: Callable[[], Task]) -> None:
-        super().__init__()
-        self.step = step
-
-    def render(self, task: Task) -> Text:
-        task = self.step()
-        if task.total is None:
-            return Text("")
-        text = f"{task.completed:.0f}/{task.total:.0f}"
-        if task.speed:
-            text += f", {task.speed:.0f}/s"
-        return Text(text)
+def _count(task: Task) -> str:
+    """Done, all and rate of a step, where there is a count."""
+    if task.total is None:
+        return ""
+    rate = f", {task.speed:.0f}/s" if task.speed else ""
+    return f"{task.completed:.0f}/{task.total:.0f}{rate}"
 
 
 @contextlib.contextmanager
