@@ -522,7 +522,9 @@ def compare(
     prepared = preparing(loaded)
     entrants = {
         name: Entrant(
-            model, _images(data, prepared[name]), saved[name].blocks if name in saved else None
+            model,
+            prepared_images(data, prepared[name]),
+            saved[name].blocks if name in saved else None,
         )
         for name, model in loaded.items()
     }
@@ -892,12 +894,8 @@ def given_data(
     return pictures if texts is None else pairs(pictures, texts, model)
 
 
-def _images(images: Any, model: nn.Module | None) -> Images:
-    return prepared_images(images, model, None, 0)
-
-
 def _pictures(images: Any, saved: Saved) -> Images | None:
-    return None if images is None else _images(images, saved.model)
+    return None if images is None else prepared_images(images, saved.model)
 
 
 Result.verbs.update(save=save, push_to_hub=push_to_hub, evaluate=evaluate)

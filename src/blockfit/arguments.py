@@ -40,10 +40,6 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(function)
 
-    @functools.cache
-    def wanted() -> dict[str, Any]:
-        return typing.get_type_hints(function)
-
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
@@ -52,8 +48,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 inspect.Parameter.VAR_KEYWORD,
                 inspect.Parameter.VAR_POSITIONAL,
             )
-            if plain and name in wanted():
-                bound.arguments[name] = fitted(value, wanted()[name], name)
+            if plain and name in (wanted := _hints(function)):
+                bound.arguments[name] = fitted(value, wanted[name], name)
         return function(*bound.args, **bound.kwargs)
 
     return call

@@ -510,7 +510,7 @@ def images(
 
 
 def prepared_images(
-    images_: Any, model: nn.Module | None, preprocessing: Given | None, seed: int
+    images_: Any, model: nn.Module | None, preprocessing: Given | None = None, seed: int = 0
 ) -> Images:
     """``Images`` of whatever a verb was given.
 

@@ -79,7 +79,7 @@ def test_hidden_states_are_the_models_own_however_little_memory_there_is(
 def test_rows_begin_with_the_original_and_hold_points_of_change() -> None:
     model = small_vit()
     lab = lab_of(model)
-    solution = lab.solved(Span(1, 4), "identity", lab.moments())
+    solution = lab.solved(Span(1, 4), "identity", lab.moments)
     known = {"removed": 3, "spans": "1:4", "map": "identity", "mse": 0.5}
     whole, row = lab.judged([(known, solution)])
     assert whole["map"] == "original"
@@ -97,8 +97,7 @@ def test_candidates_are_judged_in_groups_that_fit_into_memory(
     lines: list[str] = []
     lab.say = lines.append
     solved = [
-        ({"removed": len(span)}, lab.solved(span, "linear", lab.moments()))
-        for span in lab.spans[:5]
+        ({"removed": len(span)}, lab.solved(span, "linear", lab.moments)) for span in lab.spans[:5]
     ]
     together = lab.judged(iter(solved))
     assert lines.count("judging 5 models on 32 test images") == 1

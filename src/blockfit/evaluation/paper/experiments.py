@@ -99,7 +99,7 @@ def spans(lab: Lab) -> list[Row]:
     return lab.judged(
         (
             _known(span, "linear", mse=lab.distance(span), chosen=span in nearest),
-            lab.solved(span, "linear", lab.moments()),
+            lab.solved(span, "linear", lab.moments),
         )
         for span in sorted({*chosen, *nearest}, key=lambda s: (len(s), s.start))
     )
@@ -116,7 +116,7 @@ def _several(lab: Lab) -> Iterator[Candidate]:
     for removed in range(2, lab.settings.longest + 1):
         one = lab.nearest(removed)
         known = _known(one, "linear", fitted="apart", mse=costs[one])
-        yield known, lab.solved(one, "linear", lab.moments())
+        yield known, lab.solved(one, "linear", lab.moments)
         sets = cheapest(lab.blocks.depth, removed, costs, lab.settings.sets + 1)
         for chosen in [spans for spans in sets if len(spans) > 1][: lab.settings.sets]:
             words = ", ".join(map(str, chosen))
@@ -136,7 +136,7 @@ def _translators(lab: Lab) -> Iterator[Candidate]:
     settings = lab.settings
     for span, x, y in lab.states(lab.calibration(), lab.compared()):
         for kind in ("identity", "linear", "affine"):
-            solution = lab.solved(span, kind, lab.moments())
+            solution = lab.solved(span, kind, lab.moments)
             yield _worth(span, kind, False, solution.maps[0], x, y), solution
         for kind in TRAINED:
             lab.say(f"training {kind} for span {span}")
@@ -199,13 +199,13 @@ def _transfer(lab: Lab) -> Iterator[Candidate]:
     spans, settings = lab.compared(), lab.settings
     for source, draw in {OWN: lab.draw, **lab.transfers}.items():
         images = draw(settings.calibration, settings.seed)
-        moments = lab.moments() if source == OWN else lab.calibrated(images, spans)
+        moments = lab.moments if source == OWN else lab.calibrated(images, spans)
         for span in spans:
             known = _known(span, "linear", source=source, images=len(images))
             yield known, lab.solved(span, "linear", moments)
     for span in spans:
         known = _known(span, "identity", source="none", images=0)
-        yield known, lab.solved(span, "identity", lab.moments())
+        yield known, lab.solved(span, "identity", lab.moments)
 
 
 @experiment("Mean over seeds", "seeds")
@@ -215,7 +215,7 @@ def seeds(lab: Lab) -> list[Row]:
     runs = []
     for number in range(lab.settings.seeds):
         seed = lab.settings.seed + number
-        moments = lab.moments()
+        moments = lab.moments
         if number:
             moments = lab.calibrated(lab.draw(lab.settings.calibration, seed), spans)
         solved = [(_known(s, "linear"), lab.solved(s, "linear", moments)) for s in spans]
@@ -244,10 +244,10 @@ def _with(span: Span, module: nn.Module) -> Solution:
 def _many(lab: Lab, chosen: Sequence[Span], refit: bool) -> Solution:
     plan = Plan.of(chosen, "linear")
     if not refit:
-        maps = tuple(fit_map(entry, lab.moments(), 0.0) for entry in plan)
+        maps = tuple(fit_map(entry, lab.moments, 0.0) for entry in plan)
         return Solution(plan, maps)
     lab.say(f"fitting {plan} in turn")
-    return solve(lab.originals(), plan, Options(ridge=0.0, refit=True, repair="none"))
+    return solve(lab.originals, plan, Options(ridge=0.0, refit=True, repair="none"))
 
 
 def _worth(

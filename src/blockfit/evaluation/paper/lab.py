@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -109,8 +110,6 @@ class Lab:
     transfers: Mapping[str, Draw] = field(default_factory=dict)
     say: Say = silent
     progress: Progress = silent
-    _moments: Moments | None = None
-    _originals: TracedImages | None = None
 
     @property
     def device(self) -> torch.device:
@@ -126,29 +125,25 @@ class Lab:
         """The calibration images of the first seed."""
         return self.draw(self.settings.calibration, self.settings.seed)
 
+    @cached_property
     def moments(self) -> Moments:
-        """Moments of all spans on the calibration images, all tokens; taken once."""
-        if self._moments is None:
-            self._moments = self.calibrated(self.calibration(), self.spans)
-        return self._moments
+        """Moments of all spans on the calibration images, all tokens."""
+        return self.calibrated(self.calibration(), self.spans)
 
     def calibrated(self, images: Images, spans: Sequence[Span]) -> Moments:
         """Moments of some spans on some images, from all tokens."""
         self.say(f"moments of {len(spans)} spans on {len(images)} images")
         return calibrate(self.model, self.blocks, images, spans, progress=self.progress)
 
+    @cached_property
     def originals(self) -> TracedImages:
-        """The original on the calibration images, for refits; run once."""
-        if self._originals is None:
-            self.say("original model on the calibration images")
-            self._originals = TracedImages.of(
-                self.model, self.blocks, self.calibration(), progress=self.progress
-            )
-        return self._originals
+        """The original on the calibration images, for refits."""
+        self.say("original model on the calibration images")
+        return TracedImages.of(self.model, self.blocks, self.calibration(), progress=self.progress)
 
     def distance(self, span: Span) -> float:
         """The paper's similarity: mean squared difference between h[start] and h[stop]."""
-        return identity_error(self.moments().regression(span)) / self.blocks.width
+        return identity_error(self.moments.regression(span)) / self.blocks.width
 
     def nearest(self, length: int) -> Span:
         """The span of this length that the paper's similarity chooses."""
