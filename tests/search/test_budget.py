@@ -206,7 +206,8 @@ def test_flops_of_models_that_look_at_values_are_those_of_their_products(kind: A
         Sizes(m, small_blocks(plain), small_pictures(4)) for m in (model, plain)
     )  # fmt: skip
     assert (sizes.flops, sizes.of(plan)) == (expected.flops, expected.of(plan))
-    assert sizes.fractions(plan) == expected.fractions(plan)
+    for size in ("params", "flops"):
+        assert sizes.fraction(plan, size) == expected.fraction(plan, size)
     assert sizes.warnings() == []
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -217,5 +218,6 @@ def test_flops_that_cannot_be_counted_are_unknown() -> None:
     sizes = Sizes(model, small_blocks(model), small_pictures(4))
     parameters, flops = sizes.of(plan)
     assert (sizes.flops, flops) == (None, None)
-    assert sizes.fractions(plan) == {"removed": 2.0, "params": parameters / sizes.parameters}
+    assert sizes.fraction(plan, "params") == parameters / sizes.parameters
+    assert sizes.fraction(plan, "flops") is None
     assert "FLOPs are unknown" in sizes.warnings()[0]
