@@ -96,7 +96,7 @@ def without(
         c for c in session.cuts.curves if not (c.whole.block == index and c.whole.part in parts)
     ]
     spans = [
-        Priced(p.replacements[0], e, 1 - session.sizes.fractions(p)["params"])
+        Priced(p.replacements[0], e, 1 - session.sizes.known_fraction(p, "params"))
         for p, e in session.cuts.spans
         if index not in p.removed_blocks
     ]
