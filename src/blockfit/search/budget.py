@@ -132,6 +132,7 @@ class Sizes:
             self.flops = self._count(self._bare)
             if self.flops is not None:
                 break
+        self._tensors = {id(tensor): tensor for tensor in every_tensor(self._bare)}
         self._savings: dict[str, list[float] | None] = {}
         self._parameters: dict[Plan, int] = {}
         self._flops: dict[Plan, int | None] = {}
@@ -177,7 +178,7 @@ class Sizes:
     def _built(self, plan: Plan) -> nn.Module:
         """A model with the plan in it; the tensors, and blocks that nothing cuts, are the bare
         model's own."""
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in every_tensor(self._bare)}
+        memo: dict[int, Any] = dict(self._tensors)
         modules = block_modules(self._bare, self.blocks)
         parts = [id(part) for block in modules for part in block.modules()]
         if len(set(parts)) == len(parts):  # no block shares a layer with another
