@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from families import FAMILIES
@@ -172,7 +171,7 @@ def test_both_towers_are_narrowed_saved_and_loaded_to_the_same_bits_elsewhere(
         "one, other = out[:2] if isinstance(out, tuple) else (out.image_embeds, out.text_embeds)\n"
         "save_file({'images': one.contiguous(), 'texts': other.contiguous()}, 'outputs')\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    fresh.python("-c", code, cwd=tmp_path)
     found = load_file(tmp_path / "outputs")
     images, texts = embeddings(result.model, inputs)
     assert torch.equal(found["images"], images)

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -65,15 +65,8 @@ def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[T
         save_file({"images": images}, traffic / f"{kind}.safetensors")
         before[kind] = output(model, images)
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    arguments = [str(folders), str(torch.get_num_threads()), str(traffic)]
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_ALL, *arguments],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = (folders, torch.get_num_threads(), traffic)
+    fresh.python("-c", LOAD_ALL, *arguments, env={**os.environ, "PYTHONPATH": paths})
     return {
         kind: (out, load_file(traffic / f"{kind}.out.safetensors")["out"])
         for kind, out in before.items()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from families import FAMILIES
@@ -151,13 +151,8 @@ save(sys.argv[1] + "/small", model, blocks, PLAN, source=source, report={})
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL on Windows")
 def test_a_killed_run_leaves_no_folder_that_loads(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = fresh.python("-c", KILLED, tmp_path, env=environment, check=False)
     assert done.returncode == -9, done.stderr
     left = list(tmp_path.iterdir())
     assert len(left) == 1

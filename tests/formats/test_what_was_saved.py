@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from exporting import MAPS
@@ -337,7 +336,7 @@ assert torch.equal(out, expected)
 def test_a_fresh_process_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     model, images = saved(tmp_path / "small", name), FAMILIES[name].images()
     save_file({"images": images, "out": output(model, images)}, tmp_path / "traffic")
-    subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], check=True)
+    fresh.python("-c", FRESH, tmp_path)
 
 
 @pytest.mark.parametrize("budget", [{"spans": ["1:2"]}, {"params": 0.8}], ids=str)

@@ -24,7 +24,7 @@ import time
 import types
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,13 @@ BUDGETS: tuple[dict[str, Any], ...] = (
 
 _LEFT_ALONE = frozenset((*nn.Module().__dict__, "blockfit_source"))
 
-READER = (sys.executable,)
+
+def new_python(*arguments: object) -> object:
+    """Run Python with these arguments."""
+    return subprocess.run([sys.executable, *map(str, arguments)], check=True)
+
+
+READER: Callable[..., object] = new_python
 """What runs this file to load what was saved."""
 
 TRIES = 100
@@ -233,7 +239,7 @@ def fresh(cases: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
     """What a new process says of the folders."""
     listed = folder / "cases.json"
     listed.write_text(json.dumps(cases))
-    subprocess.run([*READER, __file__, "--read", str(listed)], check=True)
+    READER(__file__, "--read", listed)
     return [tuple(row) for row in json.loads(listed.with_suffix(".read").read_text())]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from families import one_thread  # noqa: F401
@@ -23,6 +24,11 @@ def test_what_was_saved_is_what_another_process_loads(
     assert tally["equal"] + tally["own"] + tally["refused"] == len(few)
 
 
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("round_trips.READER", fresh.python)
+
+
 def test_a_loader_that_gives_another_model_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,7 +44,7 @@ def test_a_loader_that_gives_another_model_is_seen(
         "blockfit.load = loses\n"
         "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
     )
-    monkeypatch.setattr("round_trips.READER", (sys.executable, str(wrong)))
+    monkeypatch.setattr("round_trips.READER", functools.partial(fresh.python, wrong))
     assert round_trips(["timm-vit"], 0, None, tmp_path)["fault"] == 1
     assert "fault: timm-vit" in capsys.readouterr().err
 

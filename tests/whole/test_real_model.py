@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from safetensors import safe_open
@@ -54,7 +53,7 @@ def test_three_blocks_go_at_a_small_loss_and_the_folder_says_so(model, images, t
         "    torch.save(model(torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])\n"
     )
     paths = [str(tmp_path / name) for name in ("small", "batch.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", code, *paths], check=True)
+    fresh.python("-c", code, *paths)
     again = torch.load(tmp_path / "logits.pt", weights_only=True)
     with torch.no_grad():
         assert torch.equal(result.model(batch).logits, again)
@@ -82,10 +81,10 @@ def test_hidden_states_keep_their_number(model, images):
 
 
 def test_the_command_line_prints_one_json_object(shared_model, cifar10_train, tmp_path):
-    command = [sys.executable, "-m", "blockfit", "compress", str(shared_model), "--json"]
-    command += ["--images", str(cifar10_train), "--limit", "40", "--span", "9:11"]
-    command += ["--map", "linear", "-o", str(tmp_path / "small")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = fresh.python(
+        "-m", "blockfit", "compress", shared_model, "--json", "--images", cifar10_train,
+        "--limit", 40, "--span", "9:11", "--map", "linear", "-o", tmp_path / "small",
+    )  # fmt: skip
     said = json.loads(done.stdout)
     assert said["plan"] == [{"start": 9, "stop": 11, "map": "linear"}]
     assert said["removed_blocks"] == 2
