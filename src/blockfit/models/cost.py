@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -90,25 +90,27 @@ class _Counter(TorchDispatchMode):
     """Adds torch's formulas up, as its own counter does, which also asks every module for its
     share and takes twice as long."""
 
-    def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry
+    whole: ClassVar[set[Any]] = {torch.ops.prim.device.default}
+    """Operations that are not made of others."""
 
-        super().__init__()
-        self.total, self._formulas = 0, flop_registry
-        self._whole: set[Any] = {torch.ops.prim.device.default}
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.total = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        from torch.utils.flop_counter import flop_registry
+
         named = kwargs or {}
-        if func not in self._whole:
+        if func not in self.whole:
             with self:
                 out = func.decompose(*args, **named)
             if out is not NotImplemented:
                 return out
-            self._whole.add(func)  # is not made of other operations
+            self.whole.add(func)
         out = func(*args, **named)
-        formula = self._formulas.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += int(formula(*args, **named, out_val=out))
         return out

@@ -155,14 +155,21 @@ def _embeddings(tower: Callable[..., Any], inputs: Batch) -> Any:
 @contextmanager
 def same_draws(model: nn.Module) -> Iterator[None]:
     """Random numbers as after a fixed seed; the random state comes back after."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    devices = _gpus(model)
+    with torch.random.fork_rng(devices=devices):
         # Not torch.manual_seed: it would also seed devices whose state is not brought back.
         torch.default_generator.manual_seed(0)
         for device in devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(0)
         yield
+
+
+def _gpus(model: nn.Module) -> list[torch.device]:
+    """Where its parameters lie on GPUs; where none is in use, they are not looked through."""
+    if not torch.cuda.is_initialized():
+        return []
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
 def placed(model: nn.Module, inputs: Batch) -> Batch:
@@ -250,15 +257,16 @@ def image_tensor(inputs: Batch) -> Tensor:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for the duration; every module's mode and the random state come back after."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=_gpus(model)):
         try:
-            for module, _ in modes:
-                module.training = False
+            for module, mode in modes:
+                if mode:
+                    module.training = False
             yield
         finally:
             for module, mode in modes:
-                module.training = mode
+                if module.training != mode:
+                    module.training = mode
 
 
 def block_class(module: nn.Module) -> type[nn.Module]:
