@@ -88,31 +88,44 @@ def test_cached_weights_need_no_hub(
 
 LOAD = """
 import sys, torch, timm, transformers
+from blockfit.data.images import images
 from blockfit.errors import BlockfitError
 from blockfit.models.load import load_model
-for name in ("nobody/nothing", "timm/vit_tiny_patch16_224"):
+def load(name):
+    return load_model(name, cache_dir=sys.argv[1])
+for get, name in (
+    (load, "nobody/nothing"), (load, "timm/vit_tiny_patch16_224"), (images, "nobody/nothing")
+):
     try:
-        load_model(name, cache_dir=sys.argv[1])
+        get(name)
     except BlockfitError as error:
         print(error)
 """
 
 
-def test_loading_by_name_fails_in_one_sentence_and_without_retries(tmp_path: object) -> None:
-    """In a process of its own: the libraries read their environment when they are imported."""
-    pytest.importorskip("timm")
-    pytest.importorskip("transformers")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": NOBODY, "no_proxy": "*"}
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What is said of two models and of a data set that cannot be had.
+
+    In a process of its own: the libraries read their environment when they are imported.
+    """
+    for name in ("timm", "transformers", "datasets"):
+        pytest.importorskip(name)
+    online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "no_proxy": "*"}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path)],
-        env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", LOAD, str(tmp_path_factory.mktemp("cache"))],
+        env={**os.environ, **online, "HF_ENDPOINT": NOBODY},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2
-    assert "hf download nobody/nothing --local-dir FOLDER" in lines[0]
-    assert "hf download timm/vit_tiny_patch16_224" in lines[1]
     assert "Retrying" not in done.stderr
+    assert done.stdout.count("\n") == 3
+    return done.stdout.splitlines()
+
+
+def test_loading_by_name_fails_in_one_sentence_and_without_retries(answers: list[str]) -> None:
+    assert "hf download nobody/nothing --local-dir FOLDER" in answers[0]
+    assert "hf download timm/vit_tiny_patch16_224" in answers[1]
 
 
 def test_a_data_set_by_name_is_looked_for_in_the_cache_alone(
@@ -133,25 +146,6 @@ def test_a_data_set_by_name_is_looked_for_in_the_cache_alone(
     assert datasets.config.HF_HUB_OFFLINE is False
 
 
-LOAD_DATA = """
-from blockfit.data.images import images
-from blockfit.errors import BlockfitError
-try:
-    images("nobody/nothing")
-except BlockfitError as error:
-    print(error)
-"""
-
-
-def test_a_data_set_that_cannot_be_had_is_one_sentence_without_retries() -> None:
-    pytest.importorskip("datasets")
-    online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "no_proxy": "*"}
-    environment = {**os.environ, **online, "HF_ENDPOINT": NOBODY}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_DATA],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "the Hub does not answer" in done.stdout
-    assert "hf download nobody/nothing --repo-type dataset" in done.stdout
-    assert "Retrying" not in done.stderr
+def test_a_data_set_that_cannot_be_had_is_one_sentence_without_retries(answers: list[str]) -> None:
+    assert "the Hub does not answer" in answers[2]
+    assert "hf download nobody/nothing --repo-type dataset" in answers[2]
