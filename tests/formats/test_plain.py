@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commandline import blockfit_command
-from exporting import elsewhere, environment, output, prepared, saved, uniform
+from exporting import alone, elsewhere, environment, output, prepared, saved, uniform
 from families import EXPORTED, FAMILIES, POOLED_BY_AN_MLP
 from families import one_thread as one_thread
 from PIL import Image
@@ -172,14 +172,12 @@ def test_fewer_blocks_and_narrower_mlps_at_a_time(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["vit-classifier", "torchvision-vit", "open_clip"])
-def test_a_narrower_model_loads_where_blockfit_is_not(
-    name: str, tmp_path: Path, python: Path
-) -> None:
+def test_a_narrower_model_loads_where_blockfit_is_not(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     small = uniform(name, 0.5, (), prepared(family.image))
     done = export_plain(small, tmp_path / "plain")
     pictures = family.images(4, seed=9)
-    found = elsewhere(python, done.folder, pictures, tmp_path)
+    found = alone(done.folder, pictures, tmp_path)
     torch.testing.assert_close(found, told(name, small.model, pictures), rtol=1e-5, atol=1e-5)
 
 

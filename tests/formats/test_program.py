@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commandline import blockfit_command
-from exporting import MAPS, elsewhere, environment, nearly_empty, output, prepared, saved
+from exporting import MAPS, alone, elsewhere, environment, nearly_empty, output, prepared, saved
 from families import EXPORTED, FAMILIES
 from families import one_thread as one_thread
 from families_plain import PLAIN, PlainViT
@@ -55,7 +55,7 @@ def test_narrowed_blocks_run_where_blockfit_is_not(name: str, tmp_path: Path) ->
     assert small.plan.narrowings
     done = export_program(small, tmp_path / "small.pt2")
     images = FAMILIES[name].images(5, seed=9)
-    found = elsewhere(environment(tmp_path / "env"), done.path, images, tmp_path)
+    found = alone(done.path, images, tmp_path)
     assert torch.allclose(found, output(small.model, images), atol=1e-5)
 
 

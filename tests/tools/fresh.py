@@ -7,6 +7,7 @@ libraries read when they are imported, start Python instead.
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import random
@@ -39,6 +40,7 @@ def python(
     cwd: Path | None = None,
     check: bool = True,
     timeout_s: float = 280.0,
+    alone: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """What ``subprocess.run`` returns for Python with these arguments.
 
@@ -48,12 +50,15 @@ def python(
         cwd: where it runs; here where ``None``.
         check: raise where it does not end with 0, as ``subprocess.run`` does.
         timeout_s: seconds after which it is killed.
+        alone: without blockfit, which cannot be imported, and without what is beside the tests.
     """
     words = [str(word) for word in arguments]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "out", Path(folder) / "err"]
         told = (words, dict(os.environ if env is None else env), str(cwd or Path.cwd()))
-        process = _CONTEXT.Process(target=_child, args=(*told, [str(file) for file in files]))
+        process = _CONTEXT.Process(
+            target=_child, args=(*told, [str(file) for file in files], alone)
+        )
         with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):
             process.start()
         process.join(timeout_s)
@@ -69,7 +74,11 @@ def python(
 
 
 def _child(
-    words: Sequence[str], environment: Mapping[str, str], cwd: str, files: Sequence[str]
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    cwd: str,
+    files: Sequence[str],
+    alone: bool,
 ) -> None:
     assert "blockfit" not in sys.modules
     for number, file in enumerate(files, 1):
@@ -82,6 +91,8 @@ def _child(
     kind, *rest = words
     first = "" if kind in ("-c", "-m") else str(Path(kind).resolve().parent)
     sys.path[:] = [first, *paths, *(path for path in sys.path if path not in ("", first))]
+    if alone:
+        _forget_blockfit()
     if kind == "-c":
         sys.argv = ["-c", *rest[1:]]
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
@@ -91,3 +102,11 @@ def _child(
     else:
         sys.argv = list(words)
         runpy.run_path(kind, run_name="__main__")
+
+
+def _forget_blockfit() -> None:
+    """Leave Python's own folders and what is installed; no editable install of blockfit."""
+    own = (sys.prefix, sys.base_prefix)
+    sys.path[:] = [path for path in sys.path if path.startswith(own)]
+    importlib.invalidate_caches()
+    assert importlib.util.find_spec("blockfit") is None
