@@ -28,7 +28,10 @@ pytest.importorskip("onnxruntime")
 def test_onnxruntime_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
     """Of any number of images; of hand-written models that count theirs, of as many."""
     small, counted = nearly_empty(name), name in PLAIN
-    done = export_onnx(small, tmp_path / "small.onnx", batch=4 if counted else None)
+    size = tuple(FAMILIES[name].images(1).shape[-2:])
+    done = export_onnx(
+        small, tmp_path / "small.onnx", batch=4 if counted else None, resolution=Resolution(size)
+    )
     session = Session(done.path)
     for count in (4,) if counted else (1, 3, 8):
         images = FAMILIES[name].images(count, seed=count)
