@@ -24,6 +24,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+
 @pytest.mark.parametrize("name", EXPORTED["ONNX"])
 def test_onnxruntime_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
     """Of any number of images; of hand-written models that count theirs, of as many."""

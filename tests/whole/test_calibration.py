@@ -159,3 +159,19 @@ def test_sweeps_and_analyses_take_a_function_that_prepares_images(tmp_path: Path
         blockfit.analyze(model, small_images(16), preprocessing=prepare)
     with pytest.raises(blockfit.BlockfitError, match="have their preprocessing already"):
         blockfit.sweep(model, small_images(16), tmp_path / "third", preprocessing=prepare, **how)
+
+
+def test_a_model_in_training_is_compressed_as_in_eval_mode() -> None:
+    """timm and training leave models so: what a dropout hides looked like what can be cut."""
+    model = small_vit(depth=3)
+    for block in model.blocks:
+        block.mlp.wide = torch.nn.Sequential(torch.nn.Dropout(0.5), block.mlp.wide)
+        block.attention.out = torch.nn.Sequential(block.attention.out, torch.nn.Dropout(0.5))
+    how = {"params": 0.9, "final": 0}
+    expected = blockfit.compress(model, small_images(24), **how)
+    trained = blockfit.compress(model.train(), small_images(24), **how)
+    assert model.training
+    assert trained.model.training
+    assert trained.plan == expected.plan
+    assert expected.plan.narrowings
+    assert same(trained.model, expected.model)

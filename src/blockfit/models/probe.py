@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockfit.models.blocks import Batch, Blocks, block_modules
-from blockfit.models.forward import first_images
+from blockfit.models.forward import evaluating, first_images
 from blockfit.models.parts import Parts, find_parts
 from blockfit.models.residual import (
     Skip,
@@ -35,17 +35,18 @@ def shared_parameters(model: nn.Module, blocks: Iterable[nn.Module]) -> frozense
 
 
 class Probe:
-    """Looks into every block at most once, at the first question about it.
+    """Looks into every block at most once, at the first question about it, in eval mode.
 
     Args:
-        model: in eval mode, as it is when the questions are asked.
+        model: in any mode, which stays.
         inputs: a batch; its first ``PROBE_IMAGES`` images are run.
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks, inputs: Batch) -> None:
         self._modules, self._blocks = block_modules(model, blocks), blocks
         few = first_images(inputs, PROBE_IMAGES)
-        self._trace = trace(model, blocks, few, range(blocks.depth))
+        with evaluating(model):
+            self._trace = trace(model, blocks, few, range(blocks.depth))
         self._writers: dict[int, list[Writer]] = {}
         self._parts: dict[int, Parts] = {}
         self._bare: dict[int, bool] = {}
@@ -64,7 +65,8 @@ class Probe:
             block, hidden = self._modules[index], self._trace.states[index]
             run = self._trace.runner(block, index)
             find = find_placed_writers if self._blocks.stages else find_writers
-            self._writers[index] = find(block, run, hidden, self._shared)
+            with evaluating(block):
+                self._writers[index] = find(block, run, hidden, self._shared)
         return self._writers[index]
 
     def parts(self, index: int) -> Parts:
@@ -73,7 +75,8 @@ class Probe:
             block, hidden = self._modules[index], self._trace.states[index]
             run = self._trace.runner(block, index)
             writers = self.writers(index)
-            self._parts[index] = find_parts(block, index, writers, run, hidden, self._shared)
+            with evaluating(block):
+                self._parts[index] = find_parts(block, index, writers, run, hidden, self._shared)
         return self._parts[index]
 
     def tokens(self, index: int) -> int:
@@ -84,7 +87,8 @@ class Probe:
             block, hidden = self._modules[index], self._trace.states[index]
             writer = self.writers(index)[-1]
             run = self._trace.runner(block, index)
-            read = input_of(block, writer.name, run, hidden)
+            with evaluating(block):
+                read = input_of(block, writer.name, run, hidden)
             self._tokens[index] = writer.rows(read, len(hidden)).shape[1]
         return self._tokens[index]
 
@@ -97,7 +101,8 @@ class Probe:
             return False
         if index not in self._bare:
             block, hidden = self._modules[index], self._trace.states[index]
-            with written(block, {writer.name: 0.0 for writer in self.writers(index)}):
+            silent = {writer.name: 0.0 for writer in self.writers(index)}
+            with evaluating(block), written(block, silent):
                 self._bare[index] = torch.equal(self._trace.run(block, index, hidden), hidden)
         return self._bare[index]
 
@@ -108,6 +113,8 @@ class Probe:
             if len(writers) == 2 and self.bare(index):
                 block, hidden = self._modules[index], self._trace.states[index]
                 pair = (writers[0], writers[1])
-                attention = find_attention(block, pair, self._trace.runner(block, index), hidden)
+                run = self._trace.runner(block, index)
+                with evaluating(block):
+                    attention = find_attention(block, pair, run, hidden)
             self._skips[index] = attention
         return self._skips[index]
