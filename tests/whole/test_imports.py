@@ -82,7 +82,10 @@ def test_completion_loads_nothing_slow(words: str) -> None:
 
 @pytest.mark.parametrize("module", ["blockfit", "blockfit.commands.app"])
 def test_the_import_takes_a_fraction_of_what_torch_takes(module: str) -> None:
-    pairs = [(_seconds(module), _seconds("torch")) for _ in range(3)]
+    """Once is enough; a busy machine gets three tries."""
+    pairs: list[tuple[float, float]] = []
+    while len(pairs) < 3 and not any(ours < OF_TORCH * theirs for ours, theirs in pairs):
+        pairs.append((_seconds(module), _seconds("torch")))
     assert min(ours / theirs for ours, theirs in pairs) < OF_TORCH, pairs
 
 
