@@ -213,11 +213,11 @@ def _parameter(like: Tensor, value: Tensor) -> nn.Parameter:
 
 
 def _plain(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer = nn.Linear.__new__(nn.Linear)  # whose __init__ would draw weights
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = weight.shape[1], weight.shape[0]
     layer.weight = weight
-    if bias is not None:
-        layer.bias = bias
+    layer.register_parameter("bias", bias)
     return layer
 
 
