@@ -7,9 +7,11 @@ import inspect
 import numbers
 import operator
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
@@ -50,9 +52,24 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             )
             if plain and name in (wanted := _hints(function)):
                 bound.arguments[name] = fitted(value, wanted[name], name)
-        return function(*bound.args, **bound.kwargs)
+        with _outside_inference():
+            return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _outside_inference() -> AbstractContextManager[Any]:
+    """What is made under ``torch.inference_mode`` could never be trained: only gradients are off.
+
+    Nothing else imports torch here: where it is not there yet, no mode of it is on.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    both = ExitStack()
+    both.enter_context(torch.inference_mode(False))
+    both.enter_context(torch.no_grad())
+    return both
 
 
 def check_fields(values: Any) -> None:

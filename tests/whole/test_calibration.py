@@ -175,3 +175,15 @@ def test_a_model_in_training_is_compressed_as_in_eval_mode() -> None:
     assert trained.plan == expected.plan
     assert expected.plan.narrowings
     assert same(trained.model, expected.model)
+
+
+def test_what_is_made_in_inference_mode_can_be_trained() -> None:
+    model = small_vit(depth=3)
+    with torch.inference_mode():
+        pictures = small_pictures(24)
+        small = blockfit.compress(model, pictures, params=0.9, final=0).model
+        assert torch.is_inference_mode_enabled()
+    expected = blockfit.compress(model, small_images(24), params=0.9, final=0).model
+    assert same(small, expected)
+    small(small_pictures(2)).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
