@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ def test_lines_of_a_file_are_texts_and_empty_ones_are_named(tmp_path: Path) -> N
     assert told["left_out"] == {"line 2": "empty", "line 4": "empty"}
     shapes = [batch["input_ids"].shape for batch in found if isinstance(batch, Mapping)]
     assert shapes == [(2, 5), (1, 4)]
+
+
+def test_arrays_and_columns_of_texts_are_lists_of_them() -> None:
+    pandas = pytest.importorskip("pandas")
+    expected = [batch.names for batch in blockfit.texts(LINES, letters).batches()]
+    for source in (np.array(LINES), pandas.Series(LINES), pandas.DataFrame({"a": LINES})["a"]):
+        found = blockfit.texts(source, letters)
+        assert [batch.names for batch in found.batches()] == expected
 
 
 def test_a_limit_draws_with_the_seed() -> None:

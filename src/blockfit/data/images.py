@@ -27,7 +27,15 @@ from blockfit.data.decode import Unreadable, decode
 from blockfit.data.labels import Matching, match
 from blockfit.data.loaders import Stream, stream_of
 from blockfit.data.paths import from_files, from_path
-from blockfit.data.records import Columns, Records, from_arrays, from_digits, from_items, paired
+from blockfit.data.records import (
+    Columns,
+    Records,
+    from_arrays,
+    from_digits,
+    from_items,
+    paired,
+    unboxed,
+)
 from blockfit.data.streams import from_stream, from_transformed, is_streamed, is_transformed
 from blockfit.data.tables import from_dataset, one_split
 from blockfit.errors import BlockfitError
@@ -550,7 +558,7 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
 
 def _records(source: Any, asked: Columns, limit: int | None, seed: int) -> Records | Stream:
     kind = type(source).__name__
-    source = tuple(map(_unboxed, source)) if type(source) is tuple else _unboxed(source)
+    source = tuple(map(unboxed, source)) if type(source) is tuple else unboxed(source)
     if isinstance(source, str) and source in ("digits", "digits:test"):
         return from_digits(source)
     if isinstance(source, str | Path):
@@ -575,12 +583,6 @@ def _records(source: Any, asked: Columns, limit: int | None, seed: int) -> Recor
     if isinstance(source, Sequence) and source and isinstance(source[0], str | Path):
         return from_files(source, asked)
     return stream_of(source) or from_items(source, kind, asked)
-
-
-def _unboxed(source: Any) -> Any:
-    """Names or pictures in an array of NumPy's or a column of pandas' as a list."""
-    texts = getattr(getattr(source, "dtype", None), "kind", "") in ("O", "U", "T")
-    return source.tolist() if texts else source
 
 
 def _prepare(

@@ -269,6 +269,12 @@ def numbered(
     return [None if label is None else number[label] for label in known], names
 
 
+def unboxed(source: Any) -> Any:
+    """Texts or pictures in an array of NumPy's or a column of pandas' as a list."""
+    texts = getattr(getattr(source, "dtype", None), "kind", "") in ("O", "U", "T")
+    return source.tolist() if texts else source
+
+
 def _split_item(item: Any, image_key: str | None, label_key: str | None) -> tuple[Any, Any]:
     """One item of a data set as picture and label (or ``None``)."""
     if isinstance(item, Mapping):

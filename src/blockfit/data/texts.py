@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from blockfit.arguments import checked
 from blockfit.data.images import Beside, Images, images
 from blockfit.data.loaders import Stream
+from blockfit.data.records import unboxed
 from blockfit.data.tables import load_dataset, one_split
 from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models.forward import image_name, takes_texts
@@ -227,6 +228,7 @@ def _check(tokenize: Tokenize, few: Sequence[str]) -> None:
 
 
 def _read(source: Any, column: str | None, split: str | None) -> Texts:
+    source = unboxed(source)
     if isinstance(source, str | Path):
         file = Path(source).expanduser()
         if file.is_file() and file.suffix.lower() not in TABLES:
