@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from blockfit.data.images import images
 from blockfit.errors import BlockfitError, BlockfitWarning
+from blockfit.models.demo import load_demo
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 1), (5, 6, 7, 3)], ids=str)
@@ -151,3 +152,9 @@ def test_text_batches_pass_through_whole() -> None:
     tokens = [{"input_ids": torch.ones(2, 5, dtype=torch.long) * i} for i in range(3)]
     found = list(images(Batches(*tokens), limit=3))
     assert sum(len(batch["input_ids"]) for batch in found) == 3  # type: ignore[index]
+
+
+def test_what_was_given_is_called_by_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    with pytest.raises(BlockfitError, match="1 or more of 1 images of pictures and labels cannot"):
+        next(iter(images(([tmp_path / "0.png"], [0]), load_demo())))

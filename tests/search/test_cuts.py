@@ -133,6 +133,8 @@ def test_a_size_that_nothing_has_is_refused_before_effects_are_measured(
 def test_an_impossible_budget_is_refused_with_what_remains(images: Any, model: Any) -> None:
     with pytest.raises(blockfit.BlockfitError, match=r"cannot be reached.*% remains"):
         blockfit.compress(model, images, params=0.01, cuts="keys")
+    with pytest.raises(blockfit.BlockfitError, match=r"or give less than multiple_of=1000$"):
+        blockfit.compress(model, images, params=0.7, cuts="mlp", multiple_of=1000)
 
 
 def test_a_budget_of_loss_goes_as_far_as_its_bound_allows(model: Any, images: Any) -> None:

@@ -235,8 +235,14 @@ class CutSearch:
         if least > share.value:
             raise BlockfitError(
                 f"{share.kind} {share.value:.1%} cannot be reached: with all gone that may go, "
-                f"more than {least:.1%} remains; ask for more, or allow more kinds of cuts"
+                f"more than {least:.1%} remains; {self._advice}"
             )
+
+    @property
+    def _advice(self) -> str:
+        """What to change where a size cannot be reached."""
+        widths = f", or give less than multiple_of={self._multiple}" if self._multiple else ""
+        return f"ask for more, or allow more kinds of cuts{widths}"
 
     def _most_of(self, index: int) -> Plan:
         """All of one block that may go."""
@@ -289,7 +295,7 @@ class CutSearch:
             to_save += (left[0] - share.value) * 1.02 + 1e-6
         raise BlockfitError(
             f"{share.kind} {share.value:.1%} cannot be reached: with all gone that may go, "
-            f"{self.smallest(share, prices):.1%} remains; ask for more, or allow more kinds of cuts"
+            f"{self.smallest(share, prices):.1%} remains; {self._advice}"
         )
 
     def _choices(self, share: Share, to_save: float, prices: Prices | None) -> list[Choice]:
