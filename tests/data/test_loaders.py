@@ -157,4 +157,4 @@ def test_text_batches_pass_through_whole() -> None:
 def test_what_was_given_is_called_by_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(BlockfitError, match="1 or more of 1 images of pictures and labels cannot"):
-        next(iter(images(([tmp_path / "0.png"], [0]), load_demo())))
+        next(iter(images(([tmp_path / "0.png"], [0]), load_demo(), preprocessing=8)))

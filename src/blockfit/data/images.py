@@ -557,7 +557,8 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
 
 
 def _records(source: Any, asked: Columns, limit: int | None, seed: int) -> Records | Stream:
-    kind = {list: "a list", tuple: "pictures and labels"}.get(type(source), type(source).__name__)
+    name = type(source).__name__
+    kind = {"list": "a list", "tuple": "pictures and labels"}.get(name, name)
     source = tuple(map(unboxed, source)) if type(source) is tuple else unboxed(source)
     if isinstance(source, str) and source in ("digits", "digits:test"):
         return from_digits(source)
