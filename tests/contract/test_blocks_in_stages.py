@@ -26,6 +26,7 @@ from blockfit.models.probe import Probe
 from blockfit.models.stages import find_blocks
 from blockfit.models.surgery import apply_plan
 from blockfit.models.trace import trace
+from blockfit.progress import silent
 from blockfit.search.solve import Options, _Walk
 from blockfit.search.states import TracedImages
 
@@ -133,7 +134,7 @@ def test_the_states_of_the_walk_are_those_of_the_solved_model(name: str) -> None
     plan = plan_for(model, blocks, images)
     with evaluating(model), torch.no_grad():
         walk = _Walk(traced, plan, Options())
-        solution = walk.solution(None)
+        solution = walk.solution(silent)
     small = copy.deepcopy(model)
     solution.apply(small, blocks)
     with evaluating(small):
