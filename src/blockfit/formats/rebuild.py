@@ -117,7 +117,7 @@ def check_outputs(model: nn.Module, tensors: Mapping[str, Tensor], bare: nn.Modu
     """
     if (example := _example(model)) is None:
         return
-    several = len({tensor.device for tensor in tensors.values()}) > 1
+    several = len(_devices(tensors)) > 1
     _put_values(bare, {n: t.cpu() for n, t in tensors.items()} if several else tensors)
     batch, own = example
     with evaluating(bare):
@@ -136,6 +136,10 @@ def check_outputs(model: nn.Module, tensors: Mapping[str, Tensor], bare: nn.Modu
     raise BlockfitError(
         f"the model cannot be saved: what would be loaded again has other outputs{_cause(model)}"
     )
+
+
+def _devices(tensors: Mapping[str, Tensor]) -> set[torch.device]:
+    return {tensor.device for tensor in tensors.values()}
 
 
 def _put_values(bare: nn.Module, tensors: Mapping[str, Tensor]) -> None:
