@@ -168,6 +168,7 @@ def test_what_is_on_a_grid_is_found_again_to_the_bit(
     parts = grid_parts(rounded)
     assert (parts is not None) == worth_a_grid(exact)
     assert grid_parts(exact) is None or not exact.any()
+    assert grid_parts(torch.full(shape, -0.0)) is None, "the sign of a zero is a bit, too"
     if parts is not None:
         assert parts[0].shape == exact.shape
         assert torch.equal(dequantized(*parts), rounded)

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockfit.errors import BlockfitError
 from blockfit.models.forward import (
@@ -32,6 +31,7 @@ from blockfit.models.forward import (
     placed,
 )
 from blockfit.models.tensors import (
+    every_tensor,
     file_bytes,
     held,
     int8_kind,
@@ -76,44 +76,33 @@ def flops(model: nn.Module, inputs: Batch) -> int | None:
 
 
 def _counted(model: nn.Module, inputs: Batch) -> int | None:
+    from torch.utils.flop_counter import FlopCounterMode
+
     try:
         one = placed(model, first_images(inputs, 1))
-        counter = _Counter()
-        with measuring(model), _countable(), counter:
+        counter = FlopCounterMode(display=False)
+        with measuring(model), _frozen(model), _countable(), counter:
             call(model, one)
     except FORWARD_ERRORS:
         return None
-    return counter.total
+    return int(counter.get_total_flops())
 
 
-class _Counter(TorchDispatchMode):
-    """Adds torch's formulas up, as its own counter does, which also asks every module for its
-    share and takes twice as long."""
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No tensor of the model asks for gradients for the duration.
 
-    whole: ClassVar[set[Any]] = {torch.ops.prim.device.default}
-    """Operations that are not made of others."""
-
-    def __init__(self) -> None:
-        TorchDispatchMode.__init__(self)
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        from torch.utils.flop_counter import flop_registry
-
-        named = kwargs or {}
-        if func not in self.whole:
-            with self:
-                out = func.decompose(*args, **named)
-            if out is not NotImplemented:
-                return out
-            self.whole.add(func)
-        out = func(*args, **named)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += int(formula(*args, **named, out_val=out))
-        return out
+    The counter follows the gradients of whatever a module is given, and a view of a parameter that
+    was made without gradients asks for them but has none.
+    """
+    asking = [tensor for tensor in every_tensor(model) if tensor.requires_grad and tensor.is_leaf]
+    try:
+        for tensor in asking:
+            tensor.requires_grad_(False)
+        yield
+    finally:
+        for tensor in asking:
+            tensor.requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,8 @@ def grid_parts(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     factors = matrix.abs().amax(1, keepdim=True) / 127
     integers = _integers(matrix, factors).view(own.shape)
     again = dequantized(integers, factors)
-    return (integers, factors) if torch.equal(again, own) else None
+    bits = (again.contiguous().view(torch.int32), own.contiguous().view(torch.int32))
+    return (integers, factors) if torch.equal(*bits) else None
 
 
 def worth_a_grid(tensor: Tensor) -> bool:
