@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from common import MODEL, TEST, TRAIN, say
@@ -24,7 +25,6 @@ from blockfit.evaluation.paper.judge import Judge
 from blockfit.fit.closed_form import RIDGE, fit_map
 from blockfit.fit.plan import Plan, Replacement
 from blockfit.models.blocks import Blocks
-from blockfit.search import solve as solving
 from blockfit.search import tokens as drawing
 from blockfit.search.budget import Budget
 from blockfit.search.calibrate import calibrate
@@ -35,6 +35,7 @@ from blockfit.search.session import Session
 from blockfit.search.setting import Setting
 from blockfit.search.solve import Options, Solution, solve
 from blockfit.search.states import TracedImages
+from blockfit.search.tokens import NARROW_ROWS_PER_INPUT
 
 SPANS = ["0:1", "2:3", "5:6"]
 """The plan that blockfit finds for three blocks with 512 images drawn with seed 0."""
@@ -97,7 +98,7 @@ def by_narrowing(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
     session = Session(setting, RECIPES["default"])
     cuts, usual = session.cuts, RECIPES["default"].options
     plan = cuts.plan(Share("params", args.params or 0.62))
-    every = session.originals.with_more(session.held_out.traces)
+    every = session.originals.with_more(session.held_out.images)
     found = {"default": solve(every, plan, usual)}
     found["the fit images alone"] = solve(session.originals, plan, usual)
     found["untouched parts not repaired"] = solve(every, plan, replace(usual, repair="none"))
@@ -107,9 +108,9 @@ def by_narrowing(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
             found[f"ridge of narrowed parts {ridge:g}"] = solve(every, plan, options)
         say(f"solved: ridge {ridge:g}")
     for rows in (6, 16):
-        before, solving.NARROW_ROWS_PER_INPUT = solving.NARROW_ROWS_PER_INPUT, rows
-        found[f"{rows} tokens per input (default {before})"] = solve(every, plan, usual)
-        solving.NARROW_ROWS_PER_INPUT = before
+        name = f"{rows} tokens per input (default {NARROW_ROWS_PER_INPUT})"
+        with mock.patch("blockfit.search.solve.NARROW_ROWS_PER_INPUT", rows):
+            found[name] = solve(every, plan, usual)
         say(f"solved: {rows} tokens per input")
     return found
 

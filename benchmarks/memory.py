@@ -141,10 +141,10 @@ def main() -> None:
         what, row, limit = json.loads(given.row)
         print(json.dumps((narrowed if what == "narrow" else calibrated)(*row, limit=limit)))
         return
-    count = given.images or {"widths": 4, "narrow": 64}.get(given.what)
     if given.what == "images":
         rows = [[384, *WIDTHS[384], count, 32] for count in (256, 1000, 10_000)]
     else:
+        count = given.images or (4 if given.what == "widths" else 64)
         rows = [[width, *WIDTHS[width], count, 64] for width in given.only]
     limit = None if given.what == "images" else given.limit
     for number, row in enumerate(rows):

@@ -17,7 +17,7 @@ from common import MODEL, TEST, TRAIN, say
 
 import blockfit
 from blockfit.evaluation.evaluate import evaluate
-from blockfit.models.load import load_model
+from blockfit.models.load import load_model, source_of
 from blockfit.search.budget import Budget
 from blockfit.search.reach import reach
 from blockfit.search.recipes import named_recipe
@@ -46,7 +46,7 @@ def main() -> None:
         point = reach(session, Budget("params", percent / 100))
         small = load_model(args.model)
         point.solution.apply(small, setting.blocks)
-        plan, source = point.solution.plan, small.blockfit_source
+        plan, source = point.solution.plan, source_of(small)
         result = Result(small, plan, {}, setting.blocks, source)
         with tempfile.TemporaryDirectory() as folder:
             done = blockfit.export_plain(result, Path(folder) / "plain")

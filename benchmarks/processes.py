@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -87,7 +88,8 @@ def main() -> None:
     if given.moments:
         moments(given.model, given.images, given.limit, given.moments)
         return
-    plans, rows = set(), {way: [] for way in WAYS}
+    plans: set[str] = set()
+    rows: dict[str, list[Any]] = {way: [] for way in WAYS}
     for _ in range(given.rounds):
         for way, (processes, threads) in WAYS.items():
             with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ from common import MODEL, ROOT, TEST, TRAIN, say
 import blockfit
 from blockfit.errors import BlockfitError
 from blockfit.models.head import observe
+from blockfit.progress import silent
 from blockfit.search.budget import Budget
 from blockfit.search.fidelity import kl_divergence
 from blockfit.search.reach import reach
@@ -70,12 +71,15 @@ class TestSet:
         shelf = Shelf(KEPT_IN_MEMORY)
         self.batches, self.labels = [], []
         for batch in images.batches():
+            if batch.labels is None:
+                raise SystemExit(f"{source} has no labels; give labelled test images")
             self.batches.append(shelf.hold_batch(batch.inputs))
             self.labels.append(batch.labels)
         self.count = sum(len(labels) for labels in self.labels)
 
     def logits(self, model: torch.nn.Module, blocks: Any) -> torch.Tensor:
-        return torch.cat([observe(model, blocks, batch).logits for batch in self.batches])
+        found = [observe(model, blocks, batch).logits for batch in self.batches]
+        return torch.cat([logits for logits in found if logits is not None])
 
     def figures(self, original: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
         guesses, labels = logits.argmax(1), torch.cat(self.labels)
@@ -103,7 +107,7 @@ def calibrated(args: argparse.Namespace, model: torch.nn.Module) -> Session:
     drawn = replace(images, positions=order[: args.limit].numpy())
     setting = Setting.of(model, drawn, seed=args.seed)
     say(f"original on {len(drawn)} calibration images")
-    return Session(setting, RECIPES["default"], seed=args.seed, say=say if args.verbose else None)
+    return Session(setting, RECIPES["default"], seed=args.seed, say=say if args.verbose else silent)
 
 
 def solved(session: Session, budget: Budget) -> Solution:

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 from dataclasses import replace
+from typing import Any
 
 import torch
 from common import MODEL, SHARED, TEST, TRAIN, say
@@ -39,7 +40,9 @@ def their_draw(model: torch.nn.Module) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
-def compare(model: torch.nn.Module, spans: list[Span], reference: dict) -> dict[str, Solution]:
+def compare(
+    model: torch.nn.Module, spans: list[Span], reference: dict[str, Any]
+) -> dict[str, Solution]:
     """Print MSE and held-out KL beside the reference's; return the maps of 9:11."""
     blocks, drawn = blockfit.find_blocks(model), their_draw(model).numpy()
     images = blockfit.images(TRAIN, model)

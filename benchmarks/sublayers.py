@@ -58,7 +58,8 @@ def replaced(
 
 def sums(session: Session, index: int, first: str, writer: str) -> Regression:
     """Of what a sublayer's first layer is given and its writer returns, over the fit images."""
-    block, seen = session.originals.modules[index], {}
+    block = session.originals.modules[index]
+    seen: dict[str, Any] = {}
     handles = [
         block.get_submodule(first).register_forward_pre_hook(
             lambda module, args: seen.update(x=args[0])

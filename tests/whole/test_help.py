@@ -202,6 +202,24 @@ def test_the_verdict_is_of_the_loss_and_the_weakest_map() -> None:
     assert verdict(report) == "not close to the original (feature error 0.5000, above 0.1)"
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.03, 0.09, "close to the original (KL 0.0600, 0.0300 to 0.0900; at most 0.1 is)"),
+        (0.11, 0.2, "not close to the original (KL 0.0600, 0.1100 to 0.2000; above 0.1)"),
+        (0.03, 0.2, "192 images do not tell whether it is close to the original "
+                    "(KL 0.0600, 0.0300 to 0.2000; at most 0.1 is)"),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_of_the_images_that_decided_nothing(
+    low: float, high: float, said: str
+) -> None:
+    held_out = {"kl": 0.01, "feature_relative_error": 0.2}
+    final = {"images": 192, "kl": {"value": 0.06, "low": low, "high": high}}
+    assert verdict({"held_out": held_out, "maps": [], "final": final}) == said
+    assert "0.0100" in verdict({"held_out": held_out, "maps": [], "final": None})
+
+
 def test_a_pipe_gets_a_line_per_step_and_a_terminal_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -89,19 +89,42 @@ def _row(figure: str, original: Any, compressed: Any, **more: Any) -> dict[str, 
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Whether the small model can be used as it is, and what its maps are worth, in one line."""
-    loss = loss_of(report)
-    name = "KL" if report["held_out"]["kl"] is not None else "feature error"
-    close = (
-        f"close to the original ({name} {number(loss)}, at most {SAFE_LOSS} is)"
-        if loss <= SAFE_LOSS
-        else f"not close to the original ({name} {number(loss)}, above {SAFE_LOSS})"
-    )
+    """Whether the small model can be used as it is, and what its maps are worth, in one line.
+
+    By the images that decided nothing, with the whole interval, where there are some.
+    """
+    close = _close_by(report.get("final")) or _close_by_held_out(report)
     worst = max(report["maps"], key=lambda entry: entry["error"], default=None)
     if worst is None or not worst["identity_error"]:
         return close
     left = share(worst["error"], worst["identity_error"])
     return f"{close}; the weakest map, of {worst['span']}, leaves {left} of the error without it"
+
+
+def _close_by(final: Mapping[str, Any] | None) -> str | None:
+    """Whether it is close by figures that have intervals; ``None`` without them."""
+    name = next((n for n in ("kl", "feature_error") if final and final.get(n) is not None), None)
+    if final is None or name is None:
+        return None
+    figure, what = final[name], {"kl": "KL", "feature_error": "feature error"}[name]
+    low, high = figure["low"], figure["high"]
+    told = f"{what} {number(figure['value'])}, {number(low)} to {number(high)}"
+    if high <= SAFE_LOSS:
+        return f"close to the original ({told}; at most {SAFE_LOSS} is)"
+    if low > SAFE_LOSS:
+        return f"not close to the original ({told}; above {SAFE_LOSS})"
+    return (
+        f"{final['images']} images do not tell whether it is close to the original "
+        f"({told}; at most {SAFE_LOSS} is)"
+    )
+
+
+def _close_by_held_out(report: Mapping[str, Any]) -> str:
+    loss = loss_of(report)
+    name = "KL" if report["held_out"]["kl"] is not None else "feature error"
+    if loss <= SAFE_LOSS:
+        return f"close to the original ({name} {number(loss)}, at most {SAFE_LOSS} is)"
+    return f"not close to the original ({name} {number(loss)}, above {SAFE_LOSS})"
 
 
 def _maps(maps: Iterable[Mapping[str, Any]]) -> Table:
