@@ -7,7 +7,8 @@ that was stopped goes on after them. With other models and images::
 
     python benchmarks/quality.py --model timm/deit_small_patch16_224 --images TRAIN --data TEST
 
-``--by remove --sizes 1 2 3`` counts blocks instead; ``--by flops`` FLOPs.
+``--by remove --sizes 1 2 3`` counts blocks instead, ``--by flops`` FLOPs, and ``--by latency`` milliseconds
+of a batch of ``--batch-size`` images, beside the original in turn.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def cell(session: Session, test: TestSet, original: torch.Tensor, budget: Budget
         **test.figures(original, test.logits(small, session.setting.blocks)),
         "parameters": parameters / session.sizes.parameters,
         "flops": None if flops is None else flops / (session.sizes.flops or 1),
+        **({"latency": session.latency_ratio(solution)} if budget.kind == "latency" else {}),
         "plan": str(solution.plan),
         "seconds": seconds,
     }
@@ -141,6 +143,8 @@ def shown(row: dict[str, Any] | None, size: float | None = None) -> str:
     if row is None or "refused" in row:
         return "–"
     text = f"{row['top1']:.2%} / {row['kl']:.4f}"
+    if "latency" in row:
+        return f"({row['latency']:.0%} of the time, {row['parameters']:.0%}) {text}"
     if size is not None and abs(row["parameters"] - size) > 0.005:
         text = f"({row['parameters']:.0%}) {text}"
     return text
@@ -171,7 +175,12 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-NAMES = {"params": "parameters left", "flops": "FLOPs left", "remove": "blocks removed"}
+NAMES = {
+    "params": "parameters left",
+    "flops": "FLOPs left",
+    "latency": "latency left",
+    "remove": "blocks removed",
+}
 
 
 def opened(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,13 @@ def place_beside(target: Path) -> Path:
     return whole.parent / f".{name}{ENDING}"
 
 
-CONTENT = "content"
+CONTENT = "digest"
+OF_THE_FIRST = "content"
+"""Where earlier versions noted a hash of the first four images."""
+
+
+WALKED = ("skipped", "used", "labels", "labels_unused")
+"""What only a walk over the images finds out, or earlier versions did not note."""
 
 
 def settled(description: Mapping[str, Any], content: str | None) -> dict[str, Any]:
@@ -57,14 +63,15 @@ def settled(description: Mapping[str, Any], content: str | None) -> dict[str, An
         description: it.
         content: ``Images.digest``: other images may come from the same place.
     """
-    told = {k: v for k, v in description.items() if k not in ("skipped", "used", "labels")}
+    told = {k: v for k, v in description.items() if k not in WALKED}
     return {**told, CONTENT: content}
 
 
 def same(known: Any, wanted: Any) -> bool:
-    """Whether a run is about the same; earlier versions noted nothing of the images' content."""
+    """Whether a run is about the same; earlier versions noted little of the images' content."""
     if isinstance(known, Mapping) and isinstance(wanted, Mapping) and CONTENT not in known:
         wanted = {key: value for key, value in wanted.items() if key != CONTENT}
+        known = {key: value for key, value in known.items() if key != OF_THE_FIRST}
     return bool(known == wanted)
 
 

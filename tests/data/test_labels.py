@@ -13,7 +13,9 @@ from commandline import blockfit_command as run
 from pictures import PIXELS, encoded, folder_of, grey, labels, table
 from tiny_models import timm_model, tiny
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import blockfit
 from blockfit.data.images import Images, images
 from blockfit.data.labels import Matching, by_name, match
 
@@ -277,3 +279,37 @@ def test_an_accuracy_with_a_class_too_many_is_that_of_the_others(tmp_path: Path)
     source = type("Set", (list,), {"classes": names})(items)
     found = evaluate(model, images(source, model, batch_size=7), measure=False).compressed
     assert (found.top1, found.labelled) == (1.0, 27)
+
+
+def of_several() -> list[Any]:
+    """Sources whose labels are lists or arrays of numbers."""
+    from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+
+    cells = [{"bytes": encoded(grey(n)), "path": None} for n in range(6)]
+    rows = {"image": cells, "labels": [[n, 0] for n in range(6)]}
+    kinds = [Sequence(ClassLabel(num_classes=6)), Sequence(Value("int64"))]
+    tables = [Dataset.from_dict(rows, Features(image=Image(), labels=k)) for k in kinds]
+    pixels = torch.rand(6, 3, 8, 8)
+    hot = torch.eye(6)
+    loaders = [DataLoader(TensorDataset(pixels, h), batch_size=3) for h in (hot, hot.long())]
+    return [*tables, tables[0].to_iterable_dataset(), [*zip(pixels, hot, strict=True)], *loaders]
+
+
+@pytest.mark.parametrize("source", range(6))
+def test_labels_of_several_values_are_not_used_and_that_is_said(source: int) -> None:
+    def told_of() -> Images:
+        found = images(of_several()[source], preprocessing=None if source > 2 else PIXELS)
+        assert next(found.batches()).labels is None
+        return found
+
+    with pytest.warns(blockfit.BlockfitWarning, match="several values per image"):
+        found = told_of()
+    assert found.labels_line is None
+
+
+def test_the_command_says_that_labels_of_several_values_are_not_used(tmp_path: Path) -> None:
+    table = tmp_path / "several.parquet"
+    of_several()[0].to_parquet(table)
+    told = run("compress", "demo", "--images", table, "--remove", 1, "-o", tmp_path / "small")
+    assert told.code == 0, told.err
+    assert "several values per image" in told.err

@@ -145,6 +145,23 @@ def test_other_images_of_the_same_source_and_size_are_other_images(
 
 def test_progress_of_earlier_versions_without_the_content_is_gone_on_with() -> None:
     earlier = {"source": "photos", "seed": 0}
-    assert same(earlier, {**earlier, "content": "abc"})
-    assert not same(earlier, {**earlier, "seed": 1, "content": "abc"})
-    assert not same({**earlier, "content": "abd"}, {**earlier, "content": "abc"})
+    assert same(earlier, {**earlier, "digest": "abc"})
+    assert same({**earlier, "content": "of the first four"}, {**earlier, "digest": "abc"})
+    assert not same(earlier, {**earlier, "seed": 1, "digest": "abc"})
+    assert not same({**earlier, "digest": "abd"}, {**earlier, "digest": "abc"})
+
+
+def test_a_digest_is_of_all_files_and_of_images_all_over_the_set(tmp_path: Path) -> None:
+    """Not of the first images alone: those are often the same ones."""
+    pictures = small_pictures(64)
+    last = pictures.clone()
+    last[-1] += 1
+    assert images(pictures).digest() != images(last).digest()
+    assert images(pictures, batch_size=3).digest() == images(pictures).digest()
+    for number in range(40):
+        noise = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number:02}.png")
+    kept = images(tmp_path, preprocessing=16).digest()
+    assert images(tmp_path, preprocessing=16).digest() == kept
+    Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)).save(tmp_path / "21.png")
+    assert images(tmp_path, preprocessing=16).digest() != kept

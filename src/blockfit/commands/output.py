@@ -229,6 +229,8 @@ class Output:
             self.note(f"preprocessing: {told['preprocessing']}")
         if told["labels"] is not None:
             self.note(told["labels"]["line"])
+        elif told["labels_unused"]:
+            self.note(told["labels_unused"])
         if device is not None:
             self.note(f"device: {device}")
         self._images.append(images)

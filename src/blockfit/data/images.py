@@ -38,7 +38,7 @@ from blockfit.data.records import (
 )
 from blockfit.data.streams import from_stream, from_transformed, is_streamed, is_transformed
 from blockfit.data.tables import from_dataset, one_split
-from blockfit.errors import BlockfitError
+from blockfit.errors import BlockfitError, tell
 from blockfit.models.forward import Batch
 from blockfit.models.preprocessing import (
     Given,
@@ -51,8 +51,8 @@ from blockfit.models.preprocessing import (
 from blockfit.models.text_tower import Tokenize
 from blockfit.models.wrappers import bare
 
-DIGESTED = 4
-"""Images that tell one set from another of the same source and size."""
+DIGESTED = 16
+"""Images whose content tells one set from another of the same source and size."""
 
 MOST_UNREADABLE = 0.1
 """The share of unreadable images beyond which a run stops."""
@@ -175,6 +175,11 @@ class Images:
         return None if told is None else str(told["line"])
 
     @property
+    def unused(self) -> str:
+        """Why labels that are there are not used; empty where they are, or where there are none."""
+        return getattr(self.records, "unused", "")
+
+    @property
     def skipped(self) -> list[str]:
         """The names of the unreadable images met so far."""
         if not self.unreadable:
@@ -289,15 +294,38 @@ class Images:
         return {os.path.abspath(records.name(position)) for position in self.positions.tolist()}
 
     def digest(self) -> str | None:
-        """A short hash of the first images as a model gets them; ``None`` where they change."""
-        few, found = self._part(self.positions[:DIGESTED]), set()
+        """A short hash that tells these images from others of the same source and number.
+
+        Of what a model gets of ``DIGESTED`` images spread over the set, the first ones where
+        reading others takes a walk, and of the names and sizes of all files; ``None`` where
+        images that are read twice differ.
+        """
+        few = replace(self, positions=self._spread(DIGESTED), batch_size=DIGESTED, shard=(0, 1))
+        found = set()
         for _ in range(2):
-            digest = hashlib.sha256()
-            for name, value in sorted(_tensors(next(iter(few), {})).items()):
-                digest.update(f"{name} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().double().numpy().tobytes())
+            digest = hashlib.sha256(repr(self._files()).encode("utf-8", "replace"))
+            for batch in few:
+                for name, value in sorted(_tensors(batch).items()):
+                    digest.update(f"{name} {tuple(value.shape)}".encode())
+                    digest.update(value.detach().cpu().double().numpy().tobytes())
             found.add(digest.hexdigest()[:16])
         return found.pop() if len(found) == 1 else None
+
+    def _spread(self, count: int) -> np.ndarray:
+        """Positions evenly over the set; the first ones of what is read in order."""
+        records, own = self.records, self.positions
+        walks = records.in_order if isinstance(records, Records) else not records.by_position
+        if walks or len(own) <= count:
+            return own[:count]
+        return own[np.linspace(0, len(own) - 1, count).round().astype(int)]
+
+    def _files(self) -> list[tuple[str, int]]:
+        """Name and bytes of every image that has a name; −1 bytes of what is no file."""
+        records = self.records
+        if not isinstance(records, Records) or records.names is None:
+            return []
+        names = [records.name(position) for position in self.positions.tolist()]
+        return [(n, os.path.getsize(n) if os.path.isfile(n) else -1) for n in names]
 
     def split(self, fraction: float, seed: int | None = None) -> tuple[Images, Images]:
         """Two disjoint parts, drawn with the seed; the second holds ``fraction`` of the images.
@@ -333,6 +361,7 @@ class Images:
             "skipped": self.skipped,
             "left_out": dict(self.records.left_out),
             "labels": self._labels_told(),
+            "labels_unused": self.unused or None,
             "columns": dict(self.records.columns),
             "preprocessing": preprocessing,
             **({} if self.texts is None else {"texts": self.texts.description()}),
@@ -511,6 +540,8 @@ def images(
         _matching(records, model), max_pixels=max_pixels,
         limited=limit is not None, beyond=beyond,
     )  # fmt: skip
+    if made.unused:
+        tell([made.unused])
     if isinstance(records, Records) and records.labels is not None:
         given = [*positions.tolist(), *beyond.tolist()]
         made._numbered(given, [records.labels[i] for i in given])

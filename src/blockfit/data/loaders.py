@@ -19,8 +19,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from blockfit.data.records import class_names_of
-from blockfit.errors import BlockfitError
+from blockfit.data.records import SEVERAL, class_names_of
+from blockfit.errors import BlockfitError, tell
 from blockfit.models.forward import Batch, image_count, image_tensor, images_at
 
 Piece = tuple[Batch, Tensor | None, list[str]]
@@ -270,7 +270,7 @@ def _parsed(item: Any, whole: bool = False) -> tuple[Batch, Tensor | None, bool]
         item = item[None]
     elif single:
         item = {k: v[None] if _has_rows(v) else v for k, v in item.items()}
-    return item, _numbers(labels, image_count(item)), single
+    return item, _numbers(labels, image_count(item), single), single
 
 
 def _only_for_people(value: Any) -> bool:
@@ -280,8 +280,8 @@ def _only_for_people(value: Any) -> bool:
     )
 
 
-def _numbers(labels: Any, images: int) -> Tensor | None:
-    """Labels as int64 (images,); −1 where one is missing."""
+def _numbers(labels: Any, images: int, single: bool) -> Tensor | None:
+    """Labels as int64 (images,), or of a single image; −1 where one is missing."""
     if labels is None:
         return None
     if isinstance(labels, list | tuple):
@@ -292,6 +292,10 @@ def _numbers(labels: Any, images: int) -> Tensor | None:
         raise BlockfitError(
             f"labels of {type(labels).__name__} are no numbers ({error}); give whole numbers"
         ) from error
+    each = numbers if single else numbers[0] if numbers.ndim and len(numbers) == images else None
+    if each is not None and each.numel() > 1:
+        tell([SEVERAL])
+        return None
     numbers = numbers.reshape(-1)
     if len(numbers) != images:
         raise BlockfitError(f"{images} images came with {len(numbers)} labels; give one per image")

@@ -6,8 +6,9 @@ time; ``data.Images`` draws, decodes, prepares and batches.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +77,7 @@ class Records:
             ``class_names``.
         unit: what carries a label, such as ``folders``.
         left_out: name and reason of each picture that was found but does not count.
+        unused: why labels that are there are not used.
         in_order: whether pictures are best read in their order.
     """
 
@@ -91,6 +93,7 @@ class Records:
     unit: str = "classes"
     left_out: Sequence[tuple[str, str]] = ()
     in_order: bool = False
+    unused: str = ""
 
     def name(self, position: int) -> str:
         """What to call the picture at a position."""
@@ -130,6 +133,22 @@ class _Items:
         if isinstance(label, str) and self.class_names and label in self.class_names:
             return picture, self.class_names.index(label)
         return picture, whole_number(label)
+
+
+SEVERAL = "the labels hold several values per image and are not used; a label is the one class"
+"""Why the labels of multi-label and detection data, and soft ones, count in nothing."""
+
+
+def holds_several(label: Any) -> bool:
+    """Whether a label is a list, a dictionary or an array of more than one value."""
+    if isinstance(label, Tensor | np.ndarray):
+        return bool(label.ndim) and math.prod(label.shape) != 1
+    return isinstance(label, Mapping) or (isinstance(label, list | tuple) and len(label) != 1)
+
+
+def why_unused(labels: Iterable[Any]) -> str:
+    """``Records.unused``: ``SEVERAL`` where one of the labels is no single value."""
+    return SEVERAL if any(map(holds_several, labels)) else ""
 
 
 def whole_number(value: Any) -> int | None:
@@ -201,15 +220,17 @@ def from_items(items: Any, source: str, asked: Columns = UNNAMED) -> Records:
                 ]
             )
         read = _Items(items, asked.image, asked.label, names)
-        return Records(source, len(items), read, None, names)
+        return Records(source, len(items), read, None, names, unused=why_unused([first]))
     pairs = [_split_item(item, asked.image, asked.label) for item in items]
     numbers, names = numbered([label for _, label in pairs])
     if all(isinstance(picture, str | Path) for picture, _ in pairs):
         given = None if set(numbers) == {None} else [label for _, label in pairs]
         return from_pictures([Path(picture).expanduser() for picture, _ in pairs], source, given)
     read = _Items(items, asked.image, asked.label, names, numbers)
-    own = names is None
-    return Records(source, len(items), read, None, names, labels=numbers, own_numbers=own)
+    own, unused = names is None, why_unused(label for _, label in pairs)
+    return Records(
+        source, len(items), read, None, names, labels=numbers, own_numbers=own, unused=unused
+    )
 
 
 def paired(items: Sequence[Any], labels: Any) -> list[tuple[Any, Any]]:

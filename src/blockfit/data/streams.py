@@ -23,6 +23,7 @@ from blockfit.data.records import (
     numbered,
     used,
     whole_number,
+    why_unused,
 )
 from blockfit.errors import BlockfitError
 
@@ -62,8 +63,11 @@ def from_transformed(dataset: Any, source: str, asked: Columns) -> Records | Str
         assert made is not None
         return Stream(source, made.size, made.items, True, names)
     read = _Transformed(dataset, image, label)
-    prepared = _is_prepared(row[image])
-    return Records(source, len(dataset), read, None, names, used(image, label), prepared)
+    prepared, unused = _is_prepared(row[image]), why_unused([row[label]] if label else [])
+    columns = used(image, label)
+    return Records(
+        source, len(dataset), read, None, names, columns, prepared=prepared, unused=unused
+    )
 
 
 def from_stream(dataset: Any, source: str, asked: Columns, limit: int | None, seed: int) -> Records:
@@ -90,6 +94,7 @@ def from_stream(dataset: Any, source: str, asked: Columns, limit: int | None, se
     return Records(
         source, len(found), _InOrder(dataset, image, labels), None, names, used(image, label),
         prepared, labels=labels if label else None, own_numbers=texts is None, in_order=True,
+        unused=why_unused(found),
     )  # fmt: skip
 
 

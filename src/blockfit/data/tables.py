@@ -12,7 +12,15 @@ import numpy as np
 from PIL import Image
 
 from blockfit.data.decode import Unreadable
-from blockfit.data.records import LABEL_NAMES, Columns, Picture, Records, numbered, used
+from blockfit.data.records import (
+    LABEL_NAMES,
+    SEVERAL,
+    Columns,
+    Picture,
+    Records,
+    numbered,
+    used,
+)
 from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models.hub import silent
 
@@ -34,6 +42,7 @@ def from_dataset(dataset: Any, source: str, asked: Columns) -> Records:
     image, label = _columns(dataset.features, source, asked)
     dataset = dataset.with_format(None)
     labels, names, own_numbers = None, None, True
+    unused = SEVERAL if label is None and _lists(dataset.features) else ""
     if label:
         labels, names, own_numbers = _labels(dataset, label, source)
     dataset = dataset.select_columns([image])
@@ -42,8 +51,15 @@ def from_dataset(dataset: Any, source: str, asked: Columns) -> Records:
     read = _Table(dataset, image, labels)
     return Records(
         source, len(dataset), read, None, names, used(image, label),
-        labels=labels, own_numbers=own_numbers,
+        labels=labels, own_numbers=own_numbers, unused=unused,
     )  # fmt: skip
+
+
+def _lists(features: Mapping[str, Any]) -> list[str]:
+    """The columns that are called as labels are and hold lists of them."""
+    from datasets import Value
+
+    return [n for n, f in features.items() if n in LABEL_NAMES and not isinstance(f, Value)]
 
 
 def _labels(
