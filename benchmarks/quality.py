@@ -7,8 +7,8 @@ that was stopped goes on after them. With other models and images::
 
     python benchmarks/quality.py --model timm/deit_small_patch16_224 --images TRAIN --data TEST
 
-``--by remove --sizes 1 2 3`` counts blocks instead, ``--by flops`` FLOPs, and ``--by latency`` milliseconds
-of a batch of ``--batch-size`` images, beside the original in turn.
+``--by remove --sizes 1 2 3`` counts blocks instead, ``--by flops`` FLOPs, and ``--by latency``
+milliseconds of a batch of ``--batch-size`` images, beside the original in turn.
 """
 
 from __future__ import annotations

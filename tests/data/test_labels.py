@@ -311,5 +311,4 @@ def test_the_command_says_that_labels_of_several_values_are_not_used(tmp_path: P
     table = tmp_path / "several.parquet"
     of_several()[0].to_parquet(table)
     told = run("compress", "demo", "--images", table, "--remove", 1, "-o", tmp_path / "small")
-    assert told.code == 0, told.err
     assert "several values per image" in told.err

@@ -162,6 +162,22 @@ def test_latency_is_bought_by_what_saves_time_when_it_is_measured(
     assert sum(1 - c.kept / c.size for c in small.plan.narrowings) >= 0.2 * 12 - 1e-9
 
 
+@pytest.mark.parametrize("power", [0.7, 1.5])
+def test_a_budget_of_latency_is_used_up_where_parts_save_other_than_they_add_up(
+    power: float, model: Any, images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that is faster than it need be has lost more than it need have."""
+    from blockfit.search.session import Session
+
+    def ratio(self: Session, solution: Any) -> float:
+        gone = sum(1 - c.kept / c.size for c in solution.plan.narrowings)
+        return 1 - (gone / 36) ** power
+
+    monkeypatch.setattr(Session, "latency_ratio", ratio)
+    small = blockfit.compress(model, images, latency=0.7, cuts="mlp,values,keys")
+    assert 0.66 <= ratio(None, small) <= 0.7
+
+
 def test_a_model_without_parts_loses_blocks_instead() -> None:
     """``nn.MultiheadAttention`` and an MLP behind a norm: nothing can be narrowed by probing."""
     small = blockfit.compress(small_vit(4), small_images(24), params=0.8, cuts=("blocks", "keys"))

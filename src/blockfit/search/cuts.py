@@ -39,6 +39,9 @@ SETTLED = 8
 """Tokens per neuron from which on a choice of neurons is taken over into the solution that judges
 it: what it knows of the held-out images makes their error a few percent low there, more before."""
 
+CLOSE = 0.015
+"""How far below a budget of latency a plan may stay: timing is no better."""
+
 ROUNDS = 8
 """Times that a plan is chosen again because its cost was not what its parts' costs add up to."""
 
@@ -54,6 +57,21 @@ class Prices:
 
     units: Mapping[tuple[int, str], float]
     spans: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A plan that was timed, and the part of the time that it was chosen to leave."""
+
+    target: float
+    measured: float
+    plan: Plan
+
+    def towards(self, slow: _Timed | None, wanted: float) -> float:
+        """What to choose the next plan for: between this one and one that is too slow."""
+        target, measured = (1.0, 1.0) if slow is None else (slow.target, slow.measured)
+        part = (wanted - self.measured) / (measured - self.measured)
+        return self.target + min(max(part, 0.1), 0.9) * (target - self.target)
 
 
 @dataclass(frozen=True)
@@ -432,18 +450,32 @@ class CutSearch:
     def plan_for_latency(self, value: float, ratio: Callable[[Solution], float]) -> Plan:
         """The plan of least added effect whose measured latency is at most ``value``.
 
+        What the parts' prices add up to is corrected by what the plan takes, in both directions:
+        a plan that is faster than it need be has lost more than it need have.
+
         Raises:
             BlockfitError: where none is fast enough.
         """
-        prices, target, measured = self.latency_prices(ratio), value, 1.0
+        prices, target = self.latency_prices(ratio), value
+        slow: _Timed | None = None
+        fast: _Timed | None = None
         for _ in range(ROUNDS):
             plan = self.plan(Share("latency", target), prices)
-            measured = ratio(self._unsolved(plan))
-            self._say(f"latency {measured:.1%} of the original's")
-            if measured <= value:
-                return plan
-            target -= max(measured - value, 0.005)
+            found = _Timed(target, ratio(self._unsolved(plan)), plan)
+            self._say(f"latency {found.measured:.1%} of the original's")
+            if found.measured > value:
+                slow = found
+                target -= max(found.measured - value, 0.005)
+            else:
+                fast = found
+            if fast is not None:
+                if fast.measured >= value - CLOSE:
+                    break
+                target = fast.towards(slow, value - CLOSE / 2)
+        if fast is not None:
+            return fast.plan
+        assert slow is not None
         raise BlockfitError(
             f"latency {value:.1%} cannot be reached on this machine: the fastest plan that was "
-            f"timed takes {measured:.1%} of the original's time; ask for more"
+            f"timed takes {slow.measured:.1%} of the original's time; ask for more"
         )
