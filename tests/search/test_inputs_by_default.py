@@ -123,6 +123,13 @@ def test_values_up_to_one_are_told_of_where_the_model_subtracts_a_mean() -> None
     assert unprepared(images(pictures), model, pictures - 0.5) == ()
 
 
+def test_images_that_are_all_the_same_are_told_of() -> None:
+    """A loader that gives one image again and again makes every plan look free."""
+    model, one = small_vit(3), small_pictures(1)
+    with pytest.warns(blockfit.BlockfitWarning, match="first 24 images .* are all the same"):
+        blockfit.compress(model, one.expand(24, -1, -1, -1).clone(), remove=1, final=0)
+
+
 def test_other_images_of_the_same_source_and_size_are_other_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,11 @@ class Setting:
         fit, held_out = images.split(hold_out, seed)
         fit = replace(fit, batch_size=_fit_batch(fit.batch_size))
         held_out = replace(held_out, batch_size=JUDGE_BATCH)
-        warnings = (*changing(images), *unprepared(images, model, example))
+        warnings = (
+            *changing(images),
+            *unprepared(images, model, example),
+            *all_alike(images, example),
+        )
         return cls(model, blocks, fit, held_out, example, warnings)
 
     def state(self) -> Tensor:
@@ -112,6 +116,10 @@ def changing(images: Images) -> tuple[str, ...]:
     )
 
 
+FEWEST_ALIKE = 4
+"""Images of one batch that are not the same by chance."""
+
+
 def unprepared(images: Images, model: nn.Module, example: Batch) -> tuple[str, ...]:
     """What to tell where tensors that are to be prepared already do not look like it."""
     pixels = image_tensor(example)
@@ -130,6 +138,17 @@ def unprepared(images: Images, model: nn.Module, example: Batch) -> tuple[str, .
         "given to the model as they are, which looks like images that are not normalised yet; give "
         "them as the model is called with them, or as uint8 arrays (images, height, width, "
         "channels), which are prepared",
+    )
+
+
+def all_alike(images: Images, example: Batch) -> tuple[str, ...]:
+    """What to tell where a whole batch is one image again and again: a broken loader."""
+    each = image_tensor(example)
+    if len(each) < FEWEST_ALIKE or not bool((each == each[:1]).all()):
+        return ()
+    return (
+        f"the first {len(each)} images of {images.records.source} are all the same to the model; "
+        "nothing can be learnt from them, nor judged by them; look at how they are read",
     )
 
 
