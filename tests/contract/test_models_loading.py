@@ -95,6 +95,7 @@ def test_the_demo_is_loaded_with_its_preprocessing() -> None:
         ("torchvision/vit_b_17", r"torchvision has no model .* did you mean"),
         ("torchvision/vit_b_16.IMAGENET", r"no weights 'IMAGENET' .* choose one of IMAGENET1K_V1"),
         ("./nowhere", r"there is no folder ./nowhere; give a model folder, a Hub id"),
+        (__file__, r"test_models_loading.py is a file; give the folder of a model"),
         (
             "nobody/nothing",
             r"there is no folder nobody/nothing, .*hf download nobody/nothing --local-dir FOLDER",

@@ -130,10 +130,11 @@ def test_the_table_says_that_a_speed_up_is_of_rounds_timed_together() -> None:
     original, compressed, _, _ = pair("plain")
     worth = evaluate(compressed, some("plain"), against=original).to_json()
     worth["original"]["images_per_second"], worth["compressed"]["images_per_second"] = 100.0, 250.0
-    worth["compressed"]["speedup"] = 1.5
+    worth["compressed"] |= {"speedup": 1.5, "latency_part": 0.621}
     (table,) = (part for part in summaries.evaluation(worth) if isinstance(part, Table))
-    (row,) = (row for row in table.rows if row[0] == "images per second")
-    assert row[-1] == "1.50× (paired)"
+    told = {row[0]: row[-1] for row in table.rows}
+    assert told["images per second"] == "1.50× (paired)"
+    assert told["latency, ms"] == "62.1% (paired)"
 
 
 def test_what_is_unknown_is_null() -> None:
@@ -144,6 +145,7 @@ def test_what_is_unknown_is_null() -> None:
     assert alone["compressed"]["top1"] is None
     assert alone["compressed"]["images_per_second"] is None
     assert alone["compressed"]["speedup"] is None
+    assert alone["compressed"]["latency_part"] is None
     headless, smaller, _, _ = pair("vit")
     out = evaluate(smaller, some("vit"), against=headless, measure=False).to_json()
     assert out["compressed"]["top1"] is None

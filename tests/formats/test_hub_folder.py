@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -251,6 +252,9 @@ def test_what_was_not_exported_is_not_pushed(tmp_path: Path) -> None:
     said = blockfit_command("push", own, "me/small").error
     assert "blockfit's own form" in said
     assert f"(`blockfit export {own}`, or export_hub) and push that" in said
+    manifest = mock.Mock(int8={"kind": "weight-only"})
+    with mock.patch("blockfit.formats.exported_folder.read_manifest", return_value=manifest):
+        assert "push the model before that step" in blockfit_command("push", own, "me/small").error
     (own / "blockfit.json").unlink()
     assert "has no config.json" in blockfit_command("push", own, "me/small").error
 

@@ -174,7 +174,7 @@ COMMANDS = {
 }
 MEASURED = {
     *("seconds", "cpu_seconds", "latency_ms", "batch_ms", "images_per_second"),
-    *("peak_memory_bytes", "speedup", "command", "made"),
+    *("peak_memory_bytes", "speedup", "latency_part", "command", "made"),
 }
 """What differs from run to run by its nature."""
 

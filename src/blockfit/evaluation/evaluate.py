@@ -122,10 +122,18 @@ class Evaluation:
         after = self.compressed.throughput
         return None if before is None or after is None else speedup(before, after)
 
+    @property
+    def latency_part(self) -> float | None:
+        """The part of the original's time that the small model takes for one image, likewise."""
+        before = None if self.original is None else self.original.latency
+        after = self.compressed.latency
+        return None if before is None or after is None else speedup(after, before)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; fractions, not percent."""
         fidelity = None
-        compressed = {**self.compressed.to_json(), "speedup": self.speedup}
+        paired = {"speedup": self.speedup, "latency_part": self.latency_part}
+        compressed = {**self.compressed.to_json(), **paired}
         if self.fidelity is not None:
             fidelity = {k: v for k, v in asdict(self.fidelity).items() if k != "images"}
         return {

@@ -33,13 +33,14 @@ def evaluation(worth: Mapping[str, Any]) -> list[Part]:
     top1 = [before.get("top1"), after["top1"]]
     change = "–" if None in top1 else f"{100 * (top1[1] - top1[0]):+.2f} points"
     rate = partial(number, digits=1)
+    faster, slower = after.get("speedup"), after.get("latency_part")
     rows = [
         ("top-1", *map(percent, top1), change),
         row("parameters", "parameters", amount),
         row("FLOPs per image", "flops", amount),
         row("file", "size_bytes", _bytes),
-        (*row("images per second", "images_per_second", rate)[:3], _paired(after.get("speedup"))),
-        row("latency, ms", "latency_ms", _timing, "median"),
+        (*row("images per second", "images_per_second", rate)[:3], _paired(faster, ".2f", "×")),
+        (*row("latency, ms", "latency_ms", _timing, "median")[:3], _paired(slower, ".1%")),
         row("peak memory", "peak_memory_bytes", _bytes),
     ]
     if (fidelity := worth["fidelity"]) is not None:
@@ -95,7 +96,8 @@ def remaining(worth: Mapping[str, Any]) -> dict[str, float]:
             before, after = (before or {}).get(key), (after or {}).get(key)
         if before and after is not None:
             found[name] = after / before
-    return found
+    paired = worth["compressed"].get("latency_part")
+    return found if paired is None else {**found, "latency": paired}
 
 
 def evaluation_rows(worth: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -255,9 +257,9 @@ def _bytes(value: float | None) -> str:
     return amount(value, "B")
 
 
-def _paired(speedup: float | None) -> str:
+def _paired(ratio: float | None, form: str, unit: str = "") -> str:
     """Of rounds that were timed together, so not always what the two medians give."""
-    return "–" if speedup is None else f"{speedup:.2f}× (paired)"
+    return "–" if ratio is None else f"{ratio:{form}}{unit} (paired)"
 
 
 def _timing(value: Mapping[str, float] | None) -> str:

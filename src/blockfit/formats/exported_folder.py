@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from blockfit.errors import BlockfitError, first_line, need
 from blockfit.files import SAVED, FolderForm, expanded
 from blockfit.formats.card import Origin, with_origin
 from blockfit.formats.folder import WEIGHTS, Saved
+from blockfit.formats.manifest import read_manifest
 from blockfit.formats.parity import Parity, Pictures, compare
 from blockfit.formats.traced import Bare, primary, run
 from blockfit.models.from_open_clip import CONFIG_FILE
@@ -137,10 +139,7 @@ def push_folder(
     if not folder.is_dir():
         raise BlockfitError(f"there is no folder {folder}; check the path")
     if (folder / SAVED).is_file():
-        raise BlockfitError(
-            f"{folder} is in blockfit's own form, which other tools cannot load; export it for the "
-            f"Hub first (`blockfit export {shlex.quote(str(folder))}`, or export_hub) and push that"
-        )
+        raise BlockfitError(f"{folder} is in blockfit's own form, which {_instead(folder)}")
     wanted = (CONFIG, WEIGHTS, CARD)
     if (folder / CONFIG_FILE).is_file():
         wanted = (CONFIG_FILE, OPEN_CLIP_WEIGHTS, CARD)
@@ -170,3 +169,17 @@ def push_folder(
             "give overwrite=True where the repository is yours and there already"
         ) from error
     return str(url)
+
+
+def _instead(folder: Path) -> str:
+    """What to do with a folder in blockfit's own form that is to be pushed."""
+    with suppress(BlockfitError):
+        if read_manifest(folder / SAVED).int8:
+            return (
+                "other tools cannot load, and its weights are in int8, for which the Hub's forms "
+                "have no place; export and push the model before that step"
+            )
+    return (
+        "other tools cannot load; export it for the Hub first "
+        f"(`blockfit export {shlex.quote(str(folder))}`, or export_hub) and push that"
+    )

@@ -104,15 +104,16 @@ def plain_model(saved: Saved) -> tuple[nn.Module, Source]:
     How a config counts blocks and neurons is found by trying; see ``stock.stock_model``.
     """
     depth = saved.blocks.depth
+    if saved.source.library not in CONFIGURED:
+        raise BlockfitError(
+            f"a model of {saved.source.name} has no checkpoint format of its own; only "
+            f"{', '.join(CONFIGURED)} models can be written as plain checkpoints; "
+            "export_onnx or export_program write this one"
+        )
     if (why := saved.plan.not_plain(depth)) is not None:
         raise BlockfitError(
             f"{why}; {_again(saved)}, or export this one with export_hub, export_onnx or "
             "export_program"
-        )
-    if saved.source.library not in CONFIGURED:
-        raise BlockfitError(
-            f"a model of {saved.source.name} has no checkpoint format of its own; only "
-            f"{', '.join(CONFIGURED)} models can be written as plain checkpoints"
         )
     if saved.plan.removed_blocks and names_stages(saved.source):
         raise BlockfitError(

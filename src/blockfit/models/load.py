@@ -65,6 +65,11 @@ def load_model(
             return load_model(f"open_clip/local-dir:{folder}", **how)
         with bounded():
             loaded = libraries.load_folder(folder, trust_remote_code, wanted, options)
+    elif folder.is_file():
+        raise BlockfitError(
+            f"{text} is a file; give the folder of a model that transformers, timm, open_clip or "
+            "blockfit wrote"
+        )
     elif text.startswith("torchvision/"):
         loaded = libraries.load_torchvision(text.removeprefix("torchvision/"), options)
     elif text.startswith("open_clip/"):
