@@ -31,6 +31,7 @@ from blockfit.search.recipes import Recipe, recipe_for
 from blockfit.search.run import Result, checkpoint_of, describe, run_json
 from blockfit.search.session import Session
 from blockfit.search.setting import CALIBRATION_IMAGES, HOLD_OUT, Setting, check_stages
+from blockfit.search.span_search import check_removed
 from blockfit.search.sweep import Frontier
 from blockfit.units import bytes_of
 
@@ -284,6 +285,9 @@ class Calibration:
         if plan is not None:
             plan.check(setting.blocks.depth, {*self._held.protect, *self._held.whole})
         check_stages(setting.blocks, recipe, budget, plan)
+        if budget is not None and budget.kind == "remove":
+            kept = {*self._held.protect, *self._held.whole}
+            check_removed(int(budget.value), setting.blocks.depth, kept)
         session, judge = self.session, None
         if recipe != session.recipe:
             session = session.with_recipe(recipe)

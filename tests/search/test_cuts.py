@@ -115,7 +115,7 @@ def test_the_plan_of_another_architecture_is_refused(part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "cuts"), [("flops", "mlp"), ("params", "blocks,mlp"), ("points", "blocks,keys")]
+    ("budget", "cuts"), [("flops", "mlp"), ("params", "values,keys"), ("points", "blocks,keys")]
 )
 def test_a_size_that_nothing_has_is_refused_before_effects_are_measured(
     model: Any, images: Any, budget: str, cuts: str, tmp_path: Path, monkeypatch: Any
@@ -124,7 +124,7 @@ def test_a_size_that_nothing_has_is_refused_before_effects_are_measured(
         raise AssertionError("effects are measured")
 
     monkeypatch.setattr("blockfit.search.cuts.curves", measured)
-    how: dict[str, Any] = {budget: [0.0005] if budget == "points" else 0.0005, "cuts": cuts}
+    how: dict[str, Any] = {budget: [0.0005] if budget == "points" else 0.01, "cuts": cuts}
     run = partial(sweep, folder=tmp_path / "s") if budget == "points" else blockfit.compress
     with pytest.raises(blockfit.BlockfitError, match=r"more than .* remains"):
         run(model, images, **how)

@@ -14,6 +14,7 @@ from families import one_thread  # noqa: F401
 from small import SmallViT, separate_sets, small_blocks, small_pictures, small_vit
 from torch import Tensor, nn
 
+import blockfit
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Plan, Replacement, Span, spans_up_to
@@ -152,6 +153,18 @@ def test_more_blocks_than_can_go_are_refused(size: int, protected: list[int]) ->
         BlockfitError, match=rf"cannot remove {size} blocks: the model has 6, two must"
     ):
         search.solved(size)
+
+
+@pytest.mark.parametrize(
+    ("remove", "protect", "message"),
+    [(5, [], "cannot remove 5 blocks"), (1, range(6), "every block is protected")],
+)
+def test_that_is_refused_before_a_pass(
+    remove: int, protect: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TracedImages, "of", lambda *_, **__: pytest.fail("the images were run"))
+    with pytest.raises(BlockfitError, match=message):
+        blockfit.compress(small_vit(), small_pictures(24), remove=remove, protect=protect)
 
 
 def test_what_a_plan_must_also_meet_is_respected(search: Search) -> None:

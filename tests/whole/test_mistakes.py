@@ -17,7 +17,7 @@ HINT = re.compile(r" \(blockfit[\w ]* --help shows what there is\)$")
 
 
 def rows() -> list[tuple[str, str]]:
-    """What is typed behind ``blockfit``, and the sentence."""
+    """What is typed after ``blockfit``, and the sentence."""
     found = re.findall(r"^\| `([^`]+)` \| (.+) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
     return [(typed, sentence.replace("`", "")) for typed, sentence in found]
 

@@ -14,7 +14,7 @@ from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output, keeping
 from blockfit.errors import BlockfitError
-from blockfit.fit.plan import Span
+from blockfit.fit.plan import Plan
 
 if TYPE_CHECKING:
     from blockfit.commands.reporter import Reporter
@@ -125,8 +125,8 @@ def _check_what(
         raise BlockfitError(
             "say what to remove: --span by hand or one budget, such as --remove 3 or --params 62%"
         )
-    for text in span or ():
-        Span.parse(text)
+    if span:
+        Plan.of(span, "identity")  # refuses spans that overlap
     what = {name: getattr(judging, name) for name in ("protect", "whole", "multiple_of")}
     method.chosen().check_use("spans=" if budget is None else f"{budget.kind}=", **what)
 

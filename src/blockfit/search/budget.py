@@ -23,6 +23,10 @@ from blockfit.models.tensors import every_tensor, meta_copy, shared_copy
 KINDS = ("remove", "params", "flops", "latency", "max_kl", "max_drop")
 
 
+LEAST = 0.01
+"""The smallest part of a model that may be asked for; nobody means less."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """One goal for the search.
@@ -42,8 +46,10 @@ class Budget:
             raise BlockfitError(f"{self.kind}= must be a number, got {self.value}")
         if self.kind == "remove" and (self.value < 1 or self.value != int(self.value)):
             raise BlockfitError(f"remove= takes a whole number of blocks, got {self.value:g}")
-        if self.kind in ("params", "flops", "latency") and not 0 < self.value <= 1:
+        if self.kind in ("params", "flops", "latency") and not LEAST <= self.value <= 1:
             meant = f"; did you mean {self.value:g}%?" if 1 < self.value <= 100 else ""
+            if 0 < self.value < LEAST:  # 0.62%
+                meant = f"; did you mean {100 * self.value:g} or {1e4 * self.value:g}%?"
             raise BlockfitError(
                 f"{self.kind}= takes the part that may remain, such as 0.62 or 62%, got "
                 f"{self.value:g}{meant}"

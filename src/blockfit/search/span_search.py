@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -46,6 +46,20 @@ RANK_SLACK = 0.05
 def most_removed(depth: int, protected: Iterable[int] = ()) -> int:
     """The most blocks that can go: all but two, and no protected one."""
     return min(depth - 2, depth - len(set(protected)))
+
+
+def check_removed(size: int, depth: int, protected: Collection[int] = ()) -> None:
+    """Refuse a number of blocks that cannot go."""
+    largest = most_removed(depth, protected)
+    if largest < 1:
+        few = f"the model has {depth} blocks, and two must stay"
+        raise BlockfitError(few if depth < 3 else "every block is protected; protect fewer")
+    if not 1 <= size <= largest:
+        why = f" and {len(protected)} are protected" if protected else ""
+        raise BlockfitError(
+            f"cannot remove {size} blocks: the model has {depth}, two must stay{why}; "
+            f"ask for 1 to {largest}"
+        )
 
 
 class Search:
@@ -96,12 +110,12 @@ class Search:
         Raises:
             BlockfitError: where that many blocks cannot go.
         """
-        self.check(size)
+        check_removed(size, self.depth, self.protected)
         return self._first_solved(size, self.proposals(size))
 
     def solved_where(self, size: int, fits: Callable[[Plan], bool]) -> Point | None:
         """The same of the plans that ``fits`` is true of; ``None`` where it is of no proposal."""
-        self.check(size)
+        check_removed(size, self.depth, self.protected)
         plans = [plan for plan in self.proposals(size) if fits(plan)]
         return self._first_solved(size, plans) if plans else None
 
@@ -112,15 +126,6 @@ class Search:
             with self._leaving_out(plan):
                 return self.judge.point(plan)
         raise self._none_left()
-
-    def check(self, size: int) -> None:
-        """Refuse a number of blocks that cannot go."""
-        if not 1 <= size <= self.largest:
-            why = f" and {len(self.protected)} are protected" if self.protected else ""
-            raise BlockfitError(
-                f"cannot remove {size} blocks: the model has {self.depth}, two must stay{why}; "
-                f"ask for 1 to {self.largest}"
-            )
 
     def state(self) -> dict[str, Any]:
         """What was found so far, as JSON values, to go on from after a stop."""
