@@ -485,7 +485,7 @@ def evaluate(
 @checked
 @told
 def compare(
-    models: Mapping[str, Any] | Sequence[str | Path],
+    models: Mapping[str, Any] | Sequence[Any],
     data: Any,
     *,
     against: str | None = None,
@@ -494,7 +494,8 @@ def compare(
     """Any number of models side by side on the same images, with paired differences.
 
     Args:
-        models: two or more results, modules or names, by the names to show; or a list of names.
+        models: two or more results, modules or names, by the names to show; or a list of them,
+            of which results and modules are called ``model 1``, ``model 2``.
         data: ``Images``, or whatever ``blockfit.images`` takes, which is then prepared for each
             model as it needs; labels are used where there are any.
         against: which of the models the differences are from; by default the largest.
@@ -510,7 +511,7 @@ def compare(
             finite.
     """
     assert callable(progress)  # whatever the caller gave
-    named = models if isinstance(models, Mapping) else {str(model): model for model in models}
+    named = _by_name(models)
     if len(named) < 2:
         raise BlockfitError("there is one model; give two or more to compare")
     for name, one in named.items():
@@ -531,10 +532,20 @@ def compare(
     return compare_entrants(entrants, against, progress)
 
 
+def _by_name(models: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, Any]:
+    """Models by the names to show; of those in a list that have none, their places."""
+    if isinstance(models, Mapping):
+        return models
+    return {
+        str(model) if isinstance(model, str | Path) else f"model {place}": model
+        for place, model in enumerate(models, 1)
+    }
+
+
 @checked
 def bench(
     original: nn.Module | str | Path,
-    smalls: Mapping[str, Any] | Sequence[str | Path],
+    smalls: Mapping[str, Any] | Sequence[Any],
     settings: Settings | None = None,
     *,
     blocks: Mapping[str, Blocks] | None = None,
@@ -545,7 +556,7 @@ def bench(
 
     Args:
         original: what the models were made from, or its name; left as it is.
-        smalls: results, modules or names by the names to show; or a list of names.
+        smalls: results, modules or names by the names to show; or a list of them.
         settings: batch sizes, engines, dtypes, device, threads, rounds.
         blocks: where the blocks of a compressed model are; known of results and saved folders.
         say: called with one line on what is being done.
@@ -554,7 +565,7 @@ def bench(
     Raises:
         BlockfitError: where a model does not say what images it takes, or cannot run.
     """
-    named = smalls if isinstance(smalls, Mapping) else {str(small): small for small in smalls}
+    named = _by_name(smalls)
     models: dict[str, nn.Module] = {}
     where: dict[str, Blocks] = {}
     for name, small in named.items():

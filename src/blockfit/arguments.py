@@ -214,6 +214,8 @@ def _words(wanted: Any) -> str:
         return "a mapping"
     if origin is not None:
         kind = inner[0] if inner else Any
+        if kind is Any:
+            return "a list"
         example = _example(kind)
         return f"a list of {_several(kind)}" + (f", such as {example}" if example else "")
     return _WORDS.get(wanted) or f"a {wanted.__name__} of {wanted.__module__.split('.')[0]}"

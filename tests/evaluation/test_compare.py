@@ -187,6 +187,16 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare({**one, "b": Entrant(less, some("plain", count=9), blocks)})
 
 
+def test_results_and_modules_in_a_list_are_called_by_their_places() -> None:
+    model = blockfit.load("demo")
+    pictures = blockfit.images("digits", model, limit=48)
+    result = blockfit.compress(model, pictures, remove=1, final=0)
+    found = blockfit.compare([result, model, "demo"], pictures)
+    assert [*found.models] == ["model 1", "model 2", "demo"]
+    with pytest.raises(blockfit.BlockfitError, match="models must be a mapping or a list, got"):
+        blockfit.compare(model, pictures)  # type: ignore[arg-type]
+
+
 def test_the_command_and_the_function_say_the_same(small: tuple[Path, Done]) -> None:
     given = ("compare", small[0], "demo", "--data", "digits:test", "--limit", "80")
     told = blockfit_command(*given, "--json").json

@@ -80,6 +80,42 @@ def test_what_the_users_code_built_is_told_apart_before_it_is_compressed() -> No
     assert source_of(model).library == "module"
 
 
+HEADS = {TIMM: "head", VIT: "classifier", TORCHVISION: "heads"}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_model_without_its_head_is_its_librarys_still(
+    name: str, when: str, tmp_path: Path
+) -> None:
+    """``model.head = nn.Identity()`` is how features are had of a classifier."""
+
+    def headless(model: nn.Module) -> nn.Module:
+        setattr(model, HEADS[name], nn.Identity())
+        return model
+
+    family = FAMILIES[name]
+    images = family.images()
+    if when == "before":
+        small = blockfit.compress(
+            headless(family.build()), images.repeat(4, 1, 1, 1), remove=1
+        ).model
+        blockfit.save(small, tmp_path / "small")
+    else:
+        small, warned = save(tmp_path / "small", name, headless)
+        assert warned == []
+    back = blockfit.load(tmp_path / "small")
+    assert torch.equal(output(back, images), output(small, images))
+    assert back.blockfit_source.passed_on == (HEADS[name],)
+    with pytest.raises(BlockfitError, match=f"{HEADS[name]} is nn.Identity in this model"):
+        blockfit.export_plain(tmp_path / "small", tmp_path / "plain")
+    values = json.loads((tmp_path / "small" / "blockfit.json").read_text())
+    values["base"]["passed_on"] = ["nowhere"]
+    (tmp_path / "small" / "blockfit.json").write_text(json.dumps(values))
+    with pytest.raises(BlockfitError, match="has no attribute `nowhere`"):
+        blockfit.load(tmp_path / "small")
+
+
 def test_dropout_and_other_things_of_training_do_not_matter(tmp_path: Path) -> None:
     def change(model: Any) -> None:
         model.blocks[1].mlp.drop1 = nn.Dropout(0.5)

@@ -44,6 +44,16 @@ def test_a_wrapped_model_gives_what_the_model_gives(kind: str) -> None:
         assert torch.equal(result.model.state_dict()[name], value)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused_with_what_to_give() -> None:
+    pictures = torch.rand(24, 3, 12, 12)
+    traced = torch.jit.trace(small_vit(3), pictures[:1])
+    for verb in (blockfit.compress, blockfit.analyze, blockfit.evaluate):
+        how = {"remove": 1} if verb is blockfit.compress else {}
+        with pytest.raises(blockfit.BlockfitError, match="the model is TorchScript, whose"):
+            verb(traced, pictures, **how)
+
+
 def test_a_users_own_class_around_a_model_is_the_model(tmp_path: Path) -> None:
     own = Scaled(small_vit(3)).eval()
     assert bare(own) is own

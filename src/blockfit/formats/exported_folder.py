@@ -171,6 +171,19 @@ def push_folder(
     return str(url)
 
 
+def check_complete(source: Source) -> None:
+    """Refuse a model of whose library's parts some are left out, which no config can say.
+
+    Raises:
+        BlockfitError: names the first.
+    """
+    if source.passed_on:
+        raise BlockfitError(
+            f"{source.passed_on[0]} is nn.Identity in this model, which no config of its library "
+            "can say; put the library's own part back, or use export_onnx or export_program"
+        )
+
+
 def _instead(folder: Path) -> str:
     """What to do with a folder in blockfit's own form that is to be pushed."""
     with suppress(BlockfitError):

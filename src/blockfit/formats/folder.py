@@ -203,8 +203,7 @@ def load_saved(
     source, blocks, plan = manifest.source, manifest.blocks, manifest.plan
     if model is None and source.library == "module":
         raise BlockfitError(
-            f"{folder} was made from {source.name}, a class of your own, which blockfit cannot "
-            f"build{_told(source)}; build it and load with "
+            f"{folder} was made from {source.name}, {_told(source)}; build it and load with "
             f"blockfit.load({str(folder)!r}, model=...)"
         )
     try:
@@ -227,9 +226,10 @@ def load_saved(
 
 
 def _told(source: Source) -> str:
-    """Why a model that a library made counts as the user's own."""
+    """That a model is the user's own; where a library made it, why."""
+    own = "a class of your own, which blockfit cannot build"
     why = source.arguments.get(DIFFERS)
-    return "" if why is None else f" ({why})"
+    return own if why is None else f"changed since and so {own} ({why})"
 
 
 def saved_of(model: nn.Module) -> Saved:

@@ -28,6 +28,7 @@ from blockfit.formats.exported_folder import (
     CONFIG,
     FORM,
     ExportedFolder,
+    check_complete,
     compared,
     kept_blocks,
     write_preprocessor,
@@ -112,6 +113,7 @@ def export_hub(
             "own code; use export_onnx or export_program, or compress it by the recipe "
             "plain and write it with export_plain"
         )
+    check_complete(saved.source)
     auto = _auto_class(saved)
     # AutoBackbone reads folders from the Hub alone (transformers 5.24), AutoModel from anywhere.
     loader = "AutoModel" if auto == "AutoBackbone" else auto

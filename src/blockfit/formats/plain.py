@@ -31,6 +31,7 @@ from blockfit.formats.exported_folder import (
     OPEN_CLIP_WEIGHTS,
     PREPROCESSOR,
     ExportedFolder,
+    check_complete,
     compared,
     kept_blocks,
     narrow,
@@ -110,6 +111,7 @@ def plain_model(saved: Saved) -> tuple[nn.Module, Source]:
             f"{', '.join(CONFIGURED)} models can be written as plain checkpoints; "
             "export_onnx or export_program write this one"
         )
+    check_complete(saved.source)
     if (why := saved.plan.not_plain(depth)) is not None:
         raise BlockfitError(
             f"{why}; {_again(saved)}, or export this one with export_hub, export_onnx or "

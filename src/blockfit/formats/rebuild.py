@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError, first_line
 from blockfit.formats.int8 import put_int8
-from blockfit.models.attributes import first_difference
+from blockfit.models.attributes import first_difference, replaced_by_identity
 from blockfit.models.forward import call, evaluating, example_input, placed
 from blockfit.models.load import refreshed, with_classes
 from blockfit.models.source import Source
@@ -72,9 +72,12 @@ def _candidates(
     now = refreshed(source, model)
     yield now
     try:
-        expected = named_tensors(rebuild(now))
+        bare = rebuild(now)
     except BlockfitError:
         return
+    if gone := replaced_by_identity(model, bare):
+        yield replace(now, passed_on=(*now.passed_on, *gone))
+    expected = named_tensors(bare)
     heads = {
         tensor.shape[0]
         for name, tensor in tensors.items()

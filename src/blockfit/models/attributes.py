@@ -37,6 +37,16 @@ _IDLE = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDro
 _DEEPEST = 4
 
 
+def replaced_by_identity(model: nn.Module, rebuilt: nn.Module) -> tuple[str, ...]:
+    """The modules of a rebuilt model in whose place ``model`` has an ``nn.Identity``."""
+    own = dict(rebuilt.named_modules())
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Identity and name in own and _name(own[name]) not in _IDLE
+    )
+
+
 def first_difference(model: nn.Module, rebuilt: nn.Module) -> str | None:
     """The first part of a model that is no tensor and that the rebuilt one lacks or has otherwise.
 

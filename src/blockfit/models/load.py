@@ -17,7 +17,7 @@ from blockfit.errors import BlockfitError, first_line
 from blockfit.files import expanded
 from blockfit.models import from_open_clip as openclip
 from blockfit.models import libraries
-from blockfit.models.attributes import first_difference
+from blockfit.models.attributes import first_difference, replaced_by_identity
 from blockfit.models.preprocessing import Preprocessing, own_preprocessing
 from blockfit.models.source import LIBRARIES, Source, attach, bounded
 
@@ -127,6 +127,9 @@ def _worked_out(model: nn.Module) -> Source:
                 rebuilt = skeleton(source)
             except BlockfitError:  # arguments that its library refuses are not its own
                 continue
+            if gone := replaced_by_identity(model, rebuilt):
+                source = replace(source, passed_on=gone)
+                rebuilt = skeleton(source)
             if _shapes(rebuilt) == shapes and first_difference(model, rebuilt) is None:
                 return source
     cls = type(model)
@@ -182,7 +185,12 @@ def skeleton(source: Source) -> nn.Module:
         )
     try:
         with bounded(), torch.device("meta"), _linspace_with_values():
-            return builders[source.library](arguments).eval()
+            model = builders[source.library](arguments).eval()
+        for name in source.passed_on:
+            assert model.get_submodule(name) is not model
+            around, _, own = name.rpartition(".")
+            setattr(model.get_submodule(around), own, nn.Identity())
+        return model
     except BlockfitError:
         raise
     except Exception as error:  # unfit arguments make the libraries raise nearly anything

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from blockfit.arguments import one_of
 from blockfit.errors import BlockfitError
-from blockfit.fields import read
+from blockfit.fields import LEFT_OUT, read
 from blockfit.models.preprocessing import Preprocessing
 
 LIBRARIES = ("timm", "transformers", "torchvision", "open_clip", "demo", "module")
@@ -31,6 +31,8 @@ class Source:
         arguments: JSON values that rebuild the architecture (see ``skeleton``).
         licence: of the weights, where the checkpoint says.
         preprocessing: its own, where known.
+        passed_on: modules of the library's model in whose place an ``nn.Identity`` stands, such as
+            the head of a model that gives features.
     """
 
     library: str
@@ -38,6 +40,7 @@ class Source:
     arguments: dict[str, Any]
     licence: str | None = None
     preprocessing: Preprocessing | None = None
+    passed_on: tuple[str, ...] = field(default=(), metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         one_of("library", self.library, LIBRARIES)
@@ -60,6 +63,7 @@ class Source:
             "arguments": self.arguments,
             "licence": self.licence,
             "preprocessing": self.preprocessing.to_json() if self.preprocessing else None,
+            **({"passed_on": [*self.passed_on]} if self.passed_on else {}),
         }
 
     @classmethod
