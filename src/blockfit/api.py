@@ -511,11 +511,9 @@ def compare(
             finite.
     """
     assert callable(progress)  # whatever the caller gave
-    named = _by_name(models)
+    named = _by_name(models, "models")
     if len(named) < 2:
         raise BlockfitError("there is one model; give two or more to compare")
-    for name, one in named.items():
-        fitted(one, Result | Saved | nn.Module | str | Path, f"models[{name!r}]")
     saved = {name: as_saved(one) for name, one in named.items() if _has_blocks(one)}
     loaded = {
         name: saved[name].model if name in saved else _module(one) for name, one in named.items()
@@ -532,14 +530,16 @@ def compare(
     return compare_entrants(entrants, against, progress)
 
 
-def _by_name(models: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, Any]:
+def _by_name(models: Mapping[str, Any] | Sequence[Any], parameter: str) -> Mapping[str, Any]:
     """Models by the names to show; of those in a list that have none, their places."""
-    if isinstance(models, Mapping):
-        return models
-    return {
-        str(model) if isinstance(model, str | Path) else f"model {place}": model
-        for place, model in enumerate(models, 1)
-    }
+    if not isinstance(models, Mapping):
+        models = {
+            str(model) if isinstance(model, str | Path) else f"model {place}": model
+            for place, model in enumerate(models, 1)
+        }
+    for name, model in models.items():
+        fitted(model, Result | Saved | nn.Module | str | Path, f"{parameter}[{name!r}]")
+    return models
 
 
 @checked
@@ -565,7 +565,7 @@ def bench(
     Raises:
         BlockfitError: where a model does not say what images it takes, or cannot run.
     """
-    named = _by_name(smalls)
+    named = _by_name(smalls, "smalls")
     models: dict[str, nn.Module] = {}
     where: dict[str, Blocks] = {}
     for name, small in named.items():
