@@ -6,6 +6,7 @@ claims. What a value means is checked by whoever asked for it.
 
 from __future__ import annotations
 
+import codecs
 import json
 import stat
 from collections import Counter
@@ -29,6 +30,19 @@ DEEPEST = 64
 
 LARGEST = 2**63 - 1
 """Magnitude of whole numbers; nothing that is counted here comes near it."""
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 as PowerShell writes it, with a line feed at each end.
+
+    Raises:
+        OSError: where it cannot be read.
+        UnicodeDecodeError: where it is neither.
+    """
+    raw = path.read_bytes()
+    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = raw.decode("utf-16" if marked else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path, exact: bool = True) -> Any:

@@ -29,8 +29,21 @@ def test_a_list_gives_its_files_in_its_order(tmp_path: Path) -> None:
     assert next(data.batches()).names[2] == str(outside)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-8"])
+def test_a_list_of_powershell_is_read(encoding: str, tmp_path: Path) -> None:
+    """``dir -name > list.txt`` writes UTF-16 there, with a mark and carriage returns."""
+    folder_of(tmp_path, 3)
+    (tmp_path / "é.png").write_bytes(encoded(grey(9)))
+    text = "\ufeff002.png\r\né.png\r\n000.png\r\n"
+    assert levels(images(listed(tmp_path, text.encode(encoding)), preprocessing=PIXELS)) == [
+        2,
+        9,
+        0,
+    ]
+
+
 @pytest.mark.parametrize("sign", ["\t", " ", "   "], ids=["tab", "space", "spaces"])
-def test_a_label_stands_behind_a_tab_or_a_space(sign: str, tmp_path: Path) -> None:
+def test_a_label_stands_after_a_tab_or_a_space(sign: str, tmp_path: Path) -> None:
     folder_of(tmp_path, 4)
     numbers = listed(tmp_path, "".join(f"00{i}.png{sign}{i * 5}\n" for i in (3, 0, 2)))
     assert labels(images(numbers, preprocessing=PIXELS)) == [15, 0, 10]

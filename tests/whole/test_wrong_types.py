@@ -98,8 +98,8 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         **{k: COMMON[k] for k in ("blocks", "seed", "say", "progress", "resume", "max_memory")},
     },
     "bench": {
-        "original": NAME, "smalls": [None, 3, "x", [3], {"x": 3}], "settings": [3, {}], "blocks": [3, []],
-        "say": CODE,
+        "original": NAME, "smalls": [None, 3, "x", [3], {"x": 3}], "settings": [3, {}],
+        "blocks": [3, []], "say": CODE,
     },
     "export_plain": EXPORT | CARD | {"dtype": [3, b"x", ["a"], "int8"]},
     "export_hub": EXPORT | CARD,

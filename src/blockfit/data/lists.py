@@ -26,6 +26,7 @@ from blockfit.data.records import (
     used,
 )
 from blockfit.errors import BlockfitError, first_line
+from blockfit.untrusted import read_text
 
 _IMAGE_NAMES = (*PATH_NAMES, "image", "img")
 _SUFFIXES = IMAGE_SUFFIXES | OTHER_SUFFIXES
@@ -40,7 +41,7 @@ def from_list(file: Path, asked: Columns = UNNAMED) -> Records:
     images of a class. Empty lines do not count. A first line that names columns makes it a table.
 
     Args:
-        file: in UTF-8.
+        file: in UTF-8, or UTF-16 with its mark.
         asked: columns, where the first line names them.
 
     Raises:
@@ -48,7 +49,7 @@ def from_list(file: Path, asked: Columns = UNNAMED) -> Records:
             first picture is not there.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise BlockfitError(
             f"cannot read the list {file}: {first_line(error)}; save it as UTF-8"

@@ -21,6 +21,7 @@ from blockfit.errors import BlockfitError, first_line, need
 from blockfit.models.forward import image_name, takes_texts
 from blockfit.models.load import source_of
 from blockfit.models.text_tower import Tokenize, tokenizer_of
+from blockfit.untrusted import read_text
 
 TABLES = {
     ".parquet": "from_parquet", ".arrow": "from_file", ".csv": "from_csv", ".tsv": "from_csv",
@@ -253,7 +254,7 @@ def _read(source: Any, column: str | None, split: str | None) -> Texts:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        return read_text(file).rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BlockfitError(f"cannot read the texts {file}: {first_line(error)}") from error
 
