@@ -2,7 +2,8 @@
 
 Each row solves the plan again with one option changed and reports top-1 and KL against the
 original on test images that are used for nothing else. ``narrowing`` does the same with the plan
-that leaves ``--params`` of the parameters. ``images`` changes the number of calibration images,
+that leaves ``--params`` of the parameters; ``effects`` chooses it by the KL of softer and harder
+softmaxes. ``images`` changes the number of calibration images,
 ``seeds`` the draw of them; both with the search that chooses the plan, of ``--removed`` blocks or
 ``--params``.
 """
@@ -115,6 +116,21 @@ def by_narrowing(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
     return found
 
 
+def by_effects(args: argparse.Namespace, model: Any) -> dict[str, Solution]:
+    """Plans chosen by the KL of softmaxes of several temperatures, of several draws of images."""
+    found = {}
+    for seed in range(args.draws):
+        setting = Setting.of(model, calibration(args, model, args.limit, seed), seed=seed)
+        session = Session(setting, RECIPES["default"], seed=seed)
+        for temperature in args.temperatures:
+            with mock.patch("blockfit.search.fidelity.SOFT", temperature):
+                cuts = session.with_recipe(RECIPES["default"]).cuts
+                plan = cuts.plan(Share("params", args.params or 0.62))
+            found[f"draw {seed}, temperature {temperature:g}"] = cuts.solve(plan)
+            say(f"solved: draw {seed}, temperature {temperature:g}: {plan}")
+    return found
+
+
 def budget_of(args: argparse.Namespace) -> Budget:
     """Blocks, or a part of the parameters where one is given."""
     return Budget("remove", args.removed) if args.params is None else Budget("params", args.params)
@@ -154,7 +170,7 @@ def calibration(args: argparse.Namespace, model: Any, count: int, seed: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["options", "narrowing", "images", "seeds"])
+    parser.add_argument("what", choices=["options", "narrowing", "effects", "images", "seeds"])
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--images", default=TRAIN)
     parser.add_argument("--test", default=TEST)
@@ -165,6 +181,7 @@ def main() -> None:
     parser.add_argument("--removed", type=int, default=3)
     parser.add_argument("--params", type=float, help="0.62: parts are narrowed, no block count")
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1, 2, 4])
     parser.add_argument("--counts", type=int, nargs="+", default=[32, 64, 128, 256, 512, 2048])
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -174,6 +191,8 @@ def main() -> None:
         found = by_option(args, model, blocks)
     elif args.what == "narrowing":
         found = by_narrowing(args, model)
+    elif args.what == "effects":
+        found = by_effects(args, model)
     elif args.what == "images":
         found = by_images(args, model)
     else:

@@ -11,7 +11,7 @@ from families import one_thread  # noqa: F401
 from sklearn.metrics.pairwise import paired_cosine_distances
 
 from blockfit.models.head import Observation
-from blockfit.search.fidelity import Fidelity, FidelityMeter, kl_divergence
+from blockfit.search.fidelity import Fidelity, FidelityMeter, effect_of, effects, kl_divergence
 
 IMAGES, FEATURES, CLASSES = 23, 7, 5
 
@@ -71,6 +71,22 @@ def test_the_loss_is_the_kl_or_without_a_head_the_error_of_the_features() -> Non
     assert without.agreement is None
     assert with_head.loss == with_head.kl
     assert without.loss == without.feature_relative_error == with_head.feature_relative_error
+
+
+@pytest.mark.parametrize("cut", [IMAGES, 10])
+def test_the_effect_of_a_cut_is_the_kl_of_a_softer_softmax(cut: int) -> None:
+    before, after = observation(1), observation(2)
+    sums = [effects(part(before, s), part(after, s)) for s in (slice(0, cut), slice(cut, None))]
+    assert before.logits is not None
+    assert after.logits is not None
+    soft = [scipy.special.softmax(x.logits.double().numpy() / 2, axis=1) for x in (before, after)]
+    expected = 4 * scipy.stats.entropy(*soft, axis=1).mean()
+    assert effect_of(sums) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_effect_of_a_cut_without_a_head_is_of_the_features() -> None:
+    before, after = observation(1, head=False), observation(2, head=False)
+    assert effect_of([effects(before, after)]) == measured(before, after).effect
 
 
 def test_the_kl_of_nearly_equal_and_of_extreme_logits_is_exact() -> None:

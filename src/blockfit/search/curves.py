@@ -25,7 +25,6 @@ from blockfit.models.narrowed import Layer
 from blockfit.models.padding import real_rows
 from blockfit.models.residual import Writer
 from blockfit.progress import Progress, silent
-from blockfit.search.fidelity import Fidelity
 from blockfit.search.held_out import HeldOut
 from blockfit.search.narrowing import (
     Layers,
@@ -258,11 +257,6 @@ def _mlp_candidates(
     return removal.errors, layers
 
 
-def effect_of(fidelity: Fidelity) -> float:
-    """What single cuts are compared by."""
-    return fidelity.loss if fidelity.kl is not None else fidelity.effect
-
-
 def curves(
     originals: TracedImages,
     held_out: HeldOut,
@@ -322,9 +316,9 @@ def _block_curves(
             for width in trials
         ]
         half = range((len(held_out.sizes) + 1) // 2)  # of heads, which do less
-        scores = held_out.trials(solutions, failed, None if name == "mlp" else half)
+        scores = held_out.effects(solutions, failed, None if name == "mlp" else half)
         pairs = zip(trials, scores, strict=True)
-        measured = {width: effect_of(score) for width, score in pairs if score is not None}
+        measured = {width: score for width, score in pairs if score is not None}
         if not measured:
             continue  # the model does not run with a narrower part: it stays whole
         effects = interpolated(widths, errors, measured)

@@ -21,7 +21,7 @@ from blockfit.fit.plan import PARTS, Narrowing, Plan, Replacement, Span, runs_of
 from blockfit.progress import Progress, Say, silent
 from blockfit.search.budget import Sizes
 from blockfit.search.choose import Choice, Priced, choose, choose_uniform
-from blockfit.search.curves import Curve, curves, effect_of, key_of, widths_of
+from blockfit.search.curves import Curve, curves, key_of, widths_of
 from blockfit.search.held_out import HeldOut, left_out
 from blockfit.search.plan_judge import PlanJudge, Point
 from blockfit.search.recipes import Recipe
@@ -214,9 +214,9 @@ class CutSearch:
                 fitted = fit_map(entry, moments.of(span), ridge, options.prefix_weight)
                 solutions.append(Solution(Plan((entry,)), (fitted,)))
         batches = range((len(self.held_out.sizes) + 1) // 2)  # spans cost more; half will do
-        scores = self.held_out.trials(solutions, self._failed, batches)
+        scores = self.held_out.effects(solutions, self._failed, batches)
         pairs = zip(solutions, scores, strict=True)
-        return [(solution.plan, effect_of(score)) for solution, score in pairs if score is not None]
+        return [(solution.plan, score) for solution, score in pairs if score is not None]
 
     def warnings(self) -> list[str]:
         """Which cuts were left out because the model cannot be run with them, and why."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,35 @@ def compared(original: Observation, compressed: Observation) -> Sums:
     kl = float(kl_divergence(original.logits, compressed.logits).sum())
     same = original.logits.argmax(1) == compressed.logits.argmax(1)
     return [len(before), kl, float(same.sum()), cosine, error]
+
+
+SOFT = 2.0
+"""Temperature of the softmax whose KL is the effect of a single cut. The KL at temperature 1 of a
+hundred images hangs on the few that the model is unsure of; in a softer one more have their say,
+and plans depend less on which images were drawn (docs/measurements.md)."""
+
+Effects = list[float | None]
+"""Of a batch: images, the sum of their softened KL (``None`` without a head) and of the features'
+relative error."""
+
+
+def effects(original: Observation, compressed: Observation) -> Effects:
+    """The sums of one batch that the effect of a single cut is made of."""
+    images, kl, _, _, error = compared(original, compressed)
+    if kl is not None and original.logits is not None and compressed.logits is not None:
+        soft = kl_divergence(exact(original.logits) / SOFT, exact(compressed.logits) / SOFT)
+        kl = SOFT**2 * float(soft.sum())
+    return [images, kl, error]
+
+
+def effect_of(sums: Sequence[Effects]) -> float:
+    """What single cuts are compared by, from the sums of batches.
+
+    The mean softened KL, or without a head the square of the mean relative error.
+    """
+    images = sum(batch[0] or 0 for batch in sums)
+    soft, error = (sum(batch[i] or 0.0 for batch in sums) / max(images, 1) for i in (1, 2))
+    return error**2 if any(batch[1] is None for batch in sums) else soft
 
 
 class FidelityMeter:

@@ -22,9 +22,19 @@ from blockfit.models.narrowed import narrowed
 from blockfit.models.padding import real_rows, without_padding
 from blockfit.models.surgery import swapped
 from blockfit.models.trace import Trace
-from blockfit.search.fidelity import Fidelity, FidelityMeter, Sums, compared
+from blockfit.search.fidelity import (
+    Fidelity,
+    FidelityMeter,
+    Sums,
+    compared,
+    effect_of,
+    effects,
+)
 from blockfit.search.solve import Solution
 from blockfit.search.states import TracedImages
+
+Compare = Callable[[Observation, Observation], Sums]
+"""The sums of one batch, of the original's outputs and a candidate's."""
 
 NAMED = 3
 """Candidates that a warning names."""
@@ -132,28 +142,52 @@ class HeldOut:
         batches: Sequence[int] | None = None,
     ) -> list[Fidelity | None]:
         """``scores``, with ``None`` for one that cannot be run; why is written into ``failed``."""
+        out: list[Fidelity | None] = []
+        for sums in self._tried_all(solutions, failed, batches, compared):
+            meter = FidelityMeter()
+            for values in sums or ():
+                meter.add_sums(values)
+            out.append(None if sums is None else meter.result())
+        return out
+
+    def effects(
+        self,
+        solutions: Sequence[Solution],
+        failed: dict[Plan, str],
+        batches: Sequence[int] | None = None,
+    ) -> list[float | None]:
+        """What single cuts are compared by (``fidelity.effect_of``), as ``trials``."""
+        found = self._tried_all(solutions, failed, batches, effects)
+        return [None if sums is None else effect_of(sums) for sums in found]
+
+    def _tried_all(
+        self,
+        solutions: Sequence[Solution],
+        failed: dict[Plan, str],
+        batches: Sequence[int] | None,
+        compare: Compare,
+    ) -> list[list[Sums] | None]:
+        """The sums of every batch for each solution; ``None`` for one that cannot be run."""
         numbers = list(range(len(self.sizes))) if batches is None else list(batches)
         tasks = [(number, i) for i in range(len(solutions)) for number in numbers]
-        found = self._spread(tasks, lambda number, i: self._tried(number, solutions[i]))
-        out: list[Fidelity | None] = []
+        found = self._spread(tasks, lambda number, i: self._tried(number, solutions[i], compare))
+        out: list[list[Sums] | None] = []
         for i, solution in enumerate(solutions):
-            meter, sums = FidelityMeter(), found[i * len(numbers) : (i + 1) * len(numbers)]
+            sums = found[i * len(numbers) : (i + 1) * len(numbers)]
             if reasons := [reason for reason in sums if isinstance(reason, str)]:
                 failed[solution.plan] = reasons[0]
                 out.append(None)
                 continue
-            for values in sums:
-                meter.add_sums(values)
-            self.passes += meter.images * self.cost(solution)
-            out.append(meter.result())
+            self.passes += sum(int(values[0]) for values in sums) * self.cost(solution)
+            out.append(sums)
         return out
 
-    def _tried(self, number: int, solution: Solution) -> Sums | str:
+    def _tried(self, number: int, solution: Solution, compare: Compare) -> Sums | str:
         """What was compared; or in one line why it could not be, for all processes to know."""
         try:
             seen = self.images.traces[self._at[number]]
             found = observe_solution(self.model, self.blocks, seen, solution)
-            return compared(self.original[self._at[number]], found)
+            return compare(self.original[self._at[number]], found)
         except FORWARD_ERRORS as error:
             return first_line(error)
 
