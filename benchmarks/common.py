@@ -26,11 +26,15 @@ def say(line: str) -> None:
 
 
 def faster_linear() -> None:
-    """Linear layers of float32 on the CPU, where no gradient is asked for, by oneDNN."""
+    """Linear layers of float32 on the CPU, where no gradient is asked for, by oneDNN.
+
+    Where something watches the operations, such as a counter of FLOPs, they stay what they are.
+    """
     usual = torch.nn.functional.linear
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if torch.is_grad_enabled() or input.dtype != torch.float32 or input.device.type != "cpu":
+        plain = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
+        if plain or input.dtype != torch.float32 or input.device.type != "cpu":
             return usual(input, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 

@@ -82,7 +82,8 @@ def test_what_a_calibration_cannot_do_is_said_and_leaves_it_usable(
         ({"params": 0.8, "remove": 1}, "not both"),
         ({"max_kl": 0.5}, "judge=True"),
         ({"params": 0.8, "protect": [1]}, "unknown option 'protect'"),
-        ({"params": 1e-6}, "cannot be reached|with all gone"),
+        ({"params": 1e-6}, "did you mean 0.0001 or 0.01%"),
+        ({"params": 0.011, "cuts": "keys"}, "cannot be reached|with all gone"),
         ({"spans": [(1, 9)]}, "leaves the model"),
     ):
         with pytest.raises(blockfit.BlockfitError, match=words):
