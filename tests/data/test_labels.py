@@ -190,10 +190,24 @@ def test_tables_with_missing_labels_of_every_type() -> None:
     for kind, values in columns:
         features = datasets.Features({"image": datasets.Image(), "label": kind})
         rows = datasets.Dataset.from_dict({"image": cells, "label": values}, features=features)
-        data = opened(rows, named("a", "b", "c"), label_column="label")
-        assert labels(data) == [1, -1, -1, 0]
-        told = data.description()["labels"]
-        assert (told["counted"], told["not_counted"]) == (2, {"no label": 2})
+        for how in ({"label_column": "label"}, {}):
+            data = opened(rows, named("a", "b", "c"), **how)
+            assert labels(data) == [1, -1, -1, 0]
+            told = data.description()["labels"]
+            assert (told["counted"], told["not_counted"]) == (2, {"no label": 2})
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.0, 2.0, 0.0], [1.0, float("inf"), 0.0, 0.0]])
+def test_labels_that_are_fractions_are_not_used_and_that_is_said(values: Sequence[float]) -> None:
+    """The values of regression; a column that is asked for is refused."""
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": encoded(grey(i)), "path": None} for i in range(4)]
+    features = datasets.Features({"image": datasets.Image(), "target": datasets.Value("float32")})
+    rows = datasets.Dataset.from_dict({"image": cells, "target": values}, features=features)
+    with pytest.warns(blockfit.BlockfitWarning, match="labels are fractions and are not used"):
+        assert labels(images(rows, preprocessing=PIXELS)) is None
+    with pytest.raises(blockfit.BlockfitError, match="a label is a whole number"):
+        images(rows, preprocessing=PIXELS, label_column="target")
 
 
 def test_a_tables_own_numbers_count_where_the_model_has_no_names() -> None:

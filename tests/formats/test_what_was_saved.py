@@ -110,10 +110,11 @@ def test_a_model_without_its_head_is_its_librarys_still(
     with pytest.raises(BlockfitError, match=f"{HEADS[name]} is nn.Identity in this model"):
         blockfit.export_plain(tmp_path / "small", tmp_path / "plain")
     values = json.loads((tmp_path / "small" / "blockfit.json").read_text())
-    values["base"]["passed_on"] = ["nowhere"]
-    (tmp_path / "small" / "blockfit.json").write_text(json.dumps(values))
-    with pytest.raises(BlockfitError, match="has no attribute `nowhere`"):
-        blockfit.load(tmp_path / "small")
+    for wrong, why in (("nowhere", "has no attribute `nowhere`"), ("", "must name modules")):
+        values["base"]["passed_on"] = [wrong]
+        (tmp_path / "small" / "blockfit.json").write_text(json.dumps(values))
+        with pytest.raises(BlockfitError, match=why):
+            blockfit.load(tmp_path / "small")
 
 
 def test_dropout_and_other_things_of_training_do_not_matter(tmp_path: Path) -> None:

@@ -16,9 +16,12 @@ from reports import runs as runs
 
 import blockfit
 from blockfit.errors import BlockfitError
+from blockfit.fit.intervals import Interval
+from blockfit.fit.plan import Plan
 from blockfit.provenance import command_line, started_with
-from blockfit.reports.content import short_name
+from blockfit.reports.content import Candidate, short_name, suggested
 from blockfit.reports.runs import read_run, read_runs
+from blockfit.search.final import Final
 
 
 def written(path: Path) -> dict[str, Any]:
@@ -166,7 +169,7 @@ def test_runs_that_do_not_belong_together_are_refused(
 
 def test_runs_of_one_model_stand_on_one_frontier(runs: dict[str, Path], tmp_path: Path) -> None:
     twin = tmp_path / "twin"
-    shutil.copytree(runs["sweep"], twin)
+    shutil.copytree(runs["sweep"], twin)  # both of the same second
     whole = read_runs([runs["sweep"], runs["small"], twin, runs["evaluation.json"]])
     assert [one.name for one in whole.series] == [
         "sweep (default)", "small (default)", "twin (default)"
@@ -183,6 +186,24 @@ def test_runs_of_one_model_stand_on_one_frontier(runs: dict[str, Path], tmp_path
     facts = {(fact.name, fact.run) for fact in whole.facts}
     assert ("duration", "sweep") in facts
     assert ("date", "evaluation.json") in facts
+    assert {("date", "sweep"), ("date", "twin")} <= facts
+    assert sum(name == "machine" for name, _ in facts) == 1
+
+
+def test_a_plan_is_suggested_by_images_that_decided_nothing() -> None:
+    """Held-out figures chose the plans: by them the smallest one here would do."""
+
+    def candidate(kept: float, held_out: float, high: float | None) -> Candidate:
+        kl = None if high is None else Interval(high / 2, 0.0, high)
+        error = Interval(0.2, 0.1, 0.3)
+        final = None if kl is None else Final(9, 0, "mine", None, None, None, None, kl, error)
+        sizes = {"parameters": 100.0}, {"parameters": kept}
+        return Candidate(Plan(), 4, *sizes, {"kl": held_out}, final=final)
+
+    large, small = candidate(80, 0.01, 0.05), candidate(50, 0.02, 0.2)
+    assert suggested([large, small]) is large
+    assert suggested([candidate(80, 0.01, None), other := candidate(50, 0.02, None)]) is other
+    assert suggested([small]) is small
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,18 @@ def test_room_that_a_price_leaves_is_given_back() -> None:
     assert found.effect == pytest.approx(1.1)  # 20 of the first alone, none of the second
 
 
+def test_spans_that_a_price_takes_beyond_the_budget_are_kept() -> None:
+    """Spans that are equally dear for what they save go all or not at all by a price alone."""
+    spans = [
+        Priced(Replacement(Span(i, i + 1), "affine"), i + 1.0, 10.0 * (i + 1)) for i in range(3)
+    ]
+    for to_save in (5, 15, 25, 35, 45, 55):
+        found = choose((), spans, 5, to_save)
+        assert found is not None
+        assert found.saved == to_save + 5
+        assert found.effect == pytest.approx(found.saved / 10)
+
+
 def test_units_of_another_price_decide() -> None:
     curves = [curve(0, "mlp", (0, 1, 2, 3), 1), curve(1, "mlp", (0, 1, 2, 3), 1)]
     found = choose(curves, (), 2, 3, {(0, "mlp"): 3.0, (1, "mlp"): 0.1})

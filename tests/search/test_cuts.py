@@ -115,7 +115,7 @@ def test_the_plan_of_another_architecture_is_refused(part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "cuts"), [("flops", "mlp"), ("params", "values,keys"), ("points", "blocks,keys")]
+    ("budget", "cuts"), [("flops", "mlp"), ("params", "blocks,mlp"), ("points", "blocks,keys")]
 )
 def test_a_size_that_nothing_has_is_refused_before_effects_are_measured(
     model: Any, images: Any, budget: str, cuts: str, tmp_path: Path, monkeypatch: Any
@@ -125,6 +125,7 @@ def test_a_size_that_nothing_has_is_refused_before_effects_are_measured(
 
     monkeypatch.setattr("blockfit.search.cuts.curves", measured)
     how: dict[str, Any] = {budget: [0.0005] if budget == "points" else 0.01, "cuts": cuts}
+    how |= {"protect": [0, 1, 2]} if budget == "params" else {}
     run = partial(sweep, folder=tmp_path / "s") if budget == "points" else blockfit.compress
     with pytest.raises(blockfit.BlockfitError, match=r"more than .* remains"):
         run(model, images, **how)
@@ -179,7 +180,7 @@ def test_a_budget_of_latency_is_used_up_where_parts_save_other_than_they_add_up(
 
 
 def test_a_model_without_parts_loses_blocks_instead() -> None:
-    """``nn.MultiheadAttention`` and an MLP behind a norm: nothing can be narrowed by probing."""
+    """``nn.MultiheadAttention`` and an MLP after a norm: nothing can be narrowed by probing."""
     small = blockfit.compress(small_vit(4), small_images(24), params=0.8, cuts=("blocks", "keys"))
     assert small.plan.replacements
 

@@ -200,12 +200,11 @@ def test_latency_budget_measures_the_model_that_it_returns(model, images, monkey
     seen = []
 
     def ratio(self: Session, solution) -> float:  # type: ignore[no-untyped-def]
-        seen.append(len(solution.plan.removed_blocks))
-        return 1 - seen[-1] / 12
+        seen.append(solution.plan)
+        return 1 - len(solution.plan.removed_blocks) / 12
 
     monkeypatch.setattr(Session, "latency_ratio", ratio)
     result = blockfit.compress(model, images, latency="80%")
-    gone = len(result.plan.removed_blocks)
-    assert gone in seen
-    assert 0.6 < 1 - gone / 12 <= 0.8
+    assert len(result.plan.removed_blocks) == 3
+    assert result.plan in seen
     assert dataclasses.asdict(result)["report"]["budget"] == "latency 80%"

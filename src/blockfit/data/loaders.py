@@ -19,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from blockfit.data.records import SEVERAL, class_names_of
+from blockfit.data.records import SEVERAL, class_names_of, holds_several
 from blockfit.errors import BlockfitError, tell
 from blockfit.models.forward import Batch, image_count, image_tensor, images_at
 
@@ -292,8 +292,8 @@ def _numbers(labels: Any, images: int, single: bool) -> Tensor | None:
         raise BlockfitError(
             f"labels of {type(labels).__name__} are no numbers ({error}); give whole numbers"
         ) from error
-    each = numbers if single else numbers[0] if numbers.ndim and len(numbers) == images else None
-    if each is not None and each.numel() > 1:
+    whole = numbers[None] if single else numbers
+    if whole.ndim and len(whole) == images and holds_several(whole[0]):
         tell([SEVERAL])
         return None
     numbers = numbers.reshape(-1)

@@ -135,8 +135,12 @@ class _Items:
         return picture, whole_number(label)
 
 
-SEVERAL = "the labels hold several values per image and are not used; a label is the one class"
+SEVERAL = "the labels hold several values per image and are not used; a label is one class"
 """Why the labels of multi-label and detection data, and soft ones, count in nothing."""
+
+
+FRACTIONS = "the labels are fractions and are not used; a label is the number or name of a class"
+"""Why the values of regression count in nothing."""
 
 
 def holds_several(label: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from PIL import Image
 
 from blockfit.data.decode import Unreadable
 from blockfit.data.records import (
+    FRACTIONS,
     LABEL_NAMES,
     SEVERAL,
     Columns,
@@ -42,9 +44,14 @@ def from_dataset(dataset: Any, source: str, asked: Columns) -> Records:
     image, label = _columns(dataset.features, source, asked)
     dataset = dataset.with_format(None)
     labels, names, own_numbers = None, None, True
-    unused = SEVERAL if label is None and _lists(dataset.features) else ""
+    unused = SEVERAL if label is None and _holds_lists(dataset.features) else ""
     if label:
-        labels, names, own_numbers = _labels(dataset, label, source)
+        try:
+            labels, names, own_numbers = _labels(dataset, label, source)
+        except BlockfitError:
+            if asked.label:
+                raise
+            label, unused = None, FRACTIONS
     dataset = dataset.select_columns([image])
     if isinstance(dataset.features[image], library.Image):
         dataset = dataset.cast_column(image, library.Image(decode=False))
@@ -55,11 +62,11 @@ def from_dataset(dataset: Any, source: str, asked: Columns) -> Records:
     )  # fmt: skip
 
 
-def _lists(features: Mapping[str, Any]) -> list[str]:
-    """The columns that are called as labels are and hold lists of them."""
+def _holds_lists(features: Mapping[str, Any]) -> bool:
+    """Whether a column that is called as labels are holds lists of them."""
     from datasets import Value
 
-    return [n for n, f in features.items() if n in LABEL_NAMES and not isinstance(f, Value)]
+    return any(n in LABEL_NAMES and not isinstance(f, Value) for n, f in features.items())
 
 
 def _labels(
@@ -68,7 +75,9 @@ def _labels(
     """Labels, their names where there are any, and whether their numbers are the column's own."""
     kind = getattr(dataset.features[column], "dtype", "a list")
     values = dataset.select_columns([column])[:][column]
-    whole = kind.startswith("float") and all(v is None or v != v or v == int(v) for v in values)
+    whole = kind.startswith("float") and all(
+        v is None or math.isnan(v) or float(v).is_integer() for v in values
+    )
     if not whole and not re.fullmatch(r"u?int\d+|bool|(large_)?string", kind):
         raise BlockfitError(
             f"{source}: the column {column!r} holds {kind}, and a label is a whole number or a "
@@ -172,7 +181,7 @@ def _columns(features: Mapping[str, Any], source: str, asked: Columns) -> tuple[
     labels = [n for n, f in features.items() if isinstance(f, library.ClassLabel)] or [
         n
         for n, f in features.items()
-        if n in LABEL_NAMES and re.search("int|string", str(getattr(f, "dtype", "")))
+        if n in LABEL_NAMES and re.search("int|bool|float|string", str(getattr(f, "dtype", "")))
     ]
     return image, asked.label or _preferred(labels, LABEL_NAMES)
 

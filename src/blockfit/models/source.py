@@ -44,6 +44,8 @@ class Source:
 
     def __post_init__(self) -> None:
         one_of("library", self.library, LIBRARIES)
+        if not all(self.passed_on):
+            raise BlockfitError("passed_on must name modules, not the model itself")
 
     @property
     def loads_as(self) -> str | None:

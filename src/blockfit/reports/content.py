@@ -100,6 +100,16 @@ class Candidate:
         kl = self.fidelity.get("kl")
         return self.fidelity.get("feature_relative_error") if kl is None else kl
 
+    @property
+    def sure_loss(self) -> float | None:
+        """The upper end of the final figures' interval of it; without them ``loss``.
+
+        Held-out figures chose the plan, and flatter it.
+        """
+        if self.final is None:
+            return self.loss
+        return (self.final.kl or self.final.feature_error).high
+
     def value(self, loss: str) -> float | None:
         """``top1``, or a figure of ``FIDELITY``."""
         return self.top1[1] if loss == "top1" else self.fidelity.get(loss)
@@ -269,8 +279,8 @@ class Evaluated:
 
 
 def suggested(frontier: Sequence[Candidate]) -> Candidate | None:
-    """The smallest plan at a loss of at most ``SAFE_LOSS``; the first where none does."""
-    safe = [c for c in frontier if c.loss is not None and c.loss <= SAFE_LOSS]
+    """The smallest plan at a ``sure_loss`` of at most ``SAFE_LOSS``; the first where none does."""
+    safe = [c for c in frontier if c.sure_loss is not None and c.sure_loss <= SAFE_LOSS]
     smallest = min(safe, key=lambda c: c.share("parameters") or 1.0, default=None)
     return smallest or (frontier[0] if frontier else None)
 
@@ -324,11 +334,17 @@ def _as_told_by(name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(replace(v, run=name) if isinstance(v, Fact) else v for v in values)
 
 
+OF_ONE_RUN = ("date", "duration")
+"""Facts that each run has for itself, equal or not."""
+
+
 def _with(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Both, without what another run has said already."""
+    """Both, without what another run has said already; two may end in the same second."""
 
     def said(one: object) -> object:
-        return (one.name, one.value) if isinstance(one, Fact) else one
+        if isinstance(one, Fact) and one.name not in OF_ONE_RUN:
+            return one.name, one.value
+        return one
 
     known = {said(one) for one in old}
     return old + tuple(one for one in new if said(one) not in known)

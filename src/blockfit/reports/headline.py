@@ -113,7 +113,8 @@ def headline_note(chosen: Candidate | None, measured: Evaluated | None, swept: b
     """Which plan of a sweep the figures are of."""
     if chosen is None or not swept:
         return ""
-    why = "measured" if measured is not None else "that is smallest at a small held-out loss"
+    told = "held-out loss" if chosen.final is None else "loss on images that decided nothing"
+    why = "measured" if measured is not None else f"that is smallest at a small {told}"
     return f"Of the plan {why}: {chosen.plan.brief}. The frontier below has the others."
 
 

@@ -21,6 +21,9 @@ from blockfit.search.curves import Curve, key_of
 
 BISECTIONS = 80
 
+NEXT_TO_NOTHING = 0.01
+"""Part of a plan's effect below which a span is not kept although the budget has room for it."""
+
 
 @dataclass(frozen=True)
 class Priced:
@@ -77,7 +80,7 @@ def choose(
         middle = (low * high) ** 0.5 if low > 0 else high / 2
         low, high = (middle, high) if saved(*at(middle)) < to_save else (low, middle)
     picked, gone = at(high)
-    _give_back(parts, picked, saved(picked, gone) - to_save)
+    _give_back(parts, picked, gone, saved(picked, gone) - to_save)
     narrowings = tuple(
         replace(parts[n].curve.whole, kept=parts[n].curve.widths[i])
         for n, i in picked.items()
@@ -137,23 +140,36 @@ def _walk(
     return picked, gone
 
 
-def _give_back(parts: Sequence[_Part], picked: dict[int, int], room: float) -> None:
-    """Widen parts, in place, while the budget stays met: most effect for its cost first."""
+def _give_back(
+    parts: Sequence[_Part], picked: dict[int, int], gone: list[Priced], room: float
+) -> None:
+    """Widen parts and keep spans, in place, while the budget stays met.
+
+    Most effect for its cost first. A price alone leaves much where spans are all that saves:
+    between two prices a plan may lose a block more than it need. A span that costs next to nothing
+    goes all the same.
+    """
+    matters = NEXT_TO_NOTHING * (
+        sum(parts[n].effects[i] for n, i in picked.items()) + sum(span.effect for span in gone)
+    )
     while True:
-        best, gain = None, 0.0
+        steps: list[tuple[float, float, int | Priced]] = []
         for n, i in picked.items():
-            if i == 0:
-                continue
-            part = parts[n]
-            cost = part.saved[i] - part.saved[i - 1]
-            worth = (part.effects[i] - part.effects[i - 1]) / max(cost, 1e-12)
-            if cost <= room and worth > gain:
-                best, gain = n, worth
-        if best is None:
+            if i > 0:
+                part = parts[n]
+                cost = part.saved[i] - part.saved[i - 1]
+                steps.append((part.effects[i] - part.effects[i - 1], cost, n))
+        steps += [(span.effect, span.saved, span) for span in gone if span.effect >= matters]
+        worth = [(effect / max(cost, 1e-12), cost, step) for effect, cost, step in steps]
+        fitting = [one for one in worth if one[0] > 0 and one[1] <= room]
+        if not fitting:
             return
-        i = picked[best]
-        room -= parts[best].saved[i] - parts[best].saved[i - 1]
-        picked[best] = i - 1
+        _, cost, step = max(fitting, key=lambda one: one[0])
+        room -= cost
+        if isinstance(step, Priced):
+            gone.remove(step)
+        else:
+            picked[step] -= 1
 
 
 def choose_uniform(

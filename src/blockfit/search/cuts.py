@@ -466,7 +466,7 @@ class CutSearch:
             if found.measured > value:
                 slow = found
                 target -= max(found.measured - value, 0.005)
-            else:
+            elif fast is None or target > fast.target:
                 fast = found
             if fast is not None:
                 if fast.measured >= value - CLOSE:

@@ -45,12 +45,16 @@ class Fidelity:
 
 
 Sums = list[float | None]
-"""Of a batch: images, and the sums over them of KL and agreement (``None`` without a head), cosine
-and relative error. JSON, so that other processes and later runs can add them."""
+"""Of a batch, as JSON, so that other processes and later runs can add them: what ``compared`` or
+``effects`` found."""
 
 
 def compared(original: Observation, compressed: Observation) -> Sums:
-    """The sums of one batch of images, in float64; the observations must be of equal shapes."""
+    """The sums of one batch of images, in float64; the observations must be of equal shapes.
+
+    Images, and the sums over them of KL and agreement (``None`` without a head), cosine and
+    relative error.
+    """
     before, after = exact(original.features), exact(compressed.features)
     cosine = float(torch.cosine_similarity(before, after, dim=1).sum())
     size = before.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
@@ -67,13 +71,13 @@ SOFT = 2.0
 hundred images hangs on the few that the model is unsure of; in a softer one more have their say,
 and plans depend less on which images were drawn (docs/measurements.md)."""
 
-Effects = list[float | None]
-"""Of a batch: images, the sum of their softened KL (``None`` without a head) and of the features'
-relative error."""
 
+def effects(original: Observation, compressed: Observation) -> Sums:
+    """The sums of one batch that the effect of a single cut is made of.
 
-def effects(original: Observation, compressed: Observation) -> Effects:
-    """The sums of one batch that the effect of a single cut is made of."""
+    Images, and the sums over them of the softened KL (``None`` without a head) and of the features'
+    relative error.
+    """
     images, kl, _, _, error = compared(original, compressed)
     if kl is not None and original.logits is not None and compressed.logits is not None:
         soft = kl_divergence(exact(original.logits) / SOFT, exact(compressed.logits) / SOFT)
@@ -81,7 +85,7 @@ def effects(original: Observation, compressed: Observation) -> Effects:
     return [images, kl, error]
 
 
-def effect_of(sums: Sequence[Effects]) -> float:
+def effect_of(sums: Sequence[Sums]) -> float:
     """What single cuts are compared by, from the sums of batches.
 
     The mean softened KL, or without a head the square of the mean relative error.

@@ -116,10 +116,6 @@ def changing(images: Images) -> tuple[str, ...]:
     )
 
 
-FEWEST_ALIKE = 4
-"""Images of one batch that are not the same by chance."""
-
-
 def unprepared(images: Images, model: nn.Module, example: Batch) -> tuple[str, ...]:
     """What to tell where tensors that are to be prepared already do not look like it."""
     pixels = image_tensor(example)
@@ -139,6 +135,10 @@ def unprepared(images: Images, model: nn.Module, example: Batch) -> tuple[str, .
         "them as the model is called with them, or as uint8 arrays (images, height, width, "
         "channels), which are prepared",
     )
+
+
+FEWEST_ALIKE = 4
+"""Images of one batch that are not the same by chance."""
 
 
 def all_alike(images: Images, example: Batch) -> tuple[str, ...]:
