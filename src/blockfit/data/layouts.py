@@ -174,7 +174,7 @@ def _pictures(file: Path, values: Sequence[object], count: int) -> np.ndarray:
 
 
 def _listed(file: Path) -> dict[str, list[object]]:
-    """What stands in a pickle behind each of CIFAR's keys: numbers, flags, and texts as bytes."""
+    """What stands in a pickle under each of CIFAR's keys: numbers, flags, and texts as bytes."""
     values: dict[str, list[object]] = {}
     current: list[object] = []
     try:

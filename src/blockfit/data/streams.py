@@ -211,7 +211,7 @@ def _picture(value: Any) -> Picture:
 
 
 def _fetched(value: Mapping[str, Any]) -> Picture:
-    """The picture behind a path that ``datasets`` alone can open: in an archive, on a server."""
+    """The picture at a path that ``datasets`` alone can open: in an archive, on a server."""
     from datasets import Image as ImageFeature
 
     try:
