@@ -193,17 +193,21 @@ def test_runs_of_one_model_stand_on_one_frontier(runs: dict[str, Path], tmp_path
 def test_a_plan_is_suggested_by_images_that_decided_nothing() -> None:
     """Held-out figures chose the plans: by them the smallest one here would do."""
 
-    def candidate(kept: float, held_out: float, high: float | None) -> Candidate:
+    def candidate(
+        kept: float, held_out: float, high: float | None, command: str | None = None
+    ) -> Candidate:
         kl = None if high is None else Interval(high / 2, 0.0, high)
         error = Interval(0.2, 0.1, 0.3)
         final = None if kl is None else Final(9, 0, "mine", None, None, None, None, kl, error)
         sizes = {"parameters": 100.0}, {"parameters": kept}
-        return Candidate(Plan(), 4, *sizes, {"kl": held_out}, final=final)
+        return Candidate(Plan(), 4, *sizes, {"kl": held_out}, command=command, final=final)
 
     large, small = candidate(80, 0.01, 0.05), candidate(50, 0.02, 0.2)
     assert suggested([large, small]) is large
     assert suggested([candidate(80, 0.01, None), other := candidate(50, 0.02, None)]) is other
     assert suggested([small]) is small
+    made = candidate(60, 0.01, 0.3, "blockfit compress --from sweep --params 60% -o small")
+    assert suggested([large, made, small]) is made, "no command makes the others"
 
 
 @pytest.mark.parametrize(

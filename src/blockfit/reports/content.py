@@ -279,10 +279,14 @@ class Evaluated:
 
 
 def suggested(frontier: Sequence[Candidate]) -> Candidate | None:
-    """The smallest plan at a ``sure_loss`` of at most ``SAFE_LOSS``; the first where none does."""
-    safe = [c for c in frontier if c.sure_loss is not None and c.sure_loss <= SAFE_LOSS]
+    """The smallest plan at a ``sure_loss`` of at most ``SAFE_LOSS``; the first where none is.
+
+    Plans that a command makes come before those for which a sweep gives a better one.
+    """
+    made = [c for c in frontier if c.command is not None] or frontier
+    safe = [c for c in made if c.sure_loss is not None and c.sure_loss <= SAFE_LOSS]
     smallest = min(safe, key=lambda c: c.share("parameters") or 1.0, default=None)
-    return smallest or (frontier[0] if frontier else None)
+    return smallest or (made[0] if made else None)
 
 
 def joined(parts: Mapping[str, Content]) -> Content:
