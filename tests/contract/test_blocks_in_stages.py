@@ -124,8 +124,12 @@ def test_a_family_is_compressed_saved_and_loaded_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "name", ["timm-swin-padded", "timm-convnext", "timm-hiera", "timm-pvt-v2", "segformer"]
-)
+    "name",
+    [
+        "timm-swin-padded", "timm-swin-v2", "timm-convnext", "timm-hiera", "timm-pvt-v2",
+        "swin-v2", "segformer",
+    ],
+)  # fmt: skip
 def test_the_states_of_the_walk_are_those_of_the_solved_model(name: str) -> None:
     family = STAGED[name].family
     model, images = family.build(), family.images(8, seed=1)

@@ -34,6 +34,10 @@ def _maker(name: str, **options: Any) -> Callable[[], Any]:
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "bert": (_maker("BertModel"), "encoder.layer"),
     "bert-classifier": (_maker("BertForSequenceClassification"), "bert.encoder.layer"),
+    "distilbert": (
+        _maker("DistilBertModel", dim=32, n_layers=4, n_heads=2, hidden_dim=64),
+        "transformer.layer",
+    ),
     "modernbert-classifier": (
         _maker("ModernBertForSequenceClassification", cls_token_id=1, sep_token_id=2),
         "model.layers",
@@ -152,16 +156,14 @@ def test_padding_to_a_longer_length_changes_no_plan_and_no_weight(
     assert long.report["final"]["feature_error"]["value"] == pytest.approx(before, rel=1e-3)
 
 
-POST_NORM = {"mlp": "normalise after", "values": "normalise after", "keys": "normalise after"}
-
-
 @pytest.mark.parametrize(
     ("name", "parts", "refused"),
     [
         ("clip-text", {"mlp", "values", "keys"}, {}),
         ("modernbert-classifier", {"mlp", "values"}, {"keys": "RoPE"}),
         ("qwen2", {"mlp"}, {"values": "2 heads share", "keys": "grouped queries"}),
-        ("bert", set(), POST_NORM),
+        ("bert", {"mlp", "values", "keys"}, {}),
+        ("distilbert", {"mlp", "values", "keys"}, {}),
     ],
 )
 def test_what_can_be_narrowed_is_found_and_the_rest_is_refused_with_the_reason(

@@ -62,6 +62,53 @@ def _by_hand(module: str, build: Callable[[Any], nn.Module], image: int = 32) ->
     return Family(make, "", none, image=image)
 
 
+def _small_transformer(name: str, **options: Any) -> Any:
+    """The config of a detection transformer with a convolutional trunk."""
+    import transformers
+
+    trunk = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage4"],
+    )  # fmt: skip
+    return getattr(transformers, f"{name}Config")(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+        backbone_config=trunk, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, num_queries=5, num_labels=CLASSES, **options,
+    )  # fmt: skip
+
+
+def _detr(library: Any) -> nn.Module:
+    model: nn.Module = library.DetrForObjectDetection(_small_transformer("Detr"))
+    return model
+
+
+def _swin_trunk(library: Any) -> Any:
+    return library.SwinConfig(
+        image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+
+
+def _maskformer(library: Any) -> nn.Module:
+    config = library.MaskFormerConfig(
+        backbone_config=_swin_trunk(library), decoder_config=_small_transformer("Detr"),
+        fpn_feature_size=32, mask_feature_size=32,
+    )  # fmt: skip
+    model: nn.Module = library.MaskFormerForInstanceSegmentation(config)
+    return model
+
+
+def _mask2former(library: Any) -> nn.Module:
+    config = library.Mask2FormerConfig(
+        backbone_config=_swin_trunk(library), feature_size=32, mask_feature_size=32, hidden_dim=32,
+        encoder_feedforward_dim=64, encoder_layers=2, decoder_layers=3, num_attention_heads=2,
+        dim_feedforward=64, num_queries=5, num_labels=CLASSES,
+    )  # fmt: skip
+    model: nn.Module = library.Mask2FormerForUniversalSegmentation(config)
+    return model
+
+
 def _mvit(library: Any) -> nn.Module:
     config = library.MultiScaleVitCfg(depths=(1, 2, 1), embed_dim=(16, 32, 64), num_heads=1)
     model: nn.Module = library.MultiScaleVit(config, img_size=32, num_classes=CLASSES)
@@ -78,6 +125,14 @@ def _swin(library: Any) -> nn.Module:
     model: nn.Module = library.SwinTransformer(
         [2, 2], 16, [2, 2], [1, 2], [4, 4], num_classes=CLASSES
     )
+    return model
+
+
+def _swin_v2(library: Any) -> nn.Module:
+    model: nn.Module = library.SwinTransformer(
+        [2, 2], 16, [2, 2], [1, 2], [4, 4], num_classes=CLASSES,
+        block=library.SwinTransformerBlockV2, downsample_layer=library.PatchMergingV2,
+    )  # fmt: skip
     return model
 
 
@@ -117,6 +172,10 @@ STAGED: dict[str, Staged] = {
             "swin_tiny_patch4_window7_224", 24, img_size=24, patch_size=2, window_size=5, **_SWIN
         ), ALL, 4, 2,
     ),
+    "timm-swin-v2": Staged(
+        _timm("swinv2_tiny_window8_256", img_size=32, patch_size=2, window_size=4, **_SWIN),
+        MLP, 4, 2, 0.8,
+    ),
     "timm-convnext": Staged(
         _timm("convnext_atto", depths=(1, 1, 2, 1), dims=(16, 16, 32, 32), conv_mlp=False),
         MLP, 5, 4, 0.75,
@@ -145,10 +204,11 @@ STAGED: dict[str, Staged] = {
     ),
     "timm-davit": Staged(
         _timm("davit_tiny", 64, embed_dims=(16, 32, 32, 64), num_heads=(1, 2, 2, 4),
-              depths=(1, 1, 1, 1)), MLP, 8, 4, 0.75,
+              depths=(1, 1, 1, 1)), ALL, 8, 4,
     ),
     "swin": Staged(_transformers("SwinForImageClassification", **_HF_SWIN), ALL, 4, 2),
     "swin-bare": Staged(_transformers("SwinModel", **_HF_SWIN), ALL, 4, 2),
+    "swin-v2": Staged(_transformers("Swinv2ForImageClassification", **_HF_SWIN), ALL, 4, 2),
     "convnext": Staged(
         _transformers("ConvNextForImageClassification", num_stages=2, hidden_sizes=[16, 32],
                       depths=[2, 2]), MLP, 4, 2,
@@ -176,11 +236,17 @@ STAGED: dict[str, Staged] = {
     "sam2-trunk": Staged(
         _transformers("Sam2HieraDetModel", 64, **_SAM2), ALL, 6, 3
     ),
+    "detr": Staged(_by_hand("transformers", _detr, 64), ALL, 4, 2, 0.9),
+    "maskformer": Staged(_by_hand("transformers", _maskformer, 64), ALL, 6, 5, 0.85),
+    "mask2former": Staged(_by_hand("transformers", _mask2former, 64), ALL, 8, 6, 0.85),
     "torchvision-maxvit": Staged(
         _by_hand("torchvision.models.maxvit", _maxvit, 64), ALL, 4, 2, 0.9
     ),
     "torchvision-swin": Staged(
         _by_hand("torchvision.models.swin_transformer", _swin), MLP, 4, 2, 0.8
+    ),
+    "torchvision-swin-v2": Staged(
+        _by_hand("torchvision.models.swin_transformer", _swin_v2), MLP, 4, 2, 0.8
     ),
     "torchvision-convnext": Staged(
         _by_hand("torchvision.models.convnext", _convnext), MLP, 4, 2, 0.7

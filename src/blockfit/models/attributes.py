@@ -25,6 +25,9 @@ _UNUSED = re.compile(
 )
 """Attributes that outputs in eval mode do not depend on, or that are compared by other means."""
 
+_UNSAID = ("use_pretrained_backbone", "use_timm_backbone")
+"""Where they are false, a config that leaves them out says the same."""
+
 _CONFIG_NOISE = re.compile(
     "_name_or_path|architectures|(torch_)?dtype|transformers_version|_commit_hash|id2label|label2id"
     "|num_labels|.*dropout.*|.*drop_path.*|return_dict|output_(attentions|hidden_states)|use_cache"
@@ -188,7 +191,7 @@ def _config(values: Any) -> Any:
         return {
             str(key): _config(value)
             for key, value in without_loading(values).items()
-            if not _CONFIG_NOISE.fullmatch(str(key))
+            if not _CONFIG_NOISE.fullmatch(str(key)) and (value or key not in _UNSAID)
         }
     return [_config(value) for value in values] if isinstance(values, (list, tuple)) else values
 

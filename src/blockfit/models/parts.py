@@ -71,7 +71,7 @@ def find_parts(
         if not writers:
             why = (
                 "no linear layer (nn.Linear) of the block simply adds its output to the hidden "
-                "state; blocks that normalise after the addition have none"
+                "state"
             )
             return Parts({}, dict.fromkeys(("mlp", "values", "keys"), why))
         look("mlp", lambda: _mlp(probe, writers[-1]))
@@ -319,7 +319,9 @@ def _grouped(probe: _Probe, reader: str) -> str:
     for layer, outputs in probe.outputs.items():
         if layer == reader or not 1 < outputs < size or size % outputs:
             continue
-        if int(probe.changed(reader, layer, 0, before).sum()) == size // outputs:
+        moved = probe.changed(reader, layer, 0, before).nonzero().flatten()
+        # Of the heads of a group one input each; inputs in a row are those of one head.
+        if len(moved) == size // outputs < int(moved[-1] - moved[0]) + 1:
             return (
                 f"{size // outputs} heads share each value of {layer} (grouped queries), and what "
                 "one head can do without another may need"

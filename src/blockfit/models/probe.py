@@ -95,9 +95,10 @@ class Probe:
     def bare(self, index: int) -> bool:
         """Whether block ``index`` with its two writers silenced returns its input unchanged.
 
-        Not asked of blocks in stages, whose states have layouts of their own.
+        Not asked of blocks in stages, whose states have layouts of their own, nor of those whose
+        sums are not what they return.
         """
-        if self._blocks.stages:
+        if self._blocks.stages or any(writer.given_to for writer in self.writers(index)):
             return False
         if index not in self._bare:
             block, hidden = self._modules[index], self._trace.states[index]

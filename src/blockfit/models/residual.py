@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ Silenced = Mapping[str, Tensor | float]
 
 @dataclass(frozen=True)
 class Writer:
-    """A linear layer of a block whose output z enters the block's output as ``gain ∘ z``.
+    """A linear layer of a block whose output z enters the residual stream as ``gain ∘ z``.
+
+    The sum is the block's output, or what a module in the block is given: where blocks normalise
+    after the addition (BERT), normalise what they add (Swin v2), or go on with a convolution.
 
     Args:
         name: dotted path inside the block (``mlp.fc2``).
@@ -32,12 +35,15 @@ class Writer:
         order: for every token of a hidden state the row of z that is added to it, of one image,
             shape (tokens,); ``None`` where z has the tokens in their order. The rows of windows,
             shifted or padded, have another.
+        given_to: dotted path inside the block of the module that is given the sum, most often a
+            norm; empty where the block's output is the sum.
     """
 
     name: str
     gain: Tensor
     channels: int = -1
     order: Tensor | None = None
+    given_to: str = ""
 
     def linear(self, block: nn.Module) -> nn.Linear:
         """The layer in ``block``."""
@@ -50,6 +56,10 @@ class Writer:
         if self.channels != -1:
             hidden = hidden.movedim(self.channels, -1)
         return hidden if hidden.ndim == 3 else hidden.flatten(1, -2)
+
+    def sum(self, block: nn.Module, run: RunBlock, hidden: Tensor) -> Tensor:
+        """The sum that z is a part of, in the block's layout."""
+        return input_of(block, self.given_to, run, hidden) if self.given_to else run(hidden)
 
     def layout(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         """(images, tokens, width) as a hidden state of a shape in the block's layout."""
@@ -135,7 +145,7 @@ def written(block: nn.Module, outputs: Mapping[str, Tensor | float]) -> Iterator
 
 
 def input_of(block: nn.Module, name: str, run: RunBlock, hidden: Tensor) -> Tensor:
-    """What the named linear layer of ``block`` is given; the rest of the block is not run."""
+    """What the named layer of ``block`` is given; the rest of the block is not run."""
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -276,9 +286,9 @@ def find_writers(
 
     By probing: a layer counts where the block's output is ``base + gain ∘ z`` of the layer's
     output z, with one gain per channel for all tokens and images, once the layers that write
-    after it are silenced. In a pre-norm block these are the attention's output projection and
-    the MLP's second layer; a block whose layers are applied otherwise (post-norm, fused
-    ``nn.MultiheadAttention``) has fewer or none.
+    after it are silenced; or else where what a module in the block is given is so (``_inside``).
+    In a transformer these are the attention's output projection and the MLP's second layer; a
+    block whose layers are applied otherwise (fused ``nn.MultiheadAttention``) has fewer or none.
 
     Args:
         hidden: a hidden state that reaches it, shape (batch, tokens, width), at least two tokens.
@@ -294,12 +304,7 @@ def find_writers(
         if isinstance(module, nn.Linear) and module.out_features == width
     ]
     outputs = [one for one in _outputs(block, run, hidden, linears, shared) if _like(one, hidden)]
-
-    def writer(name: str, output: Tensor, silenced: Silenced) -> Writer | None:
-        gain = _gain(block, run, hidden, name, output, silenced)
-        return None if gain is None else Writer(name, gain)
-
-    return _last_two(outputs, writer)
+    return _last_two(_Block(block, run, hidden), outputs, _added)
 
 
 def find_placed_writers(
@@ -313,20 +318,33 @@ def find_placed_writers(
     """
     linears = [name for name, module in block.named_modules() if type(module) is nn.Linear]
     outputs = _outputs(block, run, hidden, linears, shared)
+    return _last_two(_Block(block, run, hidden), outputs, _placed)
 
-    def writer(name: str, output: Tensor, silenced: Silenced) -> Writer | None:
-        return _placed(block, run, hidden, name, output, silenced)
 
-    return _last_two(outputs, writer)
+@dataclass(frozen=True)
+class _Block:
+    """A block, how to run it, and a hidden state that reaches it."""
+
+    block: nn.Module
+    run: RunBlock
+    hidden: Tensor
+
+    def up_to(self, module: str) -> _Block:
+        """The same up to what one of its modules is given."""
+        return replace(self, run=lambda hidden: input_of(self.block, module, self.run, hidden))
 
 
 @dataclass(frozen=True)
 class _Output:
-    """What a linear layer returned, and whether it may be solved: it is the product alone."""
+    """What a layer returned, and whether it may be solved: it is a product alone."""
 
     name: str
     value: Tensor
-    solvable: bool
+    solvable: bool = False
+
+
+FindWriter = Callable[[_Block, _Output, Silenced], Writer | None]
+"""Tells whether a layer's output is added to what a block returns."""
 
 
 def _like(output: _Output, hidden: Tensor) -> bool:
@@ -358,9 +376,7 @@ def _outputs(
     return seen
 
 
-def _last_two(
-    outputs: Sequence[_Output], writer_of: Callable[[str, Tensor, Silenced], Writer | None]
-) -> list[Writer]:
+def _last_two(block: _Block, outputs: Sequence[_Output], find: FindWriter) -> list[Writer]:
     """The last two layers that are writers once those after them are silenced."""
     names = [one.name for one in outputs]
     silenced: dict[str, Tensor | float] = {}
@@ -368,7 +384,9 @@ def _last_two(
     for one in reversed(outputs):
         if names.count(one.name) != 1:
             continue
-        writer = writer_of(one.name, one.value, silenced)
+        writer = find(block, one, silenced)
+        if writer is None and one.solvable:
+            writer = _inside(block, one, silenced, find)
         if writer is None:
             continue
         silenced[one.name] = 0.0
@@ -379,33 +397,67 @@ def _last_two(
     return found
 
 
+def _inside(block: _Block, one: _Output, silenced: Silenced, find: FindWriter) -> Writer | None:
+    """The writer that a layer is whose output is added to what a module in the block is given.
+
+    The sum has to be of the residual stream: it holds something else of the block's input (norm
+    after the addition), or what that module returns is added to what the block returns.
+    """
+    for leaf in _leaves(block, one.value.shape[-1]):
+        given = block.up_to(leaf.name)
+        writer = find(given, one, silenced)
+        if writer is None:
+            continue
+        with torch.no_grad(), written(block.block, {**silenced, one.name: 0.0}):
+            base, other = given.run(block.hidden), given.run(block.hidden.flip(1))
+        if not torch.equal(base, other) or find(block, leaf, silenced) is not None:
+            return replace(writer, given_to=leaf.name)
+    return None
+
+
+def _leaves(block: _Block, width: int) -> list[_Output]:
+    """What modules without parts return that are given states of a width, once, in order."""
+    seen: list[_Output] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            given = args[0] if len(args) == 1 else None
+            if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.ndim < 3:
+                return
+            if given.shape == output.shape and width in (given.shape[-1], given.shape[1]):
+                seen.append(_Output(name, output.detach().clone()))
+
+        return hook
+
+    with ExitStack() as undo, torch.no_grad():
+        for name, module in block.block.named_modules():
+            if name and not isinstance(module, nn.Linear) and not any(module.children()):
+                undo.enter_context(module.register_forward_hook(note(name)))
+        block.run(block.hidden)
+    names = [one.name for one in seen]
+    return [one for one in seen if names.count(one.name) == 1]
+
+
 DIGITS = 32
 """Rows of a layer are told apart by numbers that are written into them, a digit at a time."""
 
 
 def _with_output(
-    block: nn.Module, run: RunBlock, hidden: Tensor, name: str, silenced: Silenced
+    block: _Block, name: str, silenced: Silenced
 ) -> Callable[[Tensor | float], Tensor]:
     """What the block returns, of what one of its layers returns."""
 
     def out(value: Tensor | float) -> Tensor:
-        with torch.no_grad(), written(block, {**silenced, name: value}):
-            return exact(run(hidden))
+        with torch.no_grad(), written(block.block, {**silenced, name: value}):
+            return exact(block.run(block.hidden))
 
     return out
 
 
-def _placed(
-    block: nn.Module,
-    run: RunBlock,
-    hidden: Tensor,
-    name: str,
-    output: Tensor,
-    silenced: Silenced,
-) -> Writer | None:
+def _placed(block: _Block, one: _Output, silenced: Silenced) -> Writer | None:
     """The writer that a layer is, with the place of its rows; ``None`` where it is none."""
-
-    out = _with_output(block, run, hidden, name, silenced)
+    name, output, hidden = one.name, one.value, block.hidden
+    out = _with_output(block, name, silenced)
     base, width, images = out(0.0), output.shape[-1], len(hidden)
     if len(base) != images or output.numel() % (images * width) or base.ndim < 3:
         return None
@@ -498,30 +550,25 @@ def _is_product(linear: nn.Linear, args: tuple[Any, ...], output: Tensor) -> boo
     return bool((product - output).abs().max() <= tolerance * output.abs().max())
 
 
-def _gain(
-    block: nn.Module,
-    run: RunBlock,
-    hidden: Tensor,
-    name: str,
-    output: Tensor,
-    silenced: Silenced,
-) -> Tensor | None:
-    """The gain of one layer; ``None`` where its output is not simply added."""
-
-    out = _with_output(block, run, hidden, name, silenced)
-    _, slope, change, scale = _answer(out, out(0.0), output)
+def _added(block: _Block, one: _Output, silenced: Silenced) -> Writer | None:
+    """The writer that a layer is whose rows are in order; ``None`` where it is none."""
+    out = _with_output(block, one.name, silenced)
+    base = out(0.0)
+    if base.shape != one.value.shape:
+        return None
+    _, slope, change, scale = _answer(out, base, one.value)
     gain = slope.mean(dim=(0, 1))
     if not torch.isfinite(scale) or scale == 0:
         return None
-    tolerance = 2e-3 if hidden.dtype == torch.float32 else 5e-2
-    if (gain * exact(output) - change).abs().max() > tolerance * scale:
+    tolerance = 2e-3 if block.hidden.dtype == torch.float32 else 5e-2
+    if (gain * exact(one.value) - change).abs().max() > tolerance * scale:
         return None
-    return _factors(gain)
+    return Writer(one.name, _factors(gain))
 
 
 def need_writer(writers: list[Writer], block: int, why: str) -> Writer:
     """The MLP's writer, or one clear sentence."""
-    if not writers:
+    if not writers or writers[-1].given_to:
         raise BlockfitError(
             f"block {block} has no linear layer whose output is simply added to the hidden "
             f"state, which {why} needs; choose another map or repair=none"

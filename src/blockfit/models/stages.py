@@ -27,7 +27,13 @@ from blockfit.models.forward import (
     of_towers,
     two_different,
 )
-from blockfit.models.residual import Writer, find_placed_writers, written
+from blockfit.models.residual import (
+    RunBlock,
+    Writer,
+    find_placed_writers,
+    find_writers,
+    written,
+)
 from blockfit.models.trace import Trace, trace
 
 
@@ -61,10 +67,12 @@ def find_blocks(
         return _find_towers(model, example, *both)
     try:
         chain = chains.find_chain(model, example, path, prefix_tokens)
-        if asked or not _is_a_stage(model, chain, example):
+        if asked:
             return chain
         inputs = example_input(model) if example is None else example
-        return find_stages(model, two_different(model, inputs)) or chain
+        if _is_a_stage(model, chain, example):
+            return find_stages(model, two_different(model, inputs)) or chain
+        return _larger(model, chain, inputs)
     except BlockfitError as error:
         if asked:
             raise
@@ -76,6 +84,29 @@ def find_blocks(
                 "that adds what a linear layer returns to what it was given)"
             ) from error
         return found
+
+
+def _larger(model: nn.Module, chain: Blocks, inputs: Batch) -> Blocks:
+    """A chain, or residual blocks beside it that hold more of the model where it has none.
+
+    Layers of a head may be alike, too (MaskFormer's mask embedder).
+    """
+    modules = chains.block_modules(model, chain)
+    own, whole = (sum(p.numel() for p in m.parameters()) for m in (nn.ModuleList(modules), model))
+    if 2 * own > whole or any(parameter.is_meta for parameter in model.parameters()):
+        return chain
+    with evaluating(model), torch.no_grad():
+        few = two_different(model, inputs)
+        seen = trace(model, chain, few, range(chain.depth))
+        for index, block in enumerate(modules):
+            run, hidden = seen.runner(block, index), seen.states[index]
+            if _keeps_something(block, run, hidden, find_writers(block, run, hidden)):
+                return chain
+    found = find_stages(model, few)
+    if found is None:
+        return chain
+    parts = nn.ModuleList(chains.block_modules(model, found))
+    return found if sum(p.numel() for p in parts.parameters()) > own else chain
 
 
 def _find_towers(
@@ -324,13 +355,15 @@ def _is_residual(one: _Call) -> bool:
             return False
         writers = find_placed_writers(one.module, one.run, one.hidden)
         one.width = writers[-1].linear(one.module).out_features if writers else 0
-        return bool(writers) and _keeps_something(one, writers)
+        return _keeps_something(one.module, one.run, one.hidden, writers)
     except FORWARD_ERRORS:
         return False
 
 
-def _keeps_something(one: _Call, writers: Sequence[Writer]) -> bool:
-    """Whether anything of its input is left in a module's output with its writers silenced."""
-    with written(one.module, {writer.name: 0.0 for writer in writers}):
-        rest = one.run(one.hidden)
-    return bool((rest - rest.mean(dim=0, keepdim=True)).abs().max() > 0)
+def _keeps_something(
+    block: nn.Module, run: RunBlock, hidden: Tensor, writers: Sequence[Writer]
+) -> bool:
+    """Whether a block has writers, and without them returns anything of what it was given."""
+    with written(block, {writer.name: 0.0 for writer in writers}):
+        rest = run(hidden)
+    return bool(writers) and bool((rest - rest.mean(dim=0, keepdim=True)).abs().max() > 0)

@@ -318,8 +318,7 @@ class _Walk:
         targets: list[Tensor] = []
         if solve_mlp:
             # Before the weights are swapped: the targets may have to be computed again.
-            last = folded.span.stop - 1 if folded else index
-            targets = [self.originals.returned(b, last) for b in range(len(self.originals.traces))]
+            targets = self._mlp_targets(index, folded)
         narrower = dict(cuts)
         if (cut := cuts.get("mlp")) is not None:
             known = None if folded else self.choices.neurons.get(index)
@@ -341,6 +340,13 @@ class _Walk:
         self.weights.update({f"{prefix}.{name}": value for name, value in solved.items()})
         if index in self.blocks.ends:
             self._cross(index)
+
+    def _mlp_targets(self, index: int, folded: Replacement | None) -> list[Tensor]:
+        """The original's sums to which the MLP adds; the states after a folded span."""
+        batches = range(len(self.originals.traces))
+        if folded:
+            return [self.originals.returned(b, folded.span.stop - 1) for b in batches]
+        return [self.originals.target(b, index) for b in batches]
 
     def _cross(self, index: int) -> None:
         """From what the last block of a stage returns to what the model gives to the next block."""
@@ -408,7 +414,7 @@ class _Walk:
                 base = hidden
                 if not bare:
                     with written(block, silent):
-                        base = attention.tokens(run(hidden))
+                        base = attention.tokens(attention.sum(block, run, hidden))
                 bases.append(base)
         solved: dict[str, Tensor] = {}
         prior, ridge = attention.effective(block), self.options.repair_ridge
@@ -473,9 +479,8 @@ class _Walk:
             draw = self._draw(index, whole, cut is not None)
             sums = self._repair_sums(weight)
             for b, (base, x) in enumerate(zip(bases, regressors, strict=True)):
-                gap = self._drawn(b, index, draw, mlp.tokens(targets[b])) - self._drawn(
-                    b, index, draw, base
-                )
+                target = mlp.tokens(targets[b])
+                gap = self._drawn(b, index, draw, target) - self._drawn(b, index, draw, base)
                 sums.add(self._drawn(b, index, draw, x), gap, self._weights(b, index, draw, base))
             problem, ridge = sums.total(), self.options.repair_ridge
             if cut is not None:
@@ -489,13 +494,36 @@ class _Walk:
             solved |= self._solved(block, mlp, problem, prior, ridge)
         else:
             solved = mlp.stored(block, *prior)
+        self._pass(index, mlp, solved, bases, regressors, targets)
+        return solved
+
+    def _pass(
+        self,
+        index: int,
+        mlp: Writer,
+        solved: Mapping[str, Tensor],
+        bases: list[Tensor],
+        regressors: list[Tensor],
+        targets: list[Tensor],
+    ) -> None:
+        """The states after a block whose MLP is solved; ``targets`` have their shapes."""
+        assert self.hidden is not None
+        block, cut = self.originals.modules[index], self.plan.at(index).get("mlp")
+        if mlp.given_to:  # the sum is not yet what the block returns
+            whole = mlp.linear(block).in_features
+            cuts = [cut] if cut is not None and whole == cut.size > cut.kept else []
+            with self._changed(index, cuts, solved):
+                self.hidden = [
+                    self.hold(seen.run(block, index, hidden))
+                    for seen, hidden in zip(self.originals.traces, self.hidden, strict=True)
+                ]
+            return
         writes = {n: v for n, v in solved.items() if n.startswith(mlp.name + ".")}
         with swapped(block, writes):
             self.hidden = [
                 self.hold(mlp.layout(base + mlp.contribution(block, x), target.shape))
                 for base, x, target in zip(bases, regressors, targets, strict=True)
             ]
-        return solved
 
     def _mlp_inputs(
         self, index: int, mlp: Writer, middles: list[Tensor] | None
@@ -507,7 +535,7 @@ class _Walk:
         for b, (seen, hidden) in enumerate(zip(self.originals.traces, self.hidden, strict=True)):
             if middles is None:
                 with inputs_of(block, mlp.name) as inputs, written(block, {mlp.name: 0.0}):
-                    base = seen.run(block, index, hidden)
+                    base = mlp.sum(block, seen.runner(block, index), hidden)
                 bases.append(self.hold(mlp.tokens(base)))
                 regressors.append(self.hold(mlp.rows(inputs[0], len(hidden))))
             else:

@@ -312,9 +312,19 @@ class TracedImages:
             self._spent += middle.nbytes
         return middle
 
+    def target(self, batch: int, index: int) -> Tensor:
+        """The sum of block ``index`` to which its MLP adds."""
+        mlp = self.probe.writers(index)[-1]
+        if not mlp.given_to:
+            return self.returned(batch, index)
+        run = self.traces[batch].runner(self.modules[index], index)
+        return mlp.sum(self.modules[index], run, self.state(batch, index))
+
     def _middle(self, batch: int, index: int) -> Tensor:
         seen, block = self.traces[batch], self.modules[index]
         writers, hidden = self.probe.writers(index), self.state(batch, index)
+        if writers[0].given_to:
+            return writers[0].tokens(writers[0].sum(block, seen.runner(block, index), hidden))
         if not self.probe.bare(index):
             with written(block, {writers[-1].name: 0.0}):
                 return writers[-1].tokens(seen.run(block, index, hidden))
