@@ -10,6 +10,7 @@ from families import DEPTH, FAMILIES, one_thread  # noqa: F401
 from small import (
     WIDTH,
     Attention,
+    GatedBlock,
     PostNormBlock,
     ScaledBlock,
     small_blocks,
@@ -127,8 +128,55 @@ def test_without_layerscale_the_gain_is_exactly_one() -> None:
     assert all(torch.equal(w.gain, torch.ones(32)) for w in find_writers(block, run, hidden))
 
 
-def test_a_post_norm_block_has_no_writers() -> None:
-    model = small_vit(block=PostNormBlock)
+class ScaledSumBlock(ScaledBlock):
+    """Post-norm with a doubled residual stream (DeepNorm) and a factor per channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(2 * x + self.gamma1 * self.attention(x))
+        return self.norm2(2 * x + self.gamma2 * self.mlp(x))
+
+
+class NormedBranchBlock(ScaledBlock):
+    """What a branch adds is normalised before it is added (Swin v2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norm1(self.attention(x))
+        return x + self.norm2(self.mlp(x))
+
+
+@pytest.mark.parametrize("kind", [PostNormBlock, ScaledSumBlock, NormedBranchBlock])
+def test_sums_are_found_that_a_norm_is_given(kind: type[nn.Module]) -> None:
+    model = small_vit(block=kind, residual=0.3)
+    block, run, hidden = seen_by(model, small_blocks(model), small_pictures(3), 1)
+    found = find_writers(block, run, hidden)
+    assert [(w.name, w.given_to) for w in found] == [
+        ("attention.out", "norm1"), ("mlp.narrow", "norm2")
+    ]  # fmt: skip
+    for writer, factor in zip(found, (block.gamma1, block.gamma2), strict=True):
+        gain = factor if kind is ScaledSumBlock else torch.ones(WIDTH)
+        torch.testing.assert_close(writer.gain, gain, rtol=1e-4, atol=1e-6)
+        with written(block, {writer.name: 0.0}):
+            base = writer.sum(block, run, hidden)
+        added = writer.sum(block, run, hidden) - base
+        read = input_of(block, writer.name, run, hidden)
+        torch.testing.assert_close(added, writer.contribution(block, read), rtol=1e-3, atol=1e-5)
+
+
+class NormedQueryBlock(ScaledBlock):
+    """The branches are gated; a layer as wide as the hidden state feeds a norm inside of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.norm3 = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.sigmoid(x) * self.attention(self.norm3(self.query(x)))
+        return x + torch.sigmoid(x) * self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("kind", [GatedBlock, NormedQueryBlock])
+def test_a_block_that_adds_nothing_simply_has_no_writers(kind: type[nn.Module]) -> None:
+    model = small_vit(block=kind)
     block, run, hidden = seen_by(model, small_blocks(model), small_pictures(3), 1)
     assert find_writers(block, run, hidden) == []
     with pytest.raises(
@@ -143,14 +191,6 @@ class TwiceBlock(ScaledBlock):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         return x + self.mlp(x)
-
-
-class GatedBlock(ScaledBlock):
-    """The MLP's output is multiplied by something that depends on the token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.gamma1 * self.attention(self.norm1(x))
-        return x + torch.sigmoid(x) * self.mlp(self.norm2(x))
 
 
 @pytest.mark.parametrize(

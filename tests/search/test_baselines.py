@@ -9,7 +9,7 @@ import pytest
 import torch
 from commandline import blockfit_command as run
 from families import FAMILIES, one_thread  # noqa: F401
-from small import PostNormBlock, small_images, small_vit
+from small import GatedBlock, small_images, small_vit
 from solving import FIT, applied, kl, originals, untouched
 from torch import Tensor, nn
 
@@ -157,9 +157,9 @@ def test_what_cannot_be_is_refused_with_the_reason(known: TracedImages, sizes: S
     assert baseline.plan(sizes, "params", 1.0) == Plan()
     with pytest.raises(BlockfitError, match="unknown baseline 'corb'; choose one of corp, vbp"):
         Baseline(Neurons(known), "corb")
-    post = originals(small_vit(block=PostNormBlock))
+    gated = originals(small_vit(block=GatedBlock))
     with pytest.raises(BlockfitError, match=r"the MLP of block 0 cannot be narrowed: .*; choose"):
-        Baseline(Neurons(post), "corp")
+        Baseline(Neurons(gated), "corp")
 
 
 @pytest.mark.parametrize("method", BASELINES)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from families import FAMILIES, one_thread  # noqa: F401
 from sklearn.linear_model import LinearRegression, Ridge
-from small import PostNormBlock, SmallViT, small_blocks, small_vit
+from small import GatedBlock, PostNormBlock, SmallViT, small_blocks, small_vit
 from solving import BARE, FIT, NEW, TWO, applied, kl, originals, regression, states, untouched
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
@@ -232,14 +232,41 @@ def test_a_folded_map_is_the_map_of_the_mlps_contribution(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2 * float(base.std()))
 
 
-def test_a_folded_span_needs_a_layer_that_simply_adds() -> None:
+def test_a_repair_meets_the_sum_that_a_norm_is_given(every_token: None) -> None:
     model = small_vit(block=PostNormBlock)
-    known = originals(model)
+    options = Options(repair="mlp+attention", repair_ridge=1e-6)
+    solution = solve(originals(model), Plan.of(["2:3"], "affine"), options)
+    small = applied(model, small_blocks(model), solution)
+
+    def given(vit: nn.Module, name: str) -> Tensor:
+        seen: list[Tensor] = []
+        layer = vit.blocks[3].get_submodule(name)
+        with torch.no_grad(), layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+            vit(FIT)
+        return seen[0]
+
+    for writer, norm in (("attention.out", "norm1"), ("mlp.narrow", "norm2")):
+        read, found = given(small, writer), given(small, norm)
+        with torch.no_grad():
+            base = found - small.blocks[3].get_submodule(writer)(read)
+            old = base + model.blocks[3].get_submodule(writer)(read)
+        best = base + regression(read, given(model, norm) - base)
+        assert (old - best).norm() > 0.05 * best.norm()
+        torch.testing.assert_close(found, best, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("block", [PostNormBlock, GatedBlock])
+def test_a_folded_span_needs_a_layer_that_adds_to_what_the_block_returns(
+    block: type[nn.Module],
+) -> None:
+    known = originals(small_vit(block=block))
     with pytest.raises(
         BlockfitError, match=r"block 1 has no linear layer .* folded map of span 2:3"
     ):
         solve(known, Plan.of(["2:3"], "folded"))
-    # Without one, repair has nothing to do, and the maps are solved all the same.
+    if block is PostNormBlock:
+        return
+    # Without any, repair has nothing to do, and the maps are solved all the same.
     solution = solve(known, Plan.of(["2:3"], "affine"), Options(repair="mlp+attention"))
     assert solution.weights == {}
     assert len(solution.maps) == 1

@@ -59,6 +59,14 @@ class PostNormBlock(ScaledBlock):
         return self.norm2(x + self.mlp(x))
 
 
+class GatedBlock(ScaledBlock):
+    """What both branches return is multiplied by something that depends on the token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.sigmoid(x) * self.attention(self.norm1(x))
+        return x + torch.sigmoid(x) * self.mlp(self.norm2(x))
+
+
 class SmallViT(nn.Module):
     def __init__(self, depth: int, block: type[nn.Module] = ScaledBlock) -> None:
         super().__init__()
