@@ -127,7 +127,7 @@ def test_a_family_is_compressed_saved_and_loaded_to_the_same_bits(
     "name",
     [
         "timm-swin-padded", "timm-swin-v2", "timm-convnext", "timm-hiera", "timm-pvt-v2",
-        "swin-v2", "segformer",
+        "timm-davit", "swin-v2", "segformer", "detr", "maskformer", "mask2former",
     ],
 )  # fmt: skip
 def test_the_states_of_the_walk_are_those_of_the_solved_model(name: str) -> None:

@@ -62,24 +62,24 @@ def _by_hand(module: str, build: Callable[[Any], nn.Module], image: int = 32) ->
     return Family(make, "", none, image=image)
 
 
-def _small_transformer(name: str, **options: Any) -> Any:
-    """The config of a detection transformer with a convolutional trunk."""
+def _detr_config() -> Any:
+    """A detection transformer with a convolutional trunk."""
     import transformers
 
     trunk = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], layer_type="basic",
         out_features=["stage4"],
     )  # fmt: skip
-    return getattr(transformers, f"{name}Config")(
+    return transformers.DetrConfig(
         use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
         backbone_config=trunk, d_model=32, encoder_layers=2, decoder_layers=2,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
-        decoder_ffn_dim=64, num_queries=5, num_labels=CLASSES, **options,
+        decoder_ffn_dim=64, num_queries=5, num_labels=CLASSES,
     )  # fmt: skip
 
 
 def _detr(library: Any) -> nn.Module:
-    model: nn.Module = library.DetrForObjectDetection(_small_transformer("Detr"))
+    model: nn.Module = library.DetrForObjectDetection(_detr_config())
     return model
 
 
@@ -92,7 +92,7 @@ def _swin_trunk(library: Any) -> Any:
 
 def _maskformer(library: Any) -> nn.Module:
     config = library.MaskFormerConfig(
-        backbone_config=_swin_trunk(library), decoder_config=_small_transformer("Detr"),
+        backbone_config=_swin_trunk(library), decoder_config=_detr_config(),
         fpn_feature_size=32, mask_feature_size=32,
     )  # fmt: skip
     model: nn.Module = library.MaskFormerForInstanceSegmentation(config)
@@ -236,9 +236,9 @@ STAGED: dict[str, Staged] = {
     "sam2-trunk": Staged(
         _transformers("Sam2HieraDetModel", 64, **_SAM2), ALL, 6, 3
     ),
-    "detr": Staged(_by_hand("transformers", _detr, 64), ALL, 4, 2, 0.9),
-    "maskformer": Staged(_by_hand("transformers", _maskformer, 64), ALL, 6, 5, 0.85),
-    "mask2former": Staged(_by_hand("transformers", _mask2former, 64), ALL, 8, 6, 0.85),
+    "detr": Staged(_by_hand("transformers", _detr, 64), ALL, 2, 1, 0.9),
+    "maskformer": Staged(_by_hand("transformers", _maskformer, 64), ALL, 4, 4, 0.85),
+    "mask2former": Staged(_by_hand("transformers", _mask2former, 64), ALL, 6, 5, 0.85),
     "torchvision-maxvit": Staged(
         _by_hand("torchvision.models.maxvit", _maxvit, 64), ALL, 4, 2, 0.9
     ),

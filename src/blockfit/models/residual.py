@@ -58,7 +58,11 @@ class Writer:
         return hidden if hidden.ndim == 3 else hidden.flatten(1, -2)
 
     def sum(self, block: nn.Module, run: RunBlock, hidden: Tensor) -> Tensor:
-        """The sum that z is a part of, in the block's layout."""
+        """The sum that z is a part of, in the block's layout: a hidden state's shape and dtype.
+
+        Args:
+            hidden: what the block is given.
+        """
         return input_of(block, self.given_to, run, hidden) if self.given_to else run(hidden)
 
     def layout(self, tokens: Tensor, shape: torch.Size) -> Tensor:
@@ -129,7 +133,7 @@ class Writer:
 
 @contextmanager
 def written(block: nn.Module, outputs: Mapping[str, Tensor | float]) -> Iterator[None]:
-    """Let the named linear layers of ``block`` return these values instead of their own."""
+    """Let the named layers of ``block`` return these values instead of their own."""
 
     def replace_by(value: Tensor | float) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -416,7 +420,7 @@ def _inside(block: _Block, one: _Output, silenced: Silenced, find: FindWriter) -
 
 
 def _leaves(block: _Block, width: int) -> list[_Output]:
-    """What modules without parts return that are given states of a width, once, in order."""
+    """What the modules without submodules return that are given states of a width, once each."""
     seen: list[_Output] = []
 
     def note(name: str) -> Callable[..., None]:

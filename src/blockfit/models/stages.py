@@ -48,10 +48,11 @@ def find_blocks(
 
     A chain is what ``blockfit.models.blocks.find_chain`` finds. Of a model of images and texts it
     is that of the tower which the example is for; of an example of both, the blocks are those of
-    both towers, in two stages. Where there is none and no
-    ``path`` is given, the blocks are the smallest modules that run once and add what a linear
-    layer in them returns to what they were given, whatever their class, width, number of tokens
-    and layout: those of hierarchical models. They can be narrowed, but no span of them removed.
+    both towers, in two stages. Where there is none, or a small one whose blocks add nothing to
+    what they are given, and no ``path`` is given, the blocks are the smallest modules that run once
+    and add what a linear layer in them returns to what they were given, whatever their class,
+    width, number of tokens and layout: those of hierarchical models. They can be narrowed, but no
+    span of them removed.
 
     Args:
         model: any module; left as it was.
@@ -65,18 +66,12 @@ def find_blocks(
     asked = path is not None or prefix_tokens is not None
     if not asked and example is not None and (both := of_towers(model, example)) is not None:
         return _find_towers(model, example, *both)
+    inputs = None if asked else (example_input(model) if example is None else example)
     try:
         chain = chains.find_chain(model, example, path, prefix_tokens)
-        if asked:
-            return chain
-        inputs = example_input(model) if example is None else example
-        if _is_a_stage(model, chain, example):
-            return find_stages(model, two_different(model, inputs)) or chain
-        return _larger(model, chain, inputs)
     except BlockfitError as error:
-        if asked:
+        if inputs is None:
             raise
-        inputs = example_input(model) if example is None else example
         found = find_stages(model, two_different(model, inputs))
         if found is None:
             raise BlockfitError(
@@ -84,10 +79,15 @@ def find_blocks(
                 "that adds what a linear layer returns to what it was given)"
             ) from error
         return found
+    if inputs is None:
+        return chain
+    if _is_a_stage(model, chain, example):
+        return find_stages(model, two_different(model, inputs)) or chain
+    return _larger(model, chain, inputs)
 
 
 def _larger(model: nn.Module, chain: Blocks, inputs: Batch) -> Blocks:
-    """A chain, or residual blocks beside it that hold more of the model where it has none.
+    """A chain, or the residual blocks of a model that hold more of it than a chain without any.
 
     Layers of a head may be alike, too (MaskFormer's mask embedder).
     """
@@ -196,6 +196,11 @@ class _Call:
     count: int = 1
     width: int = 0
 
+    def others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors that the module is given in a call besides the hidden state."""
+        named = {} if args else {self.name_of_input}
+        return _tensors((args[1:], {k: v for k, v in kwargs.items() if k not in named}))
+
     def run(self, hidden: Tensor) -> Tensor:
         own = hidden.clone()
         if self.args:
@@ -237,9 +242,50 @@ def find_stages(model: nn.Module, inputs: Batch) -> Blocks | None:
         found.sort(key=lambda one: one.started)
         names = {one.name_of_input for one in found if not one.args}
         found = [one for one in found if one.args or len(names) == 1]
+        found = _alone(model, inputs, found)
         if not found:
             return None
         return _laid_out(model, inputs, found, next(iter(names), ""))
+
+
+def _alone(model: nn.Module, inputs: Batch, found: Sequence[_Call]) -> list[_Call]:
+    """The blocks that nothing but their hidden state carries other blocks' results to.
+
+    A decoder's read the encoder's output as well (DETR), which is not followed when blocks are
+    solved one after the other.
+    """
+    again: dict[str, list[Tensor]] = {}
+
+    def before(one: _Call) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            again[one.name] = one.others(args, kwargs)
+
+        return hook
+
+    def moved(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        state = _state(output) * 1.5
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    with ExitStack() as undo:
+        for one in found:
+            undo.enter_context(one.module.register_forward_pre_hook(before(one), with_kwargs=True))
+            undo.enter_context(one.module.register_forward_hook(moved))
+        chains.call(model, inputs)
+    return [one for one in found if _equal(one.others(one.args, one.kwargs), again[one.name])]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping | tuple | list):
+        return []
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 def _laid_out(model: nn.Module, inputs: Batch, found: Sequence[_Call], name: str) -> Blocks | None:

@@ -313,7 +313,7 @@ class TracedImages:
         return middle
 
     def target(self, batch: int, index: int) -> Tensor:
-        """The sum of block ``index`` to which its MLP adds."""
+        """The sum to which the MLP of block ``index`` adds, in the block's layout."""
         mlp = self.probe.writers(index)[-1]
         if not mlp.given_to:
             return self.returned(batch, index)
