@@ -215,9 +215,13 @@ def test_the_verdict_is_of_the_images_that_decided_nothing(
     low: float, high: float, said: str
 ) -> None:
     held_out = {"kl": 0.01, "feature_relative_error": 0.2}
-    final = {"images": 192, "kl": {"value": 0.06, "low": low, "high": high}}
+    final: dict[str, Any] = {"images": 192, "kl": {"value": 0.06, "low": low, "high": high}}
     assert verdict({"held_out": held_out, "maps": [], "final": final}) == said
     assert "0.0100" in verdict({"held_out": held_out, "maps": [], "final": None})
+    for least, told in ((0.4, ", yet it loses 1.20 points of top-1 (0.40 to 2.10)"), (-0.4, "")):
+        final["drop"] = {"value": 1.2, "low": least, "high": 2.1}
+        lost = verdict({"held_out": held_out, "maps": [], "final": final})
+        assert lost == said + (told if said.startswith("close") else "")
 
 
 def test_a_pipe_gets_a_line_per_step_and_a_terminal_the_time(

@@ -110,13 +110,22 @@ def _close_by(final: Mapping[str, Any] | None) -> str | None:
     low, high = figure["low"], figure["high"]
     told = f"{what} {number(figure['value'])}, {number(low)} to {number(high)}"
     if high <= SAFE_LOSS:
-        return f"close to the original ({told}; at most {SAFE_LOSS} is)"
+        return f"close to the original ({told}; at most {SAFE_LOSS} is){_surely_lost(final)}"
     if low > SAFE_LOSS:
         return f"not close to the original ({told}; above {SAFE_LOSS})"
     return (
         f"{final['images']} images do not tell whether it is close to the original "
         f"({told}; at most {SAFE_LOSS} is)"
     )
+
+
+def _surely_lost(final: Mapping[str, Any]) -> str:
+    """What a small KL hides: points of top-1, where their interval leaves no doubt of a loss."""
+    drop = final.get("drop")
+    if drop is None or drop["low"] <= 0:
+        return ""
+    points = [f"{drop[end]:.2f}" for end in ("value", "low", "high")]
+    return ", yet it loses {} points of top-1 ({} to {})".format(*points)
 
 
 def _close_by_held_out(report: Mapping[str, Any]) -> str:
