@@ -59,6 +59,7 @@ def test_one_budget_at_most() -> None:
             62,
             r"flops= takes the part .* such as 0\.62 or 62%, got 62; did you mean 62%\?",
         ),
+        ("params", 1.5, r"got 1\.5 \(150%, more than there is\)$"),
         ("params", 0.0062, r"got 0\.0062; did you mean 0\.62 or 62%\?"),
         ("latency", -0.1, "latency= takes the part that may remain"),
         ("max_kl", -1, "max_kl= must be 0 or more"),

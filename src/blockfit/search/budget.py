@@ -47,7 +47,11 @@ class Budget:
         if self.kind == "remove" and (self.value < 1 or self.value != int(self.value)):
             raise BlockfitError(f"remove= takes a whole number of blocks, got {self.value:g}")
         if self.kind in ("params", "flops", "latency") and not LEAST <= self.value <= 1:
-            meant = f"; did you mean {self.value:g}%?" if 1 < self.value <= 100 else ""
+            meant = ""
+            if 1 < self.value < 10:  # 150%
+                meant = f" ({self.value:.0%}, more than there is)"
+            elif 10 <= self.value <= 100:
+                meant = f"; did you mean {self.value:g}%?"
             if 0 < self.value < LEAST:  # 0.62%
                 meant = f"; did you mean {100 * self.value:g} or {1e4 * self.value:g}%?"
             raise BlockfitError(
