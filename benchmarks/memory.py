@@ -1,7 +1,9 @@
 """Memory and time of a calibration and of narrowing, by width, by number of images, under a limit.
 
 Each row is a process of its own. ``VmHWM`` of Linux is the most memory that it ever held; what the
-process holds before the calibration (Python, libraries, the model, one forward) is taken off.
+process holds before the calibration (Python, libraries, the model, one forward) is taken off. It
+counts pages of temporary files that were read, which the system drops where memory is short; what
+it cannot drop ("of its own", RssAnon) is looked at twenty times a second.
 
     python benchmarks/memory.py images            # 256 … 10,000 images, flat memory
     python benchmarks/memory.py widths            # ViT-S … ViT-g, random weights, under a limit
@@ -14,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -64,7 +67,7 @@ def vit(width: int, depth: int, heads: int, ratio: float, side: int) -> torch.nn
 
 
 def memory(name: str) -> int:
-    """Bytes that /proc says of this process: VmHWM (most) or VmRSS (now)."""
+    """Bytes that /proc says of this process: VmHWM (most), VmRSS (now) or RssAnon (no files)."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(name + ":"))
     return 1024 * int(line.split()[1])
@@ -91,7 +94,7 @@ def calibrated(*row: Any, limit: str | None) -> dict[str, Any]:
     model, data, plain = started_with(*row)
     blocks: Blocks = find_blocks(model, next(iter(data)))
     spans = spans_up_to(blocks.depth, LONGEST)
-    before, begun = memory("VmRSS"), time.process_time()
+    watch = Watch()
     room = float("inf") if limit is None else MOMENTS_SHARE * bytes_of(limit)
     groups = groups_of(spans, blocks.width, room)
     for group in groups:
@@ -101,7 +104,7 @@ def calibrated(*row: Any, limit: str | None) -> dict[str, Any]:
         "spans": f"{len(spans)}",
         "passes": f"{len(groups)}",
         "sums of all": f"{sums / 1e6:,.0f} MB",
-        **used(before, begun, plain),
+        **used(watch, plain),
     }
 
 
@@ -109,21 +112,40 @@ def narrowed(*row: Any, limit: str | None) -> dict[str, Any]:
     """Narrow to ``SHARE`` of the parameters, in place, from nothing to the small model."""
     model, data, plain = started_with(*row)
     weights = sum(4 * p.numel() for p in model.parameters())
-    before, begun = memory("VmRSS"), time.process_time()
+    watch = Watch()
     found = blockfit.compress(model, data, params=SHARE, max_memory=limit, inplace=True).report
     return {
         "weights": f"{weights / 1e6:,.0f} MB",
         "left": f"{found['parameters_after'] / found['parameters_before']:.1%}",
-        **used(before, begun, plain),
+        **used(watch, plain),
     }
 
 
-def used(before: int, begun: float, plain: float) -> dict[str, str]:
+class Watch:
+    """What a process has of its own, above what it had when it was begun to watch."""
+
+    def __init__(self) -> None:
+        self.resident, self._own, self._most = memory("VmRSS"), memory("RssAnon"), 0
+        self.begun = time.process_time()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            self._most = max(self._most, memory("RssAnon"))
+            time.sleep(0.05)
+
+    def above(self) -> int:
+        """Bytes."""
+        return self._most - self._own
+
+
+def used(watch: Watch, plain: float) -> dict[str, str]:
     """What a run held at most, and what it took."""
-    seconds = time.process_time() - begun
+    seconds = time.process_time() - watch.begun
     return {
         "peak": f"{memory('VmHWM') / 1e6:,.0f} MB",
-        "above the model": f"{(memory('VmHWM') - before) / 1e6:,.0f} MB",
+        "above the model": f"{(memory('VmHWM') - watch.resident) / 1e6:,.0f} MB",
+        "of its own": f"{watch.above() / 1e6:,.0f} MB",
         "CPU": f"{seconds:.0f} s",
         "plain passes": f"{seconds / plain:.1f}",
     }

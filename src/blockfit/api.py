@@ -108,6 +108,7 @@ def compress(
     prefix_weight: float | None = None,
     repair: str | None = None,
     repair_ridge: float | None = None,
+    views: int | None = None,
     cuts: Iterable[str] | str | None = None,
     multiple_of: int | None = None,
     uniform: bool = False,
@@ -157,6 +158,8 @@ def compress(
         prefix_weight: weight of a prefix token in every fit, where a patch token weighs 1.
         repair: ``none``, ``mlp`` or ``mlp+attention``, instead of the recipe's.
         repair_ridge: λ of the repairs, towards the original weights.
+        views: how often each image that is fitted on is shown: as it is, then as crops of it. By
+            default more often the fewer they are: 8 times up to 32 images, once from 256 on.
         cuts: what budgets other than ``remove`` may cut, of ``blocks``, ``mlp``, ``values`` and
             ``keys``; all by default.
         multiple_of: widths that MLPs keep are multiples of it; of 32 by default.
@@ -207,6 +210,7 @@ def compress(
         "prefix_weight": prefix_weight,
         "repair": repair,
         "repair_ridge": repair_ridge,
+        "views": views,
     }
     held = Held.of(
         protect=protect,
@@ -246,6 +250,7 @@ def calibrate(
     *,
     texts: Any = None,
     recipe: str | Recipe = "default",
+    views: int | None = None,
     cuts: Iterable[str] | str | None = None,
     multiple_of: int | None = None,
     protect: Iterable[int] = (),
@@ -270,6 +275,7 @@ def calibrate(
         images: as in ``compress``.
         texts: as in ``compress``.
         recipe: as in ``compress``; what ``calibration.compress`` does that names no other.
+        views: as in ``compress``; for all calls of the calibration.
         cuts: as in ``compress``; likewise.
         multiple_of: as in ``compress``.
         protect: as in ``compress``.
@@ -295,7 +301,7 @@ def calibrate(
         seed=seed,
         max_memory=max_memory,
     )
-    asked: dict[str, Any] = {"recipe": recipe, "cuts": cuts}
+    asked: dict[str, Any] = {"recipe": recipe, "cuts": cuts, "views": views}
     chosen = recipe_for(**asked)
     chosen.check_use("params=", protect=held.protect, whole=held.whole, multiple_of=multiple_of)
     module = _module(model)

@@ -195,7 +195,8 @@ def test_figures_that_cannot_be_are_refused(timed, tmp_path, place, key, value, 
 def test_a_model_from_a_sweep_tells_where_it_is_from(folder):
     report = from_sweep(folder, Budget("remove", 3)).report
     assert report["sweep"] == str(folder)
-    assert report["repaired_blocks"] == read_sweep(folder).points[2]["repaired_blocks"]
+    best = read_sweep(folder).best(Budget("remove", 3))
+    assert report["repaired_blocks"] == list(best.repaired_blocks)
     assert report["calibration"]["drawn"] == 40
 
 

@@ -360,6 +360,10 @@ class Method:
         rare("--select", "Choose spans by effect, mse, angular, first, last, random.", HOW, "HOW"),
     ] = None
     contiguous: Annotated[bool, rare("--contiguous", "One span only.", HOW)] = False
+    views: Annotated[
+        int | None,
+        rare("--views", "How often a fit image is shown; else 1 to 8.", HOW, "N"),
+    ] = None
     cuts: Annotated[
         str | None,
         option("--cuts", "What may go, of blocks,mlp,values,keys.  [default: all]", HOW, "LIST"),
@@ -392,7 +396,7 @@ class Method:
 
     def changes(self) -> dict[str, Any]:
         """What changes a recipe, by the names that ``compress`` has for it; ``None``: nothing."""
-        names = ("map", "rank", "ridge", "prefix_weight", "repair", "repair_ridge", "cuts")
+        names = ("map", "rank", "ridge", "prefix_weight", "repair", "repair_ridge", "views", "cuts")
         changed: dict[str, Any] = {name: getattr(self, name) for name in names}
         return {
             **changed,

@@ -38,6 +38,7 @@ from blockfit.data.records import (
 )
 from blockfit.data.streams import from_stream, from_transformed, is_streamed, is_transformed
 from blockfit.data.tables import from_dataset, one_split
+from blockfit.data.views import cropped
 from blockfit.errors import BlockfitError, tell
 from blockfit.models.forward import Batch
 from blockfit.models.preprocessing import (
@@ -124,6 +125,8 @@ class Images:
         limited: whether the user said how many there are to be.
         beyond: positions that were given and not drawn, in the order of the draw.
         texts: that they are given with; their own labels are not used then.
+        views: how often a walk shows every image: as it is, then as crops of it, all images after
+            one another. A view has a place of its own; ``len`` counts images.
     """
 
     records: Records | Stream
@@ -142,6 +145,7 @@ class Images:
     limited: bool = False
     beyond: np.ndarray = field(default_factory=lambda: np.arange(0))
     texts: Beside | None = None
+    views: int = 1
 
     def __len__(self) -> int:
         """The number of images, without those that a walk has found to be unreadable."""
@@ -192,17 +196,34 @@ class Images:
         Neighbours of another size begin a new batch.
 
         Args:
-            start: begin with the image at this place.
+            start: begin with the image at this place, views counted.
 
         Raises:
             BlockfitError: where more than ``MOST_UNREADABLE`` of the images cannot be read.
         """
-        for batch in self._batches(start):
-            if self.texts is not None:
-                positions = self.positions[batch.places].tolist()
-                inputs = self.texts.beside(batch.inputs, positions)
-                batch = replace(batch, inputs=inputs, labels=None, own_labels=None)
-            yield batch
+        count = len(self.positions)
+        for view in range(self.views):
+            if start >= (view + 1) * count > 0:
+                continue
+            for batch in self._batches(max(0, start - view * count)):
+                yield self._seen(batch, view)
+
+    def _seen(self, batch: LabelledBatch, view: int) -> LabelledBatch:
+        """A batch with the texts that go with its images, and one view of them."""
+        if self.texts is not None:
+            positions = self.positions[batch.places].tolist()
+            inputs = self.texts.beside(batch.inputs, positions)
+            batch = replace(batch, inputs=inputs, labels=None, own_labels=None)
+        if view == 0:
+            return batch
+        first = view * len(self.positions)
+        return replace(
+            batch,
+            inputs=cropped(batch.inputs, batch.places, view, self.seed),
+            names=[f"{name} (view {view})" for name in batch.names],
+            number=first + batch.number,
+            places=[first + place for place in batch.places],
+        )
 
     def _batches(self, start: int) -> Iterator[LabelledBatch]:
         if isinstance(self.records, Stream):

@@ -74,7 +74,7 @@ def calibrate(
             real = None if blocks.stages else real_tokens(batch.inputs, states[0])
             _add(moments, dict(enumerate(states)), tokens_per_image, seed, batch.places, real)
             done += len(states[0])
-            progress(done, len(own))
+            progress(done, own.views * len(own))
             start = batch.places[-1] + 1
             if checkpoint is not None and checkpoint.due():
                 _save(checkpoint, name, moments, [done, start, [*images.unreadable.items()]])

@@ -78,10 +78,11 @@ class HeldOut:
 
     Args:
         images: with all their hidden states; a batch is the unit of ``batches``.
+        views: of the images, for solutions on all images; they judge nothing.
     """
 
-    def __init__(self, images: TracedImages) -> None:
-        self.images = images
+    def __init__(self, images: TracedImages, views: TracedImages | None = None) -> None:
+        self.images, self.views = images, images if views is None else views
         self.model, self.blocks = images.model, images.blocks
         self._at = {number: place for place, number in enumerate(images.numbers)}
         self.original: list[Observation] = [

@@ -56,7 +56,7 @@ class PlanJudge:
     @cached_property
     def _all(self) -> TracedImages:
         """The fit images and the held-out ones."""
-        return self.originals.with_more(self.held_out.images)
+        return self.originals.with_more(self.held_out.views)
 
     def solve(self, plan: Plan, choices: Choices | None = None) -> Solution:
         """The plan solved on the fit images; ``choices`` as in ``solve.solve``."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blockfit.arguments import check_fields, one_of
+from blockfit.arguments import at_least, check_fields, one_of
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import MAP_KINDS, PARTS, Replacement, Span
 from blockfit.fit.published import BASELINES
@@ -20,6 +20,12 @@ PLAIN_MAPS = ("identity", "folded")
 
 UNIFORM_CUTS = ("blocks", "mlp")
 """Kinds of cuts that stock configs can say: fewer blocks, and one width for all MLPs."""
+
+ENOUGH_IMAGES = 256
+"""Images to fit on from which views of them gain nothing (docs/measurements.md)."""
+
+MOST_VIEWS = 8
+"""Views of an image that are taken where nobody says how many."""
 
 SELECTIONS = ("effect", "mse", "angular", "first", "last", "random")
 
@@ -47,10 +53,12 @@ class Recipe:
             ``BASELINES``.
         uniform: what is left can be said by a stock config: one width for the MLPs of all blocks,
             whole blocks that leave no module.
+        views: how often each image that is fitted on is shown: as it is, then as crops of it.
+            ``None``: more often the fewer images there are, and once for published methods.
 
     Raises:
-        BlockfitError: for an unknown map, selection, kind of cut or baseline, and for what a stock
-            config cannot say where ``uniform`` is asked for.
+        BlockfitError: for an unknown map, selection, kind of cut or baseline, for views below 1,
+            and for what a stock config cannot say where ``uniform`` is asked for.
     """
 
     name: str = "default"
@@ -64,9 +72,11 @@ class Recipe:
     cuts: tuple[str, ...] = CUTS
     baseline: str | None = None
     uniform: bool = False
+    views: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        at_least(1, views=self.views)
         for cut in self.cuts:
             if cut not in CUTS:
                 raise BlockfitError(f"unknown kind of cut {cut!r}; choose from {', '.join(CUTS)}")
@@ -135,6 +145,14 @@ class Recipe:
                     f"recipe {self.name} is a published method as it is; leave {name}= out"
                 )
 
+    def views_of(self, images: int) -> int:
+        """How often each of so many images is shown."""
+        if self.views is not None:
+            return self.views
+        if self.select != "effect" or self.baseline is not None:
+            return 1
+        return min(MOST_VIEWS, max(1, ENOUGH_IMAGES // max(1, images)))
+
     @property
     def narrows(self) -> bool:
         """Whether plans of the recipe may narrow parts of blocks."""
@@ -200,6 +218,7 @@ def recipe_for(
     per_token_type: bool | None = None,
     cuts: Iterable[str] | str | None = None,
     uniform: bool | None = None,
+    views: int | None = None,
     **solving: Any,
 ) -> Recipe:
     """The recipe that a call means.
@@ -214,16 +233,19 @@ def recipe_for(
         cuts: kinds of cuts, also as one text with commas.
         uniform: what a stock config can say: the maps and cuts of the recipe that it cannot are
             left out.
+        views: how often each image that is fitted on is shown.
         solving: fields of ``Options``; ``ridge`` may be ``"auto"``.
     """
     by_default = recipe == "default"
     maps = None if map is None else (map,)
     kinds = cuts.split(",") if isinstance(cuts, str) else cuts
     changes: dict[str, Any] = {"maps": maps, "rank": rank, "per_token_type": per_token_type}
+    changes["views"] = views
     changes["cuts"] = None if kinds is None else tuple(kind.strip() for kind in kinds)
     recipe = _uniform(named_recipe(recipe)) if uniform else recipe
     given = {k: v for k, v in solving.items() if v is not None}
     asked = {"map": map, "rank": rank, "per_token_type": per_token_type, "cuts": cuts, **given}
+    asked["views"] = views
     named_recipe(recipe).check_use("params=", **asked)
     chosen = named_recipe(recipe, **{k: v for k, v in changes.items() if v is not None})
     if "ridge" in given:

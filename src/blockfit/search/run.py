@@ -169,6 +169,7 @@ def describe(
         **parts.whole.description(),
         "fit": len(session.setting.fit),
         "held_out": len(session.setting.held_out),
+        "views": session.views,
         "judged": 0 if parts.judge is None else len(parts.judge),
         "final": 0 if parts.final is None else len(parts.final),
     }

@@ -25,7 +25,7 @@ from blockfit.search.held_out import HeldOut
 from blockfit.search.latency import latency_of
 from blockfit.search.plan_judge import PlanJudge, Point
 from blockfit.search.recipes import Recipe
-from blockfit.search.setting import Setting, check_whole
+from blockfit.search.setting import Setting, check_whole, views_of
 from blockfit.search.solve import Solution
 from blockfit.search.span_search import Search, most_removed
 from blockfit.search.spill import (
@@ -82,12 +82,16 @@ class Session:
         if max_memory is not None:
             check_batch(setting.fit.batch_size, setting.state(), blocks.depth, max_memory)
             shelf = Shelf(int(STATES_SHARE * max_memory))
-        self.say(f"original model on {len(setting.fit)} fit images")
-        self.originals = TracedImages.of(model, blocks, setting.fit, progress=progress, shelf=shelf)
-        self.say(f"original model on {len(setting.held_out)} held-out images")
-        self.held_out = HeldOut(
-            TracedImages.everywhere(model, blocks, setting.held_out, progress, shelf)
+        self.views = views_of(recipe, setting)
+        fit, held_out = (
+            replace(part, views=self.views) for part in (setting.fit, setting.held_out)
         )
+        shown = "" if self.views == 1 else f", {self.views} views of each"
+        self.say(f"original model on {len(fit)} fit images{shown}")
+        self.originals = TracedImages.of(model, blocks, fit, progress=progress, shelf=shelf)
+        self.say(f"original model on {len(held_out)} held-out images{shown}")
+        traced = TracedImages.everywhere(model, blocks, held_out, progress, shelf)
+        self.held_out = HeldOut(traced.shown(1), traced)
         self.sizes = Sizes(model, blocks, setting.example)
         self.precision = narrowest(model)
         self._moments: list[Moments | GroupedMoments] = []
@@ -96,9 +100,25 @@ class Session:
         self._neurons: dict[str, Neurons] = {}
 
     def with_recipe(self, recipe: Recipe) -> Session:
-        """The same calibration under another recipe; nothing of it is saved."""
-        other = copy.copy(self)
+        """The same calibration under another recipe; nothing of it is saved.
+
+        Raises:
+            BlockfitError: where the recipe asks for more views of the images than were taken.
+        """
+        other, views = copy.copy(self), views_of(recipe, self.setting)
         other.recipe, other._search, other._cuts, other._checkpoint = recipe, None, None, None
+        if recipe.views is None:
+            views = min(views, self.views)
+        elif views > self.views:
+            raise BlockfitError(
+                f"the recipe asks for {views} views of every image, and the calibration has "
+                f"{self.views}; make another one with views={views}"
+            )
+        if views < self.views:
+            other.views, other._moments, other._neurons = views, [], {}
+            other.originals = self.originals.shown(views)
+            other.held_out = copy.copy(self.held_out)
+            other.held_out.views = self.held_out.views.shown(views)
         return other
 
     @property
@@ -189,7 +209,8 @@ class Session:
 
     def _pass(self, spans: list[Span]) -> Moments:
         how = {"tokens_per_image": TOKENS_PER_IMAGE, "seed": self.seed}
-        model, blocks, fit = self.setting.model, self.setting.blocks, self.setting.fit
+        model, blocks = self.setting.model, self.setting.blocks
+        fit = replace(self.setting.fit, views=self.views)
         if self.originals.complete:
             return moments_of(self.originals.kept(), blocks, spans, **how)
         return calibrate(
@@ -246,7 +267,7 @@ class Session:
         """A published method on all images, with the figures that it has on the fit images."""
         known = self._neurons
         known.setdefault("fit", Neurons(self.originals))
-        known.setdefault("all", Neurons(self.originals.with_more(self.held_out.images)))
+        known.setdefault("all", Neurons(self.originals.with_more(self.held_out.views)))
         plan = Baseline(known["fit"], method).plan(self.sizes, budget.kind, budget.value)
         solved = []
         for images, neurons in known.items():
@@ -304,7 +325,7 @@ class Session:
         for error in point.map_errors:
             if error.map == "identity" and any(m != "identity" for m in self.recipe.maps):
                 out.append(f"span {error.span} was dropped: its map was worse than identity")
-        tokens = self.originals.tokens
+        tokens = self.originals.shown(1).tokens
         if tokens < 4 * self.setting.blocks.width:
             out.append(
                 f"{tokens} tokens of {len(self.setting.fit)} images are few for width "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from blockfit.data.images import Images
+from blockfit.data.views import can_be_cropped
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Plan
 from blockfit.models.adapters import check_merged
@@ -97,6 +98,22 @@ class Setting:
         """The first hidden state of one image, shape (1, tokens, width)."""
         with evaluating(self.model):
             return trace(self.model, self.blocks, first_images(self.example, 1), [0]).states[0]
+
+
+def views_of(recipe: Recipe, setting: Setting) -> int:
+    """How often every image that is fitted on is shown.
+
+    Raises:
+        BlockfitError: where a recipe asks for views of what is no picture.
+    """
+    if can_be_cropped(setting.example):
+        return recipe.views_of(len(setting.fit))
+    if recipe.views is not None and recipe.views > 1:
+        raise BlockfitError(
+            f"views={recipe.views} shows crops of pictures (images, 1 or 3 channels, height, "
+            "width), and the model is given something else here; leave it out"
+        )
+    return 1
 
 
 def _elsewhere(model: nn.Module, blocks: Blocks) -> Plan:

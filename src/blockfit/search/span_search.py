@@ -299,7 +299,7 @@ class Search:
     def _judges(self) -> HeldOut | None:
         """Fit images that quick refits have not seen; ``None`` where their states are not kept."""
         if self._more is None:
-            self._more = HeldOut(self.originals.after(self.quick, JUDGE_IMAGES))
+            self._more = HeldOut(self.originals.shown(1).after(self.quick, JUDGE_IMAGES))
         return self._more if self._more.sizes else None
 
     def _pool(self, size: int) -> list[Plan]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
@@ -61,6 +62,8 @@ class TracedImages:
         self.labels: list[Tensor | None] = []
         self.numbers: list[int] = []
         self.sizes: dict[int, int] = {}
+        self._shows: dict[int, int] = {}
+        """Which batch each is a view of: its own number, where it shows images as they are."""
         self.owners: dict[int, int] | None = None
         self._tokens: dict[int, int] = {}
         self._whole: set[int] = set()
@@ -92,7 +95,7 @@ class TracedImages:
         with evaluating(model):
             made._trace_all(own, progress)
             images.exchange()
-            made._gather()
+            made._gather(images.views)
             if not made.sizes:
                 raise BlockfitError(
                     "there are no images to fit on; give a folder or file that holds some"
@@ -122,14 +125,15 @@ class TracedImages:
                 raise BlockfitError("there are no held-out images to judge by; give more images")
             made.probe = Probe(model, blocks, made.traces[0].inputs)
         made.numbers = list(range(len(made.traces)))
-        made._count((number, *_counts(seen)) for number, seen in enumerate(made.traces))
+        rows = ((number, *_counts(seen)) for number, seen in enumerate(made.traces))
+        made._count(rows, images.views)
         made._whole = set(made.numbers)
         return made
 
     def _trace_all(self, images: Images, progress: Progress) -> None:
         for batch in images.batches():
             self._trace(batch)
-            progress(len(self), len(images))
+            progress(len(self), images.views * len(images))
 
     def _trace(self, batch: LabelledBatch) -> None:
         boundaries = range(self.blocks.depth + 1)
@@ -145,19 +149,23 @@ class TracedImages:
         self.labels.append(batch.labels)
         self.numbers.append(batch.number)
 
-    def _gather(self) -> None:
+    def _gather(self, views: int) -> None:
         """Learn of the batches of all processes: images, rank, and whether all states are kept."""
         pairs = zip(self.numbers, self.traces, strict=True)
         depth = self.blocks.depth
         own = [[n, *_counts(t), len(t.states) > depth] for n, t in pairs]
         rows = [(*row, rank) for rank, part in enumerate(ranks.gathered(own)) for row in part]
-        self._count(row[:3] for row in sorted(rows))
+        self._count((row[:3] for row in sorted(rows)), views)
         self._whole = {number for number, _, _, whole, _ in rows if whole}
         self.owners = {row[0]: row[-1] for row in rows}
 
-    def _count(self, rows: Iterable[tuple[int, int, int]]) -> None:
+    def _count(self, rows: Iterable[tuple[int, int, int]], views: int) -> None:
+        """Note the batches of all processes; views come one after the other, alike in batches."""
         for number, images, tokens in rows:
             self.sizes[number], self._tokens[number] = images, tokens
+        order = list(self.sizes)
+        each = max(1, len(order) // views)
+        self._shows = {number: order[place % each] for place, number in enumerate(order)}
 
     def __len__(self) -> int:
         """Images that this process holds."""
@@ -202,8 +210,22 @@ class TracedImages:
         return tensor if self._shelf is None else self._shelf.hold(tensor)
 
     def checks(self, batch: int, every: int) -> bool:
-        """Whether a batch is of the one part in ``every`` that a ridge is chosen by."""
-        return [*self.sizes].index(self.numbers[batch]) % every == 1
+        """Whether a batch is of the one part in ``every`` that a ridge is chosen by.
+
+        All views of an image are of the same part.
+        """
+        different = [number for number, shown in self._shows.items() if number == shown]
+        return different.index(self._shows[self.numbers[batch]]) % every == 1
+
+    def shown(self, views: int) -> TracedImages:
+        """So many of the views of every image; 1 is the images as they are."""
+        seen: Counter[int] = Counter()
+        taken = []
+        for number, shown in self._shows.items():
+            seen[shown] += 1
+            if seen[shown] <= views:
+                taken.append(number)
+        return self._only({number: number for number in taken})
 
     def part(self, images: int) -> TracedImages:
         """The first batches with at least ``images`` images; the hidden states are shared."""
@@ -233,6 +255,7 @@ class TracedImages:
         few.sizes = {new: self.sizes[n] for n, new in renumbered.items()}
         few._tokens = {new: self._tokens[n] for n, new in renumbered.items()}
         few._whole = {new for n, new in renumbered.items() if n in self._whole}
+        few._shows = {new: renumbered.get(self._shows[n], new) for n, new in renumbered.items()}
         if self.owners is not None:
             few.owners = {new: self.owners[n] for n, new in renumbered.items()}
         rows = zip(self.numbers, self.traces, self.labels, strict=True)
@@ -251,6 +274,7 @@ class TracedImages:
         first = max(self.sizes) + 1
         more.sizes = self.sizes | {first + n: size for n, size in others.sizes.items()}
         more._tokens = self._tokens | {first + n: size for n, size in others._tokens.items()}
+        more._shows = self._shows | {first + n: first + s for n, s in others._shows.items()}
         more._whole = self._whole | {first + n for n in others.numbers}
         added = {first + n: (first + n) % ranks.count() for n in others.numbers}
         more.owners = self.owners | added
