@@ -52,6 +52,7 @@ BUDGETS: dict[str, list[Any]] = {
     "max_kl": ["a", [1], {}, -1, float("nan")],
     "max_drop": ["a", [1], {}, -1, float("nan")],
 }
+VIEWS = [2.5, "a", [3], 0, -1, True]
 NAME = [None, 3, object(), [1], b"x"]
 TEXTS = [3, object(), [1], "x.txt"]
 """Wrong for every model that takes images alone."""
@@ -60,9 +61,11 @@ EXPORT = {"small": NAME, "folder": PATH, "images": [3, object(), {}], "overwrite
 CARD = {"base_model": [3, "no name", ["a/b"]], "license": [3, "", ["mit"]]}
 WRONG: dict[str, dict[str, list[Any]]] = {
     "calibrate": {k: v for k, v in COMMON.items() if k != "resume"} | CUTS | {
+        "views": VIEWS,
         "judge": FLAG, "preprocessing": CODE, "texts": TEXTS,
     },
     "compress": COMMON | BUDGETS | CUTS | {
+        "views": VIEWS,
         "preprocessing": CODE, "texts": TEXTS,
         "spans": ["2:4", 3, [3], [(1,)], [("a", 2)], [(2, 1)], [(1, 2, 3)], [None], [], {"a": 1}],
         "map": [3, ["affine"], "unknown"],

@@ -400,7 +400,7 @@ class CutSearch:
     def _settled(self, plan: Plan) -> bool:
         """Whether a choice of neurons would hardly be another one without the held-out images."""
         widest = max((cut.size for cut in plan.narrowings if cut.part == "mlp"), default=0)
-        return self.originals.tokens >= SETTLED * widest
+        return self.originals.shown(1).tokens >= SETTLED * widest
 
     def best_point(self, share: Share) -> Point:
         """The plan of least held-out loss among the few of least added effect."""

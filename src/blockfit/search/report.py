@@ -113,7 +113,8 @@ class Report:
     """The report of a small model; ``fields.written`` makes it JSON.
 
     ``held_out`` and ``top1_before``, ``top1_after`` are of the images that chose the plan,
-    ``final`` of images that decided nothing; ``command`` is the command line that was run.
+    ``final`` of images that decided nothing, ``fitted`` of some that it was solved on; ``command``
+    is the command line that was run.
     """
 
     budget: str | None
@@ -136,6 +137,7 @@ class Report:
     latency: Latency | None = field(default=None, metadata=LEFT_OUT)
     protect: tuple[int, ...] | None = field(default=None, metadata=LEFT_OUT)
     sweep: str | None = field(default=None, metadata=LEFT_OUT)
+    fitted: Fidelity | None = field(default=None, metadata=LEFT_OUT)
     command: str | None = field(default=None, metadata=LEFT_OUT)
 
     @classmethod
@@ -153,7 +155,7 @@ class Report:
         Args:
             budget: that it was chosen for.
             warnings: beside those of the entry.
-            run: ``recipe``, ``seed``, ``calibration``, ``command``, and ``protect`` or ``sweep``.
+            run: ``recipe``, ``seed``, ``calibration``, ``command``, and ``protect``, ``fitted`` or ``sweep``.
         """
         return cls(
             budget=None if budget is None else str(budget),

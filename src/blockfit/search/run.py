@@ -183,6 +183,7 @@ def describe(
         seed=session.seed,
         calibration=calibration,
         protect=session.protected,
+        fitted=session.fitted(point.solution),
         command=command_line(),
     )
     return fields_written(report)

@@ -21,6 +21,7 @@ from blockfit.search.baselines import Baseline, Neurons
 from blockfit.search.budget import Budget, Sizes
 from blockfit.search.calibrate import TOKENS_PER_IMAGE, calibrate, moments_of
 from blockfit.search.cuts import CutSearch
+from blockfit.search.fidelity import Fidelity
 from blockfit.search.held_out import HeldOut
 from blockfit.search.latency import latency_of
 from blockfit.search.plan_judge import PlanJudge, Point
@@ -276,6 +277,16 @@ class Session:
             solved.append(solution if self.precision is None else solution.rounded(self.precision))
         fidelity, errors, top1 = self.held_out.judge(solved[0])
         return Point(solved[-1], fidelity, tuple(errors), top1)
+
+    def fitted(self, solution: Solution) -> Fidelity | None:
+        """Fidelity on as many of the images that are fitted on as are held out, as they are.
+
+        What it is better there than on other images, more images would narrow. ``None`` where the
+        hidden states of these images are not kept.
+        """
+        once = self.originals.shown(1)
+        some = once.after(once.part(0), len(self.held_out))
+        return HeldOut(some).score(solution) if some.sizes else None
 
     def latency_ratio(self, solution: Solution) -> float:
         """Median latency of the solved model over the original's, measured in turn."""

@@ -10,6 +10,10 @@ from blockfit.search.session import SAFE_LOSS
 from blockfit.summary import Part, Table
 from blockfit.units import amount, number, percent, share
 
+MUCH_CLOSER = 2.0
+"""How many times the error of the images that a model was solved on others may have before more
+images are asked for (docs/guides/budget.md)."""
+
 BEFORE_AFTER: tuple[str, ...] = ("", "original", "compressed", "of original")
 
 
@@ -47,7 +51,7 @@ def compression(report: Mapping[str, Any], depth: int, maps: bool = False) -> li
         f"relative error {held_out['feature_relative_error']:.4f}",
     ]
     told = f"on {held_out['images']} held-out images, which chose the plan: {', '.join(words)}"
-    return [*parts, told, *_final(report), f"verdict: {verdict(report)}"]
+    return [*parts, told, *_fitted(report), *_final(report), f"verdict: {verdict(report)}"]
 
 
 def figure_rows(report: Mapping[str, Any], depth: int) -> Iterator[dict[str, Any]]:
@@ -145,6 +149,19 @@ def _maps(maps: Iterable[Mapping[str, Any]]) -> Table:
     rows = [(m["span"], m["map"], *(number(m[key]) for key in keys)) for m in maps]
     title = "Held-out error of each map and of identity: all tokens, prefix, patch"
     return Table.of(header, rows, title)
+
+
+def _fitted(report: Mapping[str, Any]) -> Iterator[Part]:
+    """How close it is on images that it was solved on, beside others: what more images would do."""
+    if (fitted := report.get("fitted")) is None:
+        return
+    own, other = (f["feature_relative_error"] for f in (fitted, report["held_out"]))
+    told = f"on {fitted['images']} of the images it was solved on: relative error {number(own)}"
+    if own > 0:
+        told += f", on held-out ones {other / own:.1f} times that"
+        if other > MUCH_CLOSER * own:
+            told += "; more calibration images would make a better model"
+    yield told
 
 
 def _final(report: Mapping[str, Any]) -> Iterator[Part]:
