@@ -14,3 +14,10 @@ def test_the_images_keep_their_name_beside_the_parts_that_judged() -> None:
     assert found["parts of the images"] == (
         "3 fitted on, 1 chose the plan, 2 judged the budget, 1 for the final figures alone"
     )
+
+
+def test_views_of_few_images_are_told() -> None:
+    told = {"source": "digits", "fit": 26, "held_out": 6, "views": 8}
+    facts = run_facts(Values({}, "run"), Values(told, "calibration"))
+    found = {fact.name: fact.value for fact in facts}
+    assert found["parts of the images"] == "26 fitted on (8 views of each), 6 chose the plan"

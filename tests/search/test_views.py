@@ -138,3 +138,20 @@ def test_what_is_no_number_of_views_is_refused_before_any_work() -> None:
         blockfit.compress(model, small_images(16), params=0.9, views=0)
     with pytest.raises(BlockfitError, match="recipe corp is a published method as it is"):
         blockfit.compress(model, small_images(16), params=0.9, recipe="corp", views=2)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_a_run_tells_how_close_it_is_on_what_it_was_solved_on(views: int) -> None:
+    model, data = small_vit(), small_images(40)
+    result = blockfit.compress(model, data, params=0.8, views=views, final=0)
+    fit, _ = data.split(0.2, 0)
+    fitted = result.report["fitted"]
+    shown = [x for x in fit if isinstance(x, Tensor)][: fitted["images"] // 8]
+    assert fitted["images"] == 8
+    assert fitted["kl"] == pytest.approx(kl(model, result.model, shown), rel=1e-3, abs=1e-7)
+    own, other = fitted["feature_relative_error"], result.report["held_out"]
+    times = other["feature_relative_error"] / own
+    told = str(result.summary())
+    assert f"on 8 of the images it was solved on: relative error {own:.4f}" in told
+    assert f"{times:.1f} times that" in told
+    assert ("more calibration images would make a better model" in told) == (times > 2)

@@ -28,7 +28,9 @@ def run_facts(run: Values, calibration: Values, what: str = "calibration images"
     if images and total is not None:
         images = f"{total if drawn is None else drawn} of {total} from {images}"
     fit, held_out = calibration.whole("fit"), calibration.whole("held_out")
-    parts = "" if None in (fit, held_out) else f"{fit} fitted on, {held_out} chose the plan"
+    views = calibration.whole("views") or 1
+    each = f" ({views} views of each)" if views > 1 else ""
+    parts = "" if None in (fit, held_out) else f"{fit} fitted on{each}, {held_out} chose the plan"
     for key, use in (("judged", "judged the budget"), ("final", "for the final figures alone")):
         count = calibration.whole(key)
         parts += f", {count} {use}" if count else ""

@@ -155,7 +155,8 @@ class Report:
         Args:
             budget: that it was chosen for.
             warnings: beside those of the entry.
-            run: ``recipe``, ``seed``, ``calibration``, ``command``, and ``protect``, ``fitted`` or ``sweep``.
+            run: ``recipe``, ``seed``, ``calibration``, ``command``, and ``protect`` and ``fitted``,
+                or ``sweep``.
         """
         return cls(
             budget=None if budget is None else str(budget),
