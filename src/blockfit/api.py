@@ -158,8 +158,9 @@ def compress(
         prefix_weight: weight of a prefix token in every fit, where a patch token weighs 1.
         repair: ``none``, ``mlp`` or ``mlp+attention``, instead of the recipe's.
         repair_ridge: λ of the repairs, towards the original weights.
-        views: how often each image that is fitted on is shown: as it is, then as crops of it. By
-            default more often the fewer they are: 8 times up to 32 images, once from 256 on.
+        views: how often each image that is fitted on, or effects are measured on, is shown: as it
+            is, then as crops of it. By default more often the fewer they are: 8 times where there
+            are 32 images, once where there are 512.
         cuts: what budgets other than ``remove`` may cut, of ``blocks``, ``mlp``, ``values`` and
             ``keys``; all by default.
         multiple_of: widths that MLPs keep are multiples of it; of 32 by default.

@@ -18,14 +18,14 @@ from blockfit.search.states import TracedImages
 
 
 def test_the_fewer_the_images_the_more_views_of_each() -> None:
-    views = [Recipe().views_of(count) for count in (8, 26, 32, 51, 102, 128, 129, 256, 10_000)]
-    assert views == [8, 8, 8, 5, 2, 2, 1, 1, 1]
-    assert {Recipe(views=3).views_of(count) for count in (8, 10_000)} == {3}
+    counts = (8, 26, 32, 51, 102, 128, 129, 256, 10_000)
+    assert [Recipe().views_of(count, 256) for count in counts] == [8, 8, 8, 5, 2, 2, 1, 1, 1]
+    assert {Recipe(views=3).views_of(count, 256) for count in counts} == {3}
 
 
 @pytest.mark.parametrize("name", ["paper", "identity", "corp", "vbp", "magnitude"])
 def test_published_methods_see_every_image_once(name: str) -> None:
-    assert RECIPES[name].views_of(8) == 1
+    assert RECIPES[name].views_of(8, 256) == 1
 
 
 @torch.no_grad()
@@ -67,7 +67,8 @@ def test_what_judges_is_never_a_view() -> None:
     assert session.views == 8
     assert len(session.originals) == 8 * 16
     assert len(session.held_out) == 4
-    assert len(session.held_out.views) == 8 * 4
+    assert len(session.held_out.views) == 8 * 4  # for solutions on all images
+    assert len(session.held_out.wider) == 8 * 4  # for effects
     blocks = small_blocks(session.setting.model)
     as_they_are = TracedImages.of(session.setting.model, blocks, session.setting.held_out)
     for one, other in zip(session.held_out.images.traces, as_they_are.traces, strict=True):
@@ -126,8 +127,9 @@ def test_views_make_a_better_model_of_few_images() -> None:
 def test_views_are_of_pictures_alone() -> None:
     pictures = Setting.of(small_vit(), small_images(16))
     clips = replace(pictures, example=torch.randn(2, 3, 4, 8, 8))
-    assert (views_of(Recipe(), pictures), views_of(Recipe(), clips)) == (8, 1)
-    assert views_of(Recipe(views=1), clips) == 1
+    assert views_of(Recipe(), pictures) == (8, 8)
+    assert views_of(Recipe(), Setting.of(small_vit(), small_images(160))) == (2, 4)
+    assert views_of(Recipe(), clips) == views_of(Recipe(views=1), clips) == (1, 1)
     with pytest.raises(BlockfitError, match="views=2 shows crops of pictures"):
         views_of(Recipe(views=2), clips)
 

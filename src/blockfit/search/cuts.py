@@ -177,7 +177,7 @@ class CutSearch:
             self._say("narrowing: errors and effects of all parts")
             self._curves = curves(
                 self.originals,
-                self.held_out,
+                self.held_out.wider,
                 [part for part in PARTS if part in self.recipe.cuts],
                 self.whole,
                 multiple=self._multiple,
@@ -213,8 +213,9 @@ class CutSearch:
             for entry in entries[-1:]:
                 fitted = fit_map(entry, moments.of(span), ridge, options.prefix_weight)
                 solutions.append(Solution(Plan((entry,)), (fitted,)))
-        batches = range((len(self.held_out.sizes) + 1) // 2)  # spans cost more; half will do
-        scores = self.held_out.effects(solutions, self._failed, batches)
+        judges = self.held_out.wider
+        batches = range((len(judges.sizes) + 1) // 2)  # spans cost more; half will do
+        scores = judges.effects(solutions, self._failed, batches)
         pairs = zip(solutions, scores, strict=True)
         return [(solution.plan, score) for solution, score in pairs if score is not None]
 

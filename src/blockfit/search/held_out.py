@@ -77,13 +77,30 @@ class HeldOut:
     a part of the work; all get the same figures.
 
     Args:
-        images: with all their hidden states; a batch is the unit of ``batches``.
-        views: of the images, for solutions on all images; they judge nothing.
+        images: with all their hidden states; a batch is the unit of ``batches``. Of several views,
+            the first, as they are, judge.
+        views: of each, for solutions on all images.
+        wider: of each, for the effects of single cuts (``wider``).
     """
 
-    def __init__(self, images: TracedImages, views: TracedImages | None = None) -> None:
-        self.images, self.views = images, images if views is None else views
+    def __init__(self, images: TracedImages, views: int = 1, wider: int = 1) -> None:
         self.model, self.blocks = images.model, images.blocks
+        self._traced = images
+        self.views = images.shown(views)
+        self._look_at(images.shown(1))
+        self.wider = self
+        """The same with so many views of every image: what a cut does to them tells it from others
+        better than to few images, and no plan is judged by them."""
+        if wider > 1:
+            self.wider = copy.copy(self)
+            self.wider._look_at(images.shown(wider))
+
+    def seen(self, views: int, wider: int) -> HeldOut:
+        """The same images with other numbers of views."""
+        return HeldOut(self._traced, views, wider)
+
+    def _look_at(self, images: TracedImages) -> None:
+        self.images = images
         self._at = {number: place for place, number in enumerate(images.numbers)}
         self.original: list[Observation] = [
             observe_solution(self.model, self.blocks, seen, Solution(Plan(), ()))

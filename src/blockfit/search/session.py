@@ -48,6 +48,10 @@ def _laid_out(part: Narrowing) -> str:
     return f"{part.heads} × {part.size} in {layers}"
 
 
+def _shown(views: int) -> str:
+    return "" if views == 1 else f", {views} views of each"
+
+
 class Session:
     """Calibrates once; then finds plans for any number of budgets.
 
@@ -83,16 +87,14 @@ class Session:
         if max_memory is not None:
             check_batch(setting.fit.batch_size, setting.state(), blocks.depth, max_memory)
             shelf = Shelf(int(STATES_SHARE * max_memory))
-        self.views = views_of(recipe, setting)
-        fit, held_out = (
-            replace(part, views=self.views) for part in (setting.fit, setting.held_out)
-        )
-        shown = "" if self.views == 1 else f", {self.views} views of each"
-        self.say(f"original model on {len(fit)} fit images{shown}")
+        self.views, self._wider = views_of(recipe, setting)
+        fit = replace(setting.fit, views=self.views)
+        held_out = replace(setting.held_out, views=max(self.views, self._wider))
+        self.say(f"original model on {len(fit)} fit images{_shown(fit.views)}")
         self.originals = TracedImages.of(model, blocks, fit, progress=progress, shelf=shelf)
-        self.say(f"original model on {len(held_out)} held-out images{shown}")
+        self.say(f"original model on {len(held_out)} held-out images{_shown(held_out.views)}")
         traced = TracedImages.everywhere(model, blocks, held_out, progress, shelf)
-        self.held_out = HeldOut(traced.shown(1), traced)
+        self.held_out = HeldOut(traced, self.views, self._wider)
         self.sizes = Sizes(model, blocks, setting.example)
         self.precision = narrowest(model)
         self._moments: list[Moments | GroupedMoments] = []
@@ -106,20 +108,20 @@ class Session:
         Raises:
             BlockfitError: where the recipe asks for more views of the images than were taken.
         """
-        other, views = copy.copy(self), views_of(recipe, self.setting)
+        other, (views, wider) = copy.copy(self), views_of(recipe, self.setting)
         other.recipe, other._search, other._cuts, other._checkpoint = recipe, None, None, None
         if recipe.views is None:
-            views = min(views, self.views)
+            views, wider = min(views, self.views), min(wider, self._wider)
         elif views > self.views:
             raise BlockfitError(
                 f"the recipe asks for {views} views of every image, and the calibration has "
                 f"{self.views}; make another one with views={views}"
             )
-        if views < self.views:
-            other.views, other._moments, other._neurons = views, [], {}
+        if (views, wider) != (self.views, self._wider):
+            other.views, other._wider = views, wider
+            other._moments, other._neurons = [], {}
             other.originals = self.originals.shown(views)
-            other.held_out = copy.copy(self.held_out)
-            other.held_out.views = self.held_out.views.shown(views)
+            other.held_out = self.held_out.seen(views, wider)
         return other
 
     @property

@@ -337,7 +337,7 @@ class _Walk:
                     for seen, hidden in zip(self.originals.traces, self.hidden, strict=True)
                 ]
         prefix = ".".join(filter(None, (self.blocks.path, self.names[index])))
-        self.weights.update({f"{prefix}.{name}": value for name, value in solved.items()})
+        self.weights.update({f"{prefix}.{name}": self.hold(v) for name, v in solved.items()})
         if index in self.blocks.ends:
             self._cross(index)
 
