@@ -43,7 +43,7 @@ from blockfit.search.solve import Solution
 from blockfit.search.states import TracedImages
 from blockfit.search.tokens import Draw
 
-TRIALS = {"mlp": (0.6, 0.3), "values": (0.5,), "keys": (0.4,)}
+TRIALS = {"mlp": (0.5,), "values": (0.5,), "keys": (0.4,)}
 """Parts of the full width at which effects are measured by forward passes."""
 
 MULTIPLES = {"mlp": 32, "values": 8, "keys": 8}
