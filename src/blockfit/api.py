@@ -159,7 +159,8 @@ def compress(
         repair: ``none``, ``mlp`` or ``mlp+attention``, instead of the recipe's.
         repair_ridge: λ of the repairs, towards the original weights.
         views: how often each image that is fitted on, or effects are measured on, is shown: as it
-            is, then as crops of it. By default as often as makes 256 of each, at most 8 times.
+            is, then as crops of it. By default more often the fewer they are: 8 times where there
+            are 32 images, once where there are 512.
         cuts: what budgets other than ``remove`` may cut, of ``blocks``, ``mlp``, ``values`` and
             ``keys``; all by default.
         multiple_of: widths that MLPs keep are multiples of it; of 32 by default.

@@ -19,13 +19,13 @@ from blockfit.search.states import TracedImages
 
 def test_the_fewer_the_images_the_more_views_of_each() -> None:
     counts = (8, 26, 32, 51, 102, 128, 129, 256, 10_000)
-    assert [Recipe().views_of(count) for count in counts] == [8, 8, 8, 5, 2, 2, 1, 1, 1]
-    assert {Recipe(views=3).views_of(count) for count in counts} == {3}
+    assert [Recipe().views_of(count, 256) for count in counts] == [8, 8, 8, 5, 2, 2, 1, 1, 1]
+    assert {Recipe(views=3).views_of(count, 256) for count in counts} == {3}
 
 
 @pytest.mark.parametrize("name", ["paper", "identity", "corp", "vbp", "magnitude"])
 def test_published_methods_see_every_image_once(name: str) -> None:
-    assert RECIPES[name].views_of(8) == 1
+    assert RECIPES[name].views_of(8, 256) == 1
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ def test_views_are_of_pictures_alone() -> None:
     pictures = Setting.of(small_vit(), small_images(16))
     clips = replace(pictures, example=torch.randn(2, 3, 4, 8, 8))
     assert views_of(Recipe(), pictures) == (8, 8)
-    assert views_of(Recipe(), Setting.of(small_vit(), small_images(160))) == (2, 8)
+    assert views_of(Recipe(), Setting.of(small_vit(), small_images(160))) == (2, 4)
     assert views_of(Recipe(), clips) == views_of(Recipe(views=1), clips) == (1, 1)
     with pytest.raises(BlockfitError, match="views=2 shows crops of pictures"):
         views_of(Recipe(views=2), clips)

@@ -46,10 +46,6 @@ from blockfit.search.tokens import Draw
 TRIALS = {"mlp": (0.6, 0.3), "values": (0.5,), "keys": (0.4,)}
 """Parts of the full width at which effects are measured by forward passes."""
 
-TRIALS_OF_VIEWS = {**TRIALS, "mlp": (0.5,)}
-"""The same on several views of every image: one width on twice the views costs as much as two, and
-tells more of a part (docs/measurements.md)."""
-
 MULTIPLES = {"mlp": 32, "values": 8, "keys": 8}
 """Widths that kernels like: neurons of an MLP, dimensions of a head."""
 
@@ -309,8 +305,7 @@ def _block_curves(
         widths = widths_of(part, multiple if name == "mlp" else None)
         if len(widths) == 1:
             continue  # smaller than what its widths are to be multiples of
-        shares = (TRIALS if held_out.times == 1 else TRIALS_OF_VIEWS)[name]
-        trials = _trial_widths(part, widths, shares)
+        trials = _trial_widths(part, widths)
         errors, layers = candidates(sums, part, trials, widths[-1])
         solutions = [
             Solution(
@@ -320,8 +315,8 @@ def _block_curves(
             )
             for width in trials
         ]
-        some = None if name == "mlp" else held_out.some  # heads do less
-        scores = held_out.effects(solutions, failed, some)
+        half = range((len(held_out.sizes) + 1) // 2)  # of heads, which do less
+        scores = held_out.effects(solutions, failed, None if name == "mlp" else half)
         pairs = zip(trials, scores, strict=True)
         measured = {width: score for width, score in pairs if score is not None}
         if not measured:
@@ -332,7 +327,8 @@ def _block_curves(
     return out
 
 
-def _trial_widths(part: Narrowing, widths: Sequence[int], shares: Iterable[float]) -> list[int]:
+def _trial_widths(part: Narrowing, widths: Sequence[int]) -> list[int]:
+    shares = TRIALS[part.part]
     near = [min(widths[1:], key=lambda w: abs(w - share * part.size)) for share in shares]
     return list(dict.fromkeys(near))
 

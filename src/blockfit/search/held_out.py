@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,9 +35,6 @@ from blockfit.search.states import TracedImages
 
 Compare = Callable[[Observation, Observation], Sums]
 """The sums of one batch, of the original's outputs and a candidate's."""
-
-SOME_VIEWS = 64
-"""Views that tell enough of heads, which do little, and of spans, of which many are tried."""
 
 NAMED = 3
 """Candidates that a warning names."""
@@ -91,15 +87,12 @@ class HeldOut:
         self.model, self.blocks = images.model, images.blocks
         self._traced = images
         self.views = images.shown(views)
-        self.times = 1
-        """How often every image is among those that judge."""
         self._look_at(images.shown(1))
         self.wider = self
         """The same with so many views of every image: what a cut does to them tells it from others
         better than to few images, and no plan is judged by them."""
         if wider > 1:
             self.wider = copy.copy(self)
-            self.wider.times = wider
             self.wider._look_at(images.shown(wider))
 
     def seen(self, views: int, wider: int) -> HeldOut:
@@ -121,16 +114,6 @@ class HeldOut:
     def sizes(self) -> list[int]:
         """Images of every batch, of all processes."""
         return list(self.images.sizes.values())
-
-    @property
-    def some(self) -> range:
-        """Batches to measure by what is worth less: half of them, or ``SOME_VIEWS`` of views."""
-        if self.times == 1:
-            return range((len(self.sizes) + 1) // 2)
-        enough = [
-            place for place, total in enumerate(accumulate(self.sizes)) if total >= SOME_VIEWS
-        ]
-        return range(enough[0] + 1 if enough else len(self.sizes))
 
     @cached_property
     def top1(self) -> float | None:

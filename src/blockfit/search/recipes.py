@@ -21,9 +21,9 @@ PLAIN_MAPS = ("identity", "folded")
 UNIFORM_CUTS = ("blocks", "mlp")
 """Kinds of cuts that stock configs can say: fewer blocks, and one width for all MLPs."""
 
-ENOUGH_IMAGES = 256
-"""As many views of images are taken to fit on, and as many to measure effects on; where there are
-more images, one of each (docs/measurements.md)."""
+ENOUGH_TO_FIT, ENOUGH_TO_MEASURE = 256, 128
+"""Images to fit on, and images to measure effects on, from which views of them gain nothing
+(docs/measurements.md)."""
 
 MOST_VIEWS = 8
 """Views of an image that are taken where nobody says how many."""
@@ -147,13 +147,13 @@ class Recipe:
                     f"recipe {self.name} is a published method as it is; leave {name}= out"
                 )
 
-    def views_of(self, images: int) -> int:
-        """How often each of so many images is shown."""
+    def views_of(self, images: int, enough: int) -> int:
+        """How often each of so many images is shown, to make about ``enough``."""
         if self.views is not None:
             return self.views
         if self.select != "effect" or self.baseline is not None:
             return 1
-        return min(MOST_VIEWS, max(1, ENOUGH_IMAGES // max(1, images)))
+        return min(MOST_VIEWS, max(1, enough // max(1, images)))
 
     @property
     def narrows(self) -> bool:

@@ -19,7 +19,7 @@ from blockfit.models.stages import find_blocks
 from blockfit.models.surgery import removed_plan
 from blockfit.models.trace import trace
 from blockfit.search.budget import Budget
-from blockfit.search.recipes import Recipe
+from blockfit.search.recipes import ENOUGH_TO_FIT, ENOUGH_TO_MEASURE, Recipe
 from blockfit.search.span_search import QUICK_IMAGES
 
 HOLD_OUT = 0.2
@@ -107,7 +107,10 @@ def views_of(recipe: Recipe, setting: Setting) -> tuple[int, int]:
         BlockfitError: where a recipe asks for views of what is no picture.
     """
     if can_be_cropped(setting.example):
-        return recipe.views_of(len(setting.fit)), recipe.views_of(len(setting.held_out))
+        return (
+            recipe.views_of(len(setting.fit), ENOUGH_TO_FIT),
+            recipe.views_of(len(setting.held_out), ENOUGH_TO_MEASURE),
+        )
     if recipe.views is not None and recipe.views > 1:
         raise BlockfitError(
             f"views={recipe.views} shows crops of pictures (images, 1 or 3 channels, height, "
