@@ -100,21 +100,22 @@ def main() -> None:
     original = seen(model, train, test, args.cache / "original.npz")
     say(f"{len(train):,} training and {len(test):,} test images; points of top-1 lost\n")
     say(f"| parameters | draw | {' | '.join(JUDGES)} |\n|{'---|' * (2 + len(JUDGES))}")
+    whole = [judged(original, original, seed) for seed in range(args.draws)]
     for params in args.params:
         rows = []
         for seed in range(args.draws):
             file = args.cache / f"{params:g}-{args.limit}-{seed}.npz"
             small = seen(small_model(args, model, params, seed, file), train, test, file)
-            before, after = judged(original, original, seed), judged(small, original, seed)
+            before, after = whole[seed], judged(small, original, seed)
             rows.append([100 * (before[name] - after[name]) for name in JUDGES])
             say(f"| {params:.0%} | {seed} | {' | '.join(f'{lost:.2f}' for lost in rows[-1])} |")
-        middle, spread = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
-        cells = (f"{m:.2f} ± {s:.2f}" for m, s in zip(middle, spread, strict=True))
-        say(f"| {params:.0%} | mean ± standard deviation | {' | '.join(cells)} |")
-    say(
-        "\nThe original: "
-        + ", ".join(f"{n} {v:.2%}" for n, v in judged(original, original, 0).items())
-    )
+        if args.draws > 1:
+            middle, spread = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
+            cells = (f"{m:.2f} ± {s:.2f}" for m, s in zip(middle, spread, strict=True))
+            say(f"| {params:.0%} | mean ± standard deviation | {' | '.join(cells)} |")
+    for seed, found in enumerate(whole):
+        told = ", ".join(f"{name} {value:.2%}" for name, value in found.items())
+        say(f"\nThe original, draw {seed}: {told}")
 
 
 def small_model(

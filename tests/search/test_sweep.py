@@ -136,8 +136,7 @@ def test_a_finished_sweep_is_timed_from_what_it_wrote(folder, timed, model, imag
         assert untimed == {key: value for key, value in point.items() if key != "latency"}
         assert 0 < found["low"] <= found["ratio"] <= found["high"]
         assert (found["batch_size"], found["threads"]) == (2, torch.get_num_threads())
-    # Two of twelve blocks are left; the low end, for other work may run on the machine.
-    assert points[-1]["latency"]["low"] < 0.9
+    assert points[-1]["latency"]["ratio"] < 0.8  # two of twelve blocks are left
     written = (timed / MARK).read_bytes()
     sweep(model, images, timed, cuts="blocks", latency_images=2)
     assert (timed / MARK).read_bytes() == written  # nothing was timed twice
@@ -196,8 +195,9 @@ def test_figures_that_cannot_be_are_refused(timed, tmp_path, place, key, value, 
 def test_a_model_from_a_sweep_tells_where_it_is_from(folder):
     report = from_sweep(folder, Budget("remove", 3)).report
     assert report["sweep"] == str(folder)
-    best = read_sweep(folder).best(Budget("remove", 3))
-    assert report["repaired_blocks"] == list(best.repaired_blocks)
+    small = [point for point in read_sweep(folder).points if point["removed"] >= 3]
+    best = min(small, key=lambda point: point["held_out"]["kl"])
+    assert report["repaired_blocks"] == best["repaired_blocks"]
     assert report["calibration"]["drawn"] == 40
 
 

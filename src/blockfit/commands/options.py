@@ -362,7 +362,7 @@ class Method:
     contiguous: Annotated[bool, rare("--contiguous", "One span only.", HOW)] = False
     views: Annotated[
         int | None,
-        rare("--views", "How often a fit image is shown; else 1 to 8.", HOW, "N"),
+        rare("--views", "Show each image so often, as crops; else 1 to 8.", HOW, "N"),
     ] = None
     cuts: Annotated[
         str | None,

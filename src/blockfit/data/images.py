@@ -202,9 +202,7 @@ class Images:
             BlockfitError: where more than ``MOST_UNREADABLE`` of the images cannot be read.
         """
         count = len(self.positions)
-        for view in range(self.views):
-            if start >= (view + 1) * count > 0:
-                continue
+        for view in range(start // max(1, count), self.views):
             for batch in self._batches(max(0, start - view * count)):
                 yield self._seen(batch, view)
 

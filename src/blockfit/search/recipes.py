@@ -22,7 +22,7 @@ UNIFORM_CUTS = ("blocks", "mlp")
 """Kinds of cuts that stock configs can say: fewer blocks, and one width for all MLPs."""
 
 ENOUGH_TO_FIT, ENOUGH_TO_MEASURE = 256, 128
-"""Images to fit on, and images to measure effects on, from which views of them gain nothing
+"""Where there are fewer images to fit on, or to measure effects on, so many views of them are taken
 (docs/measurements.md)."""
 
 MOST_VIEWS = 8
@@ -235,7 +235,7 @@ def recipe_for(
         cuts: kinds of cuts, also as one text with commas.
         uniform: what a stock config can say: the maps and cuts of the recipe that it cannot are
             left out.
-        views: how often each image that is fitted on is shown.
+        views: how often each image that is fitted on, or effects are measured on, is shown.
         solving: fields of ``Options``; ``ridge`` may be ``"auto"``.
     """
     by_default = recipe == "default"
