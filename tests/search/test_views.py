@@ -15,6 +15,7 @@ from blockfit.search.recipes import RECIPES, Recipe, recipe_for
 from blockfit.search.session import Session
 from blockfit.search.setting import Setting, views_of
 from blockfit.search.states import TracedImages
+from blockfit.search.summaries import compression
 
 
 def test_the_fewer_the_images_the_more_views_of_each() -> None:
@@ -151,9 +152,34 @@ def test_a_run_tells_how_close_it_is_on_what_it_was_solved_on(views: int) -> Non
     shown = [x for x in fit if isinstance(x, Tensor)][: fitted["images"] // 8]
     assert fitted["images"] == 8
     assert fitted["kl"] == pytest.approx(kl(model, result.model, shown), rel=1e-3, abs=1e-7)
-    own, other = fitted["feature_relative_error"], result.report["held_out"]
-    times = other["feature_relative_error"] / own
+    own, held_out = fitted["feature_relative_error"], result.report["held_out"]
+    times = held_out["feature_relative_error"] / own
     told = str(result.summary())
     assert f"on 8 of the images it was solved on: relative error {own:.4f}" in told
-    assert f"{times:.1f} times that" in told
+    assert f"; {times:.1f} times that on the 8 held-out ones" in told
     assert ("more calibration images would make a better model" in told) == (times > 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.15, "; 1.5 times that on 300 that decided nothing (1.4 to 1.7)"),
+        (
+            0.25,
+            "; 2.5 times that on 300 that decided nothing (2.4 to 2.7), so more calibration images "
+            "would make a better model",
+        ),
+    ],
+)
+def test_images_that_decided_nothing_tell_whether_more_would_help(value: float, said: str) -> None:
+    model, data = small_vit(), small_images(24)
+    report = blockfit.compress(model, data, params=0.8, final=0).report
+    report["fitted"]["feature_relative_error"] = 0.1
+    interval = {"value": value, "low": value - 0.01, "high": value + 0.02}
+    report["final"] = {
+        "images": 300, "source": "x", "confidence": 0.95, "feature_error": interval,
+        "top1_before": None,
+    }  # fmt: skip
+    told = [part for part in compression(report, 6) if "it was solved on" in str(part)]
+    images = report["fitted"]["images"]
+    assert told == [f"on {images} of the images it was solved on: relative error 0.1000{said}"]

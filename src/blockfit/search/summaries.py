@@ -152,15 +152,25 @@ def _maps(maps: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _fitted(report: Mapping[str, Any]) -> Iterator[Part]:
-    """How close it is on images that it was solved on, beside others: what more images would do."""
+    """How close it is on images that it was solved on, next to others: what more images would do.
+
+    The others are those that decided nothing, with their interval, where there are some.
+    """
     if (fitted := report.get("fitted")) is None:
         return
-    own, other = (f["feature_relative_error"] for f in (fitted, report["held_out"]))
+    own = fitted["feature_relative_error"]
     told = f"on {fitted['images']} of the images it was solved on: relative error {number(own)}"
     if own > 0:
-        told += f", on held-out ones {other / own:.1f} times that"
+        found = (report.get("final") or {}).get("feature_error")
+        other = report["held_out"]["feature_relative_error"] if found is None else found["value"]
+        told += f"; {other / own:.1f} times that on "
+        if found is None:
+            told += f"the {report['held_out']['images']} held-out ones"
+        else:
+            ends = f"{found['low'] / own:.1f} to {found['high'] / own:.1f}"
+            told += f"{report['final']['images']} that decided nothing ({ends})"
         if other > MUCH_CLOSER * own:
-            told += "; more calibration images would make a better model"
+            told += ", so more calibration images would make a better model"
     yield told
 
 
