@@ -6,6 +6,7 @@ import os
 import resource
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation.analysis import analyze
 from blockfit.fit.moments import Moments
-from blockfit.fit.plan import spans_up_to
+from blockfit.fit.plan import Plan, spans_up_to
+from blockfit.models.stages import find_blocks
 from blockfit.search import spill as shelf
 from blockfit.search.calibrate import calibrate
+from blockfit.search.solve import Choices, solve
 from blockfit.search.spill import GroupedMoments, Shelf, check_batch, groups_of, moments_bytes
+from blockfit.search.states import TracedImages
 from blockfit.units import bytes_of
 
 
@@ -115,6 +119,49 @@ def test_a_limit_changes_nothing_but_the_place(monkeypatch: pytest.MonkeyPatch) 
     assert any(held)
     assert (again, figures) == (plan, report)
     assert torch.equal(same, weights)
+
+
+@pytest.mark.parametrize("precision", [None, torch.float16])
+def test_what_grows_with_the_depth_lies_on_the_shelf(
+    precision: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = small_vit(3), api.images(small_images(16), batch_size=8)
+    blocks = find_blocks(model, next(iter(data)))
+    free = TracedImages.of(model, blocks, data)
+    shelved = TracedImages.of(model, blocks, data, shelf=Shelf(0))
+    plan = Plan(
+        (),
+        tuple(
+            replace(part, kept=part.size // 2)
+            for index in range(3)
+            for part in free.probe.parts(index).whole.values()
+        ),
+    )
+    placed: set[int] = set()
+    hold = Shelf.hold
+
+    def counted(self: Shelf, tensor: Tensor) -> Tensor:
+        kept = hold(self, tensor)
+        placed.add(kept.data_ptr())
+        return kept
+
+    monkeypatch.setattr(Shelf, "hold", counted)
+    solved = []
+    for images in (free, shelved):
+        choices = Choices()
+        solution = solve(images, plan, choices=choices)
+        if precision is not None:
+            solution = solution.rounded(precision, images.hold)
+        solved.append(solution)
+    assert solved[0].weights.keys() == solved[1].weights.keys()
+    for name, value in solved[1].weights.items():
+        assert value.data_ptr() in placed, name
+        assert torch.equal(value, solved[0].weights[name])
+    assert len(choices.neurons) == len(choices.values) == len(choices.keys) == 3
+    for kept in choices.neurons.values():
+        assert kept.weight.data_ptr() in placed
+    for basis in (b for of in (choices.values, choices.keys) for bs in of.values() for b in bs):
+        assert {basis.left.data_ptr(), basis.right.data_ptr()} <= placed
 
 
 def test_too_little_room_is_refused_with_what_would_do() -> None:

@@ -52,7 +52,7 @@ BUDGETS: dict[str, list[Any]] = {
     "max_kl": ["a", [1], {}, -1, float("nan")],
     "max_drop": ["a", [1], {}, -1, float("nan")],
 }
-VIEWS = [2.5, "a", [3], 0, -1, True]
+VIEWS = [2.5, "a", [3], 0, -1, 65, True]
 NAME = [None, 3, object(), [1], b"x"]
 TEXTS = [3, object(), [1], "x.txt"]
 """Wrong for every model that takes images alone."""

@@ -69,10 +69,11 @@ def _centred(problem: Regression) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     what rounding left of a difference of sums, and no map may build on it.
     """
     mean_x, mean_y = problem.sum_x / problem.count, problem.sum_y / problem.count
-    cov_xx = problem.xx / problem.count - torch.outer(mean_x, mean_x)
+    cov_xx = (problem.xx / problem.count).sub_(torch.outer(mean_x, mean_x))
     cov_xy = problem.xy / problem.count - torch.outer(mean_x, mean_y)
     varies = (cov_xx.diagonal() > 1e-12 * problem.xx.diagonal() / problem.count).double()
-    return cov_xx * torch.outer(varies, varies), cov_xy * varies[:, None], mean_x, mean_y
+    cov_xx.mul_(varies).mul_(varies[:, None])
+    return cov_xx, cov_xy * varies[:, None], mean_x, mean_y
 
 
 def ridge_solve(xx: Tensor, xy: Tensor, prior: Tensor, ridge: float) -> Tensor:
@@ -105,14 +106,14 @@ def ridge_solve(xx: Tensor, xy: Tensor, prior: Tensor, ridge: float) -> Tensor:
     floor = power.max() * torch.finfo(torch.float64).eps
     scale = torch.where(power > floor, power, torch.ones_like(power)).sqrt()
     alive = (power > floor).double()
-    scaled = xx / scale[:, None] / scale[None, :] * alive[:, None] * alive[None, :]
     gap = (xy - xx @ prior) / scale[:, None] * alive[:, None]
-    damped = scaled + torch.diag(ridge * alive + (1 - alive))
+    damped = _scaled(xx, scale, alive)
+    damped.diagonal().add_(ridge * alive + (1 - alive))
     factor, failed = torch.linalg.cholesky_ex(damped)
     # A factor whose diagonal nearly vanishes means a singular matrix in float64.
     singular = bool(failed) or float(factor.diagonal().min()) < 1e-7
     if singular:
-        values, vectors = torch.linalg.eigh(scaled)
+        values, vectors = torch.linalg.eigh(_scaled(xx, scale, alive))
         values = values.clamp_min(0) + ridge
         cut = values.max() * len(values) * torch.finfo(torch.float64).eps * 16
         inverse = torch.where(values > cut, 1 / values.clamp_min(cut), torch.zeros_like(values))
@@ -120,6 +121,12 @@ def ridge_solve(xx: Tensor, xy: Tensor, prior: Tensor, ridge: float) -> Tensor:
     else:
         step = torch.cholesky_solve(gap, factor)
     return prior + step / scale[:, None] * alive[:, None]
+
+
+def _scaled(xx: Tensor, scale: Tensor, alive: Tensor) -> Tensor:
+    """Second moments of channels of unit root mean square; one matrix of memory, for wide MLPs."""
+    scaled = xx / scale[:, None]
+    return scaled.div_(scale).mul_(alive[:, None]).mul_(alive)
 
 
 def fit_affine(

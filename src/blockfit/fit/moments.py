@@ -141,7 +141,7 @@ class Spread:
 
     def covariance(self) -> Tensor:
         """Second moments about the mean, shape (heads, m, m)."""
-        return self.second() - self.mean[:, :, None] * self.mean[:, None, :]
+        return self.second().sub_(self.mean[:, :, None] * self.mean[:, None, :])
 
 
 def _of_all_ranks(count: float, **sums: Tensor) -> tuple[Any, ...]:

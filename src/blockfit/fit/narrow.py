@@ -83,8 +83,12 @@ def remove_neurons(
         )
     step = max(1, p // GROUPS) if step is None else step
     mean = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    damped = covariance + ridge * mean * torch.eye(p, dtype=torch.float64)
-    surgeon = _Surgeon(torch.cholesky_inverse(torch.linalg.cholesky(damped)), weight.clone())
+    damped = covariance.clone()
+    damped.diagonal().add_(ridge * mean)
+    factor = torch.linalg.cholesky(damped)
+    del damped  # of a wide MLP, each of these matrices takes hundreds of megabytes
+    surgeon = _Surgeon(torch.cholesky_inverse(factor), weight.clone())
+    del factor
     errors, kept, total, left = {p: 0.0}, {}, 0.0, p
     for target in wanted:
         while left > target:

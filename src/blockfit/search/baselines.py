@@ -140,13 +140,14 @@ class Baseline:
 
     def solution(self, plan: Plan) -> Solution:
         """The weights of a plan of narrowed MLPs."""
-        originals, weights = self._neurons.originals, {}
+        originals = self._neurons.originals
+        weights: dict[str, Tensor] = {}
         names = list(named_blocks(originals.model, originals.blocks))
         with evaluating(originals.model), torch.no_grad():
             for cut in plan.narrowings:
                 prefix = ".".join(filter(None, (originals.blocks.path, names[cut.block])))
                 layers = self._layers(cut)
-                weights.update({f"{prefix}.{name}": value for name, value in layers.items()})
+                weights |= {f"{prefix}.{name}": originals.hold(v) for name, v in layers.items()}
         ranks.share(weights.values())
         return Solution(plan, (), weights)
 

@@ -151,7 +151,7 @@ def neurons_removed(sums: Regression | Spread, weight: Tensor, widths: Collectio
         covariance = sums.covariance()[0]
     else:
         mean = sums.sum_x / sums.count
-        covariance = sums.xx / sums.count - torch.outer(mean, mean)
+        covariance = (sums.xx / sums.count).sub_(torch.outer(mean, mean))
     return remove_neurons(covariance, weight.T.contiguous(), widths)
 
 

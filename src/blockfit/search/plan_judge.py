@@ -72,7 +72,9 @@ class PlanJudge:
 
     def rounded(self, solution: Solution) -> Solution:
         """The solution in the precision of the model."""
-        return solution if self._precision is None else solution.rounded(self._precision)
+        if self._precision is None:
+            return solution
+        return solution.rounded(self._precision, self.originals.hold)
 
     def point(self, plan: Plan, choices: Choices | None = None) -> Point:
         """Solve a plan on the fit images and judge it; maps worse than identity are replaced by it.

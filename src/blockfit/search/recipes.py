@@ -28,6 +28,9 @@ ENOUGH_TO_FIT, ENOUGH_TO_MEASURE = 256, 128
 MOST_VIEWS = 8
 """Views of an image that are taken where nobody says how many."""
 
+VIEWS_LIMIT = 64
+"""More cannot be asked for: 16 gain nothing over 8 (docs/measurements.md), and each takes time."""
+
 SELECTIONS = ("effect", "mse", "angular", "first", "last", "random")
 
 
@@ -59,8 +62,8 @@ class Recipe:
             published methods.
 
     Raises:
-        BlockfitError: for an unknown map, selection, kind of cut or baseline, for views below 1,
-            and for what a stock config cannot say where ``uniform`` is asked for.
+        BlockfitError: for an unknown map, selection, kind of cut or baseline, for views below 1
+            or above 64, and for what a stock config cannot say where ``uniform`` is asked for.
     """
 
     name: str = "default"
@@ -79,6 +82,11 @@ class Recipe:
     def __post_init__(self) -> None:
         check_fields(self)
         at_least(1, views=self.views)
+        if self.views is not None and self.views > VIEWS_LIMIT:
+            raise BlockfitError(
+                f"views must be {VIEWS_LIMIT} or less, got {self.views}: more crops show nothing "
+                "new; add images instead"
+            )
         for cut in self.cuts:
             if cut not in CUTS:
                 raise BlockfitError(f"unknown kind of cut {cut!r}; choose from {', '.join(CUTS)}")

@@ -276,7 +276,9 @@ class Session:
         for images, neurons in known.items():
             self.say(f"{method} on {'the fit' if images == 'fit' else 'all'} images")
             solution = Baseline(neurons, method).solution(plan)
-            solved.append(solution if self.precision is None else solution.rounded(self.precision))
+            if self.precision is not None:
+                solution = solution.rounded(self.precision, self.originals.hold)
+            solved.append(solution)
         fidelity, errors, top1 = self.held_out.judge(solved[0])
         return Point(solved[-1], fidelity, tuple(errors), top1)
 

@@ -6,9 +6,9 @@ Everything is closed-form: no gradients, no labels, no added parameters beyond t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -117,11 +117,16 @@ class Solution:
     maps: tuple[nn.Module, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def rounded(self, dtype: torch.dtype) -> Solution:
+    def rounded(
+        self, dtype: torch.dtype, hold: Callable[[Tensor], Tensor] | None = None
+    ) -> Solution:
         """The same with every solved value rounded to one that ``dtype`` can hold.
 
         A checkpoint that is stored in half precision then stays one: the file of the small model
         is smaller by what the plan says, and loads to the same values bit for bit.
+
+        Args:
+            hold: gives the tensor back, or a copy of it that takes no memory of its own.
         """
 
         def narrow(value: Tensor) -> Tensor:
@@ -131,7 +136,8 @@ class Solution:
         with torch.no_grad():
             for parameter in (p for module in maps for p in module.parameters()):
                 parameter.copy_(narrow(parameter))
-        weights = {name: narrow(value) for name, value in self.weights.items()}
+        kept = hold or (lambda value: value)
+        weights = {name: kept(narrow(value)) for name, value in self.weights.items()}
         return Solution(self.plan, maps, weights)
 
     def apply(self, model: nn.Module, blocks: Blocks) -> None:
@@ -385,8 +391,15 @@ class _Walk:
             )
             sums = [one + other for one, other in zip(sums, more, strict=True)]
         queries, keys = (one.over_ranks() for one in sums)
-        bases = self.choices.keys[index] = key_bases(queries, keys)
+        bases = self.choices.keys[index] = self._held(key_bases(queries, keys))
         put_keys(rewritten, block, cut, bases)
+
+    def _held(self, bases: list[Basis]) -> list[Basis]:
+        """Those of all blocks take as much as a tenth of a large model."""
+        return [
+            replace(basis, left=self.hold(basis.left), right=self.hold(basis.right))
+            for basis in bases
+        ]
 
     def _repair_attention(
         self,
@@ -448,7 +461,9 @@ class _Walk:
             mixed = Spread.zeros(cut.heads, cut.size)
             for seen, x in zip(self.originals.traces, read, strict=True):
                 mixed = mixed + Spread.of(real_rows(x, seen.real_in(cut.block)), cut.heads)
-            bases = self.choices.values[cut.block] = value_bases(mixed.over_ranks(), weight)
+            bases = self.choices.values[cut.block] = self._held(
+                value_bases(mixed.over_ranks(), weight)
+            )
         put_values(rewritten, block, cut, bases)
         prior = values_prior(cut, bases), bias
         return [self.hold(narrowed_values(cut, bases, x)) for x in read], prior
