@@ -46,7 +46,7 @@ class Training:
     """
 
     def __init__(self, args: argparse.Namespace, teacher: nn.Module) -> None:
-        self.args, self.teacher = args, teacher if args.teacher else None
+        self.args = args
         images = blockfit.images(args.images, teacher, batch_size=args.batch_size)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
         order = order[: args.train_limit]
@@ -54,6 +54,21 @@ class Training:
         rounds = [order] * math.ceil(count / len(order))
         self.images, self.order = images, torch.cat(rounds)[:count]
         self.steps = math.ceil(count / args.batch_size)
+        self.wanted = self._answers(teacher) if args.teacher else None
+
+    def _answers(self, teacher: nn.Module) -> Tensor:
+        """The teacher's log-probabilities of the images in their order, from the cache or made."""
+        kept = self.args.cache / "teacher.pt"
+        if not kept.exists():
+            made = []
+            for batch in replace(self.images, positions=self.order.numpy()).batches():
+                with torch.no_grad():
+                    logits = logits_of(teacher, placed(teacher, batch.inputs))
+                made.append(logits.log_softmax(-1).cpu())
+            torch.save(torch.cat(made), kept.with_suffix(".part"))
+            kept.with_suffix(".part").replace(kept)
+        wanted: Tensor = torch.load(kept, weights_only=True)
+        return wanted
 
     def rate(self, step: int) -> float:
         """The learning rate's factor at a step."""
@@ -80,7 +95,7 @@ class Training:
         left = self.order[len(losses) * args.batch_size :]
         model.train()
         for batch in replace(self.images, positions=left.numpy()).batches():
-            loss = self.loss(model, batch.inputs, batch.labels)
+            loss = self.loss(model, batch.inputs, batch.labels, len(losses))
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -95,16 +110,15 @@ class Training:
         model.eval()
         return losses
 
-    def loss(self, model: nn.Module, inputs: Any, labels: Tensor | None) -> Tensor:
+    def loss(self, model: nn.Module, inputs: Any, labels: Tensor | None, step: int) -> Tensor:
         """Cross-entropy of the labels, and the divergence from the teacher where there is one."""
         if labels is None:
             raise SystemExit("the training images have no labels; give labelled ones")
         inputs = placed(model, inputs)
         logits = logits_of(model, inputs)
         loss = F.cross_entropy(logits, labels.to(logits.device), ignore_index=-1)
-        if self.teacher is not None:
-            with torch.no_grad():
-                wanted = logits_of(self.teacher, inputs).log_softmax(-1)
+        if self.wanted is not None:
+            wanted = self.wanted[step * self.args.batch_size :][: len(logits)].to(logits)
             own = logits.log_softmax(-1)
             loss = loss + F.kl_div(own, wanted, reduction="batchmean", log_target=True)
         return loss
@@ -215,7 +229,7 @@ def main() -> None:
     whole = sum(p.numel() for p in original.parameters())
     say(f"{test.count} test images; {training.steps} steps of {args.batch_size} images\n\n{HEAD}")
     say("|---" * HEAD.count(" | ") + "|---|")
-    wanted = [("original", 100.0), *((r, size) for size in args.sizes for r in args.recipes)]
+    wanted = [*((r, size) for size in args.sizes for r in args.recipes), ("original", 100.0)]
     for recipe, size in wanted:
         name = f"{recipe}-{size:g}"
         file = args.cache / f"{name}.json"

@@ -109,11 +109,15 @@ def calibrated(*row: Any, limit: str | None) -> dict[str, Any]:
 
 
 def narrowed(*row: Any, limit: str | None) -> dict[str, Any]:
-    """Narrow to ``SHARE`` of the parameters, in place, from nothing to the small model."""
+    """Narrow to ``SHARE`` of the parameters, in place, from nothing to the small model.
+
+    Every image is shown once: more views take time, and lie where the other hidden states lie.
+    """
     model, data, plain = started_with(*row)
     weights = sum(4 * p.numel() for p in model.parameters())
     watch = Watch()
-    found = blockfit.compress(model, data, params=SHARE, max_memory=limit, inplace=True).report
+    how: dict[str, Any] = {"params": SHARE, "max_memory": limit, "views": 1, "inplace": True}
+    found = blockfit.compress(model, data, **how).report
     return {
         "weights": f"{weights / 1e6:,.0f} MB",
         "left": f"{found['parameters_after'] / found['parameters_before']:.1%}",

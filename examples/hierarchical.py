@@ -1,14 +1,13 @@
 """Train a small Swin and a small ConvNeXt, then narrow both, next to published recipes.
 
-    python examples/hierarchical.py --train ../shared/data/cifar10/train.parquet \\
-        --test ../shared/data/cifar10/test.parquet -o build/hierarchical
+    python examples/hierarchical.py --train TRAIN.parquet --test TEST.parquet -o build/hierarchical
 
 Images are a parquet file with the columns ``image`` and ``label``, or a folder with a folder per
 class; they are read at 32 × 32. Each model has three stages and one to two million parameters (4 MB
-in half precision), and learns from the labels for ``--minutes`` of processor time: half an hour each.
-The learning rate follows the share of the time that has passed. A stopped run goes on where it
-stopped: after the last finished epoch, then after the last finished row of the table. Test images
-choose nothing.
+in half precision), and learns from the labels for ``--minutes`` of processor time, half an hour
+each. The learning rate follows the share of the time that has passed. A stopped run goes on where
+it stopped: after the last finished epoch, then after the last finished row of the table. Test
+images choose nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Train a small CLIP on captions of class names, then narrow both towers under one budget.
 
-    python examples/two_towers.py --train ../shared/data/cifar10/train.parquet \\
-        --test ../shared/data/cifar10/test.parquet -o build/two_towers
+    python examples/two_towers.py --train TRAIN.parquet \\
+        --test TEST.parquet -o build/two_towers
 
 Images are a parquet file with the columns ``image`` and ``label`` (the classes named), or a folder
 with a folder per class; they are read at 32 × 32. The model is transformers' ``CLIPModel`` with two

@@ -164,7 +164,7 @@ def export_onnx(
 def _converted(setting: Setting, name: str, opset: int) -> Any:
     """The ONNX program with named axes and metadata."""
     axes: dict[int, str] = {} if setting.batch is not None else {0: "batch"}
-    graph = setting.traced()
+    graph = setting.traced(unpadded=True)
     if draws(graph):
         raise BlockfitError(
             f"{setting.saved.source.name} draws random numbers in each forward, and no runtime "

@@ -128,13 +128,14 @@ class Setting:
         like = next(p for p in self.bare.parameters() if p.is_floating_point())
         return images.to(like)
 
-    def traced(self) -> torch.export.ExportedProgram:
+    def traced(self, unpadded: bool = False) -> torch.export.ExportedProgram:
         """The graph; see ``traced.trace``."""
         return trace(
             self.bare,
             self.example(),
             any_batch=self.batch is None,
             any_size=self.size is None,
+            unpadded=unpadded,
         )
 
     def images(self) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError, first_line
 from blockfit.formats.folder import Saved, put_plan
+from blockfit.formats.unpadded import Unpadded
 from blockfit.models.blocks import block_modules, call, example_input
 from blockfit.models.forward import evaluating, image_tower, parameters_of
 from blockfit.models.load import skeleton
@@ -182,7 +183,12 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
 
 
 def trace(
-    bare: Bare, images: Tensor, *, any_batch: bool = True, any_size: bool = False
+    bare: Bare,
+    images: Tensor,
+    *,
+    any_batch: bool = True,
+    any_size: bool = False,
+    unpadded: bool = False,
 ) -> torch.export.ExportedProgram:
     """The graph of a model by torch.export, without the places in code where it was made.
 
@@ -190,6 +196,8 @@ def trace(
         images: (2 or more, C, H, W), of clips (2 or more, T, C, H, W); of the dtype of the model.
         any_batch: take any number of images, otherwise just as many.
         any_size: take any multiple of the patch size, otherwise just this height and width.
+        unpadded: narrowed heads stay as narrow as they are. Runtimes whose kernels take queries and
+            values of different sizes gain by it; PyTorch's fastest ones on GPUs do not take them.
 
     Raises:
         BlockfitError: where torch.export cannot follow the model, or the model fixes what should
@@ -201,12 +209,15 @@ def trace(
         height, width = patch_size(bare)
         dims |= {images.ndim - 2: height * rows, images.ndim - 1: width * columns}
     try:
-        with torch.no_grad(), evaluating(bare):
+        with torch.no_grad(), evaluating(bare), Unpadded() if unpadded else nullcontext():
             program = torch.export.export(
                 bare, (images,), dynamic_shapes={"images": dims}, strict=False
             )
     except Exception as error:  # whatever the model's own code raises under tracing
         raise BlockfitError(_why_not(bare.model, error, any_size)) from error
+    if unpadded:
+        program.graph_module.graph.eliminate_dead_code()
+        program.graph_module.recompile()
     _forget_origins(program.graph_module)
     return program
 

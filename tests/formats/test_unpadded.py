@@ -1,0 +1,109 @@
+"""Traced without padding: what is known of every padded tensor is right, and no padding is left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from exporting import narrowings, output
+from families import FAMILIES
+from families import one_thread as one_thread
+from families_stages import STAGED
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blockfit.data.images import images as open_images
+from blockfit.fit.plan import Plan
+from blockfit.formats.traced import Bare, trace
+from blockfit.formats.unpadded import Heads, Unpadded
+from blockfit.models.stages import find_blocks
+from blockfit.models.surgery import apply_plan
+from blockfit.search.states import TracedImages
+
+LEFT = {
+    "timm-vit": 0, "timm-deit-distilled": 0, "vit-classifier": 0, "dinov2-registers": 0,
+    "clip-vision": 0, "beit": 0, "timm-dinov3": 0, "dinov3": 0, "timm-eva02": 0, "timm-hiera": 0,
+    "timm-pvt-v2": 0, "segformer": 0, "detr": 0,
+    "timm-swin": 5,  # windows
+    "swin-v2": 12,  # and norms of queries and keys
+    "sam2-trunk": 5,  # windows, and queries that are pooled
+}  # fmt: skip
+"""By family, how often something is padded nevertheless."""
+
+
+def narrowed(name: str) -> tuple[nn.Module, Tensor]:
+    """A tiny model with half of the dimensions of all heads."""
+    family = FAMILIES[name] if name in FAMILIES else STAGED[name].family
+    model, images = family.build(), family.images(3)
+    blocks = find_blocks(model, images)
+    originals = TracedImages.of(model, blocks, open_images(images, batch_size=3))
+    cuts = [cut for cut in narrowings(originals, Plan(()), 0.5) if cut.part != "mlp"]
+    apply_plan(model, blocks, Plan((), tuple(cuts)), ())
+    return model, images
+
+
+def with_zeros(heads: Heads, ndim: int) -> Tensor:
+    """The padded tensor of these heads."""
+    axis = -1 if heads.axis is None else heads.axis
+    if heads.stack is not None and axis < heads.stack:
+        axis += 1  # the pieces do not have the axis along which they stand
+    short = [heads.size - piece.shape[axis] for piece in heads.pieces]
+    full = [
+        F.pad(piece, [0, 0] * (-axis - 1) + [0, missing])
+        for piece, missing in zip(heads.pieces, short, strict=True)
+    ]
+    if heads.axis is None:
+        return torch.cat([piece.flatten(-2) for piece in full], -1)
+    return full[0] if heads.stack is None else torch.stack(full, heads.stack + ndim)
+
+
+class Checked(Unpadded):
+    """Compares all that is noted with the padded tensor."""
+
+    noted = 0
+
+    def note(self, value: Tensor, heads: Heads | None) -> None:
+        super().note(value, heads)
+        if heads is not None:
+            torch.testing.assert_close(with_zeros(heads, value.ndim), value)
+            Checked.noted += 1
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_known_of_padded_heads_is_so_and_the_outputs_stay(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = narrowed(name)
+    expected = output(model, images)
+    monkeypatch.setattr(Checked, "noted", 0)
+    with torch.no_grad(), Checked():
+        found = output(model, images)
+    assert Checked.noted > 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    graph = trace(Bare(model).eval(), images, any_batch=False, unpadded=True).graph
+    assert sum(is_pad(node) for node in graph.nodes) == LEFT[name]
+
+
+def is_pad(node: Any) -> bool:
+    return "pad" in str(node.target) and node.op == "call_function"
+
+
+def test_what_needs_whole_heads_gets_them() -> None:
+    kept, zeros = torch.randn(2, 5, 3, 4), torch.zeros(2, 5, 3, 4)
+    whole = torch.cat([kept, zeros], -1)
+    other = torch.randn(2, 5, 3, 8)
+    with Unpadded():
+        padded = F.pad(kept, (0, 4))
+        normed = F.layer_norm(padded, (8,))
+        turned = padded.roll(1, -1) * other
+        product = padded @ other.transpose(-2, -1)
+        first = padded.reshape(2, 5, 24)[..., :4]
+        left = F.pad(kept, (4, 0))[..., :4]
+        ones = F.pad(kept, (0, 4), value=1.0)[..., :4].sum() + F.pad(kept, (0, 4), value=1.0).sum()
+    assert torch.equal(normed, F.layer_norm(whole, (8,)))
+    assert torch.equal(turned, whole.roll(1, -1) * other)
+    assert torch.equal(product, whole @ other.transpose(-2, -1))
+    assert torch.equal(first, whole.reshape(2, 5, 24)[..., :4])
+    assert torch.equal(left, zeros)
+    torch.testing.assert_close(ones, 2 * kept.sum() + 2 * 5 * 3 * 4)
