@@ -107,3 +107,31 @@ def test_what_needs_whole_heads_gets_them() -> None:
     assert torch.equal(first, whole.reshape(2, 5, 24)[..., :4])
     assert torch.equal(left, zeros)
     torch.testing.assert_close(ones, 2 * kept.sum() + 2 * 5 * 3 * 4)
+
+
+def test_nothing_stays_known_of_what_may_have_changed() -> None:
+    kept, other = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 8)
+
+    def run() -> list[Tensor]:
+        padded = F.pad(kept, (0, 4))
+        twice = padded.transpose(1, 2)
+        padded *= 2.0
+        third = F.pad(kept, (0, 4))
+        third[..., 6] = 1.0
+        fourth = F.pad(kept, (0, 4))
+        fourth.add_(other)
+        fifth = F.pad(kept, (0, 4))
+        torch.neg(kept, out=fifth[..., 4:])
+        cropped = F.pad(kept, (0, -2))
+        left = [padded, twice, third, fourth, fifth]
+        return [
+            cropped @ cropped.transpose(-2, -1),
+            *(x[..., :4] for x in left),
+            *(x @ x.transpose(-2, -1) for x in left),
+        ]
+
+    expected = run()
+    with Unpadded():
+        found = run()
+    for one, other_one in zip(found, expected, strict=True):
+        assert torch.equal(one, other_one)

@@ -11,6 +11,7 @@ Where something else is done with them (a rotation, a norm), they are used as th
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,6 +92,10 @@ class Heads:
         return Heads((self.pieces[index],), self.size, axis)
 
 
+_IN_PLACE = re.compile(r"[a-z].*[^_]_|__setitem__|__i(?!nit__|nt__|ndex__|ter__|nvert__)\w+__")
+"""Names of functions that change what they are given."""
+
+
 class Unpadded(TorchFunctionMode):
     """Follows padded heads through what a model does with them."""
 
@@ -106,6 +111,8 @@ class Unpadded(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if _IN_PLACE.fullmatch(getattr(func, "__name__", "")) or kwargs.get("out") is not None:
+            self._known.clear()  # what changes may share its memory with any of them
         instead, beside = _INSTEAD.get(func), _BESIDE.get(func)
         if instead is not None and _fits(instead, self, func, *args, **kwargs):
             made = instead(self, func, *args, **kwargs)
@@ -167,9 +174,9 @@ def _pad(
     mode: str = "constant",
     value: Any = None,
 ) -> None:
-    x = input
-    if mode == "constant" and not value and len(pad) == 2 and pad[0] == 0 and x.ndim > 1:
-        own.note(out, Heads((x,), out.shape[-1]))
+    zeros = mode == "constant" and not value and len(pad) == 2 and pad[0] == 0 < pad[1]
+    if zeros and input.ndim > 1:
+        own.note(out, Heads((input,), out.shape[-1]))
 
 
 def _view(own: Unpadded, out: Tensor, /, x: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -284,7 +291,6 @@ def _attention(
     if left is query and values is None:
         return None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-
     given = value if values is None else values
     out: Tensor = func(left, right, given, attn_mask, dropout_p, is_causal, scale=scale, **more)
     return out if values is None else own.padded(out, value.shape[-1])
