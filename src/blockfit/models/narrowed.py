@@ -56,9 +56,9 @@ class HeadRows(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         computed = nn.functional.linear(input, self.weight, self.bias)
-        parts = (computed,)
-        if len(self.segments) > 1:  # runtimes copy what is split into one part
-            parts = computed.split([heads * kept for heads, kept, _ in self.segments], dim=-1)
+        sizes = [heads * kept for heads, kept, _ in self.segments]
+        # Runtimes copy what is split into one part.
+        parts = computed.split(sizes, dim=-1) if len(sizes) > 1 else [computed]
         full = []
         for place, (heads, kept, size) in enumerate(self.segments):
             part = parts[place]  # torch.fx follows an index, but no loop over the parts
