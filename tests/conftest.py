@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports a library that reads it
@@ -18,6 +19,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from blockfit.search import recipes
+from blockfit.search.recipes import MOST_VIEWS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +45,24 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # libraries under test use the legacy generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shown_once() -> Iterator[None]:
+    """What decides nothing about a test is left out: few images are shown once, not eight times.
+
+    Tests marked ``views`` run as users do, and so does all that runs in a process of its own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "MOST_VIEWS", 1)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _marked_views(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test marked ``views`` shows few images as often as users' runs do."""
+    if request.node.get_closest_marker("views"):
+        monkeypatch.setattr(recipes, "MOST_VIEWS", MOST_VIEWS)
 
 
 @pytest.fixture(autouse=True)

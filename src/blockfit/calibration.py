@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -305,8 +304,11 @@ class Calibration:
             what = (setting.model, point.solution, setting.blocks, parts.final, seed, parts.apart)
             found = final_figures(*what, self._teller.count)
         report = describe(session, point, parts, budget, judge, found)
-        small = setting.model if inplace else copy.deepcopy(setting.model)
-        point.solution.apply(small, setting.blocks)
+        if inplace:
+            small = setting.model
+            point.solution.apply(small, setting.blocks)
+        else:
+            small = point.solution.built(setting.model, setting.blocks)
         report["warnings"] += overflow_warnings(small, setting.blocks, setting.example)
         report["made"] = made(runs_on(small))
         report["seconds"] = round(time.perf_counter() - started, 3)

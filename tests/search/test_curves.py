@@ -15,6 +15,7 @@ from blockfit.search.session import Session
 from blockfit.search.setting import Setting
 
 
+@pytest.mark.views
 @pytest.mark.parametrize(("views", "images"), [(1, 32), (None, 4 * 32)])
 def test_effects_of_heads_are_measured_on_half_of_the_held_out_images(
     monkeypatch: pytest.MonkeyPatch, views: int | None, images: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +23,9 @@ from torch import nn
 
 from blockfit.data.images import images as open_images
 from blockfit.errors import BlockfitError
-from blockfit.fit.plan import PARTS, Plan, Replacement, Span
+from blockfit.fit.plan import PARTS, Narrowing, Plan, Replacement, Span
 from blockfit.models.blocks import Blocks, find_chain
+from blockfit.models.narrowed import narrowed
 from blockfit.models.probe import Probe
 from blockfit.models.surgery import swapped
 from blockfit.progress import silent
@@ -216,6 +219,58 @@ def test_a_solution_that_does_not_fit_changes_nothing() -> None:
     check()
 
 
+def half(parts: Sequence[Mapping[str, Narrowing]]) -> Plan:
+    """Half of every part of some blocks."""
+    return Plan((), tuple(replace(p, kept=p.size // 2) for some in parts for p in some.values()))
+
+
+def narrowed_solution(model: nn.Module) -> Solution:
+    """Every part of blocks 1 and 3 at half of its size."""
+    known = originals(model)
+    parts = [known.probe.parts(index).whole for index in (1, 3)]
+    return solve(known, half(parts))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_solution_is_built_into_a_copy_and_what_goes_is_not_copied_first(own: bool) -> None:
+    model = small_vit()
+    blocks = small_blocks(model)
+    solution = narrowed_solution(model)
+    expected = copy.deepcopy(model)
+    solution.apply(expected, blocks)
+    check = untouched(model)
+    small = solution.built(model, blocks, own)
+    found, wanted = small.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in small.parameters()}
+    assert (not shared) == own
+    assert not {v.data_ptr() for v in solution.weights.values()} & {
+        p.data_ptr() for p in small.parameters()
+    }
+    check()
+    if own:
+        with torch.no_grad():
+            for value in small.parameters():
+                value.zero_()
+        check()
+
+
+def test_a_trial_reads_the_solved_weights_where_they_lie() -> None:
+    """Layers of a model's own size are not copied out for what other values stand in for."""
+    model = small_vit()
+    blocks = small_blocks(model)
+    solution = narrowed_solution(model)
+    check, whole = untouched(model), {n: p.numel() for n, p in model.named_parameters()}
+    with narrowed(model, blocks, solution.plan.narrowings, solution.weights):
+        known = dict(model.named_parameters())
+        narrower = [n for n, v in solution.weights.items() if v.numel() < whole[n]]
+        assert len(narrower) >= 8  # two layers of each MLP, two of each attention
+        for name in narrower:
+            assert known[name].data_ptr() == solution.weights[name].data_ptr()
+    check()
+
+
 def test_swapped_weights_come_back_whatever_happens() -> None:
     model = small_vit()
     check = untouched(model)
@@ -278,7 +333,7 @@ def test_what_stays_of_narrowed_parts_is_taken_over_by_a_second_solution(
     model = small_vit(block=kind)
     known, more = originals(model), originals(model, images=small_pictures(40, seed=7))
     parts = [known.probe.parts(index).whole for index in (1, 3)]
-    plan = Plan((), tuple(replace(p, kept=p.size // 2) for some in parts for p in some.values()))
+    plan = half(parts)
     assert {cut.part for cut in plan.narrowings} == set(PARTS)
     choices = Choices()
     first = solve(known, plan, choices=choices)

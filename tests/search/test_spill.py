@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,6 +59,21 @@ def test_room_comes_back_when_a_tensor_goes() -> None:
     assert place.used_bytes == 0
     assert torch.equal(second, torch.ones(20))
     assert place.hold(torch.empty(0)).numel() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep what was freed otherwise")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+        return pages * resource.getpagesize()
+
+    pieces = [torch.ones(1 << 14) for _ in range(2000)]  # 64 KiB each: below what is mapped alone
+    last = torch.ones(1 << 14)  # keeps the end of the heap
+    full = resident()
+    del pieces
+    Shelf(0).tidy()
+    assert full - resident() > 100e6
+    assert last.sum() == len(last)
 
 
 def test_a_folder_that_takes_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

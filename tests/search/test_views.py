@@ -17,6 +17,8 @@ from blockfit.search.setting import Setting, views_of
 from blockfit.search.states import TracedImages
 from blockfit.search.summaries import compression
 
+pytestmark = pytest.mark.views
+
 
 def test_the_fewer_the_images_the_more_views_of_each() -> None:
     counts = (8, 26, 32, 51, 102, 128, 129, 256, 10_000)

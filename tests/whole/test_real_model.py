@@ -22,7 +22,7 @@ def model(shared_model):
 
 @pytest.fixture(scope="module")
 def images(model, cifar10_train):
-    return blockfit.images(cifar10_train, model, limit=60, seed=0)
+    return blockfit.images(cifar10_train, model, limit=32, seed=0)
 
 
 def test_three_blocks_go_at_a_small_loss_and_the_folder_says_so(model, images, tmp_path):
@@ -83,7 +83,7 @@ def test_hidden_states_keep_their_number(model, images):
 def test_the_command_line_prints_one_json_object(shared_model, cifar10_train, tmp_path):
     done = fresh.python(
         "-m", "blockfit", "compress", shared_model, "--json", "--images", cifar10_train,
-        "--limit", 40, "--span", "9:11", "--map", "linear", "-o", tmp_path / "small",
+        "--limit", 40, "--views", 1, "--span", "9:11", "--map", "linear", "-o", tmp_path / "small",
     )  # fmt: skip
     said = json.loads(done.stdout)
     assert said["plan"] == [{"start": 9, "stop": 11, "map": "linear"}]

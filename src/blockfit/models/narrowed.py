@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Narrowing
-from blockfit.models.blocks import Blocks, block_modules
+from blockfit.models.blocks import Blocks, block_modules, named_blocks
 
 HOOKS = (
     "_forward_hooks",
@@ -140,11 +140,15 @@ def _first_rows(segments: Sequence[Segment]) -> Tensor:
     return torch.cat(numbers)
 
 
-def _layers(block: nn.Module, cuts: Sequence[Narrowing]) -> dict[str, Layer]:
+def _layers(
+    block: nn.Module, cuts: Sequence[Narrowing], weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Layer]:
     """The layers that take the place of a block's own, by their dotted paths.
 
-    Their weights are the first kept rows and columns of the block's own layers.
+    Their weights are those of ``weights`` that fit, which are not copied, or the first kept rows
+    and columns of the block's own layers.
     """
+    known = weights or {}
     made: dict[str, Layer] = {}
     _check_layers(cuts)
     for name in dict.fromkeys(rows.layer for cut in cuts for rows in cut.rows):
@@ -152,10 +156,10 @@ def _layers(block: nn.Module, cuts: Sequence[Narrowing]) -> dict[str, Layer]:
         source = _layer(block, name, cuts[0].block, depthwise=neurons)
         segments = _segments(source, cuts, name)
         index = _first_rows(segments)
-        weight = _parameter(source.weight, source.weight.detach()[index])
+        weight = _narrower(source.weight, index, 0, known.get(f"{name}.weight"))
         bias = source.bias
         if bias is not None:
-            bias = _parameter(bias, bias.detach()[index])
+            bias = _narrower(bias, index, 0, known.get(f"{name}.bias"))
         if isinstance(source, nn.Conv2d):
             made[name] = _fewer_channels(source, weight, bias)
         else:
@@ -171,7 +175,8 @@ def _layers(block: nn.Module, cuts: Sequence[Narrowing]) -> dict[str, Layer]:
                 f"{cut.heads} × {cut.size}; the plan does not fit the model"
             )
         segment = (cut.heads, cut.kept, cut.size)
-        weight = _parameter(layer.weight, layer.weight.detach()[:, _first_rows([segment])])
+        index = _first_rows([segment])
+        weight = _narrower(layer.weight, index, 1, known.get(f"{cut.reader}.weight"))
         bias = layer.bias
         if cut.part == "mlp":
             made[cut.reader] = _plain(weight, bias)
@@ -210,8 +215,15 @@ def _layer(block: nn.Module, name: str, number: int, depthwise: bool = False) ->
     )
 
 
-def _parameter(like: Tensor, value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=like.requires_grad)
+def _narrower(whole: Tensor, index: Tensor, axis: int, known: Tensor | None) -> nn.Parameter:
+    """What was solved for some rows or columns of a layer, or else these of its own."""
+    shape = [*whole.shape]
+    shape[axis] = len(index)
+    if known is None or [*known.shape] != shape:
+        value = whole.detach()[index] if axis == 0 else whole.detach()[:, index]
+    else:
+        value = known.to(whole)
+    return nn.Parameter(value, requires_grad=whole.requires_grad)
 
 
 def _plain(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
@@ -258,21 +270,32 @@ def _put(block: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Modu
     return {name: layer for name, layer in before.items() if layer is not None}
 
 
-def narrow(model: nn.Module, blocks: Blocks, cuts: Sequence[Narrowing]) -> None:
+def narrow(
+    model: nn.Module,
+    blocks: Blocks,
+    cuts: Sequence[Narrowing],
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Narrow parts of blocks in place; the kept dimensions are the first of each head.
+
+    Args:
+        weights: solved values of the narrower layers, by their names in the model: copied, where
+            their shapes fit, in the place of the layers' own.
 
     Raises:
         BlockfitError: before anything is changed, where a cut does not fit its block.
     """
     modules = block_modules(model, blocks)
-    made = {number: _layers(modules[number], some) for number, some in by_block(cuts).items()}
+    own = _by_block(model, blocks, weights)
+    made = {n: _layers(modules[n], some, own.get(n)) for n, some in by_block(cuts).items()}
     for number, layers in made.items():
         block = modules[number]
         for name, layer in layers.items():
             old = block.get_submodule(name)
             for hooks in HOOKS:
                 layer.__dict__[hooks] = old.__dict__[hooks]
-            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+            for value in layer.parameters():
+                value.data = value.data.clone(memory_format=torch.contiguous_format)
         _put(block, layers)
         block.__dict__["_blockfit_narrowings"] = tuple(by_block(cuts)[number])
 
@@ -288,10 +311,29 @@ def by_block(cuts: Iterable[Narrowing]) -> dict[int, list[Narrowing]]:
     return {block: list(some) for block, some in groupby(ordered, key=lambda cut: cut.block)}
 
 
+def _by_block(
+    model: nn.Module, blocks: Blocks, weights: Mapping[str, Tensor] | None
+) -> dict[int, dict[str, Tensor]]:
+    """Values by the number of their block, with their names in it."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for number, name in enumerate(named_blocks(model, blocks) if weights else ()):
+        start = ".".join(filter(None, (blocks.path, name))) + "."
+        own = {k.removeprefix(start): v for k, v in (weights or {}).items() if k.startswith(start)}
+        found[number] = own
+    return found
+
+
 @contextmanager
-def narrowed_block(block: nn.Module, cuts: Sequence[Narrowing]) -> Iterator[None]:
-    """Narrow parts of one block until the ``with`` ends."""
-    before = _put(block, _layers(block, cuts)) if cuts else {}
+def narrowed_block(
+    block: nn.Module, cuts: Sequence[Narrowing], weights: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Narrow parts of one block until the ``with`` ends.
+
+    Args:
+        weights: values of the narrower layers, by their names in the block: in the place of the
+            layers' own where their shapes fit, and not copied.
+    """
+    before = _put(block, _layers(block, cuts, weights)) if cuts else {}
     try:
         yield
     finally:
@@ -299,10 +341,20 @@ def narrowed_block(block: nn.Module, cuts: Sequence[Narrowing]) -> Iterator[None
 
 
 @contextmanager
-def narrowed(model: nn.Module, blocks: Blocks, cuts: Iterable[Narrowing]) -> Iterator[None]:
-    """Narrow parts of several blocks of ``model`` until the ``with`` ends."""
-    modules = block_modules(model, blocks)
+def narrowed(
+    model: nn.Module,
+    blocks: Blocks,
+    cuts: Iterable[Narrowing],
+    weights: Mapping[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """Narrow parts of several blocks of ``model`` until the ``with`` ends.
+
+    Args:
+        weights: values of the narrower layers, by their names in the model, as in
+            ``narrowed_block``.
+    """
+    modules, own = block_modules(model, blocks), _by_block(model, blocks, weights)
     with ExitStack() as undo:
         for number, some in by_block(cuts).items():
-            undo.enter_context(narrowed_block(modules[number], some))
+            undo.enter_context(narrowed_block(modules[number], some, own.get(number)))
         yield

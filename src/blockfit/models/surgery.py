@@ -120,7 +120,13 @@ def removed_plan(model: nn.Module, blocks: Blocks) -> Plan:
     return Plan(spans, tuple(cut for m in modules for cut in narrowings_of(m)))
 
 
-def apply_plan(model: nn.Module, blocks: Blocks, plan: Plan, maps: Sequence[nn.Module]) -> None:
+def apply_plan(
+    model: nn.Module,
+    blocks: Blocks,
+    plan: Plan,
+    maps: Sequence[nn.Module],
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Replace the plan's spans and narrow its parts inside ``model``, in place.
 
     Of a span, blocks start … stop − 2 become parameter-free pass-throughs and block stop − 1
@@ -134,6 +140,7 @@ def apply_plan(model: nn.Module, blocks: Blocks, plan: Plan, maps: Sequence[nn.M
         plan: the spans, in any state of ``model`` in which none of their blocks is replaced yet.
         maps: one module per replacement of the plan, in its order; copied, and cast to the dtype
             and device of the block whose place they take.
+        weights: solved values of narrowed layers, by their names in the model, as in ``narrow``.
 
     Raises:
         BlockfitError: before anything is changed, where the plan or the maps do not fit.
@@ -141,7 +148,7 @@ def apply_plan(model: nn.Module, blocks: Blocks, plan: Plan, maps: Sequence[nn.M
     named = named_blocks(model, blocks)
     modules = list(named.values())
     _check(modules, blocks, plan, maps)
-    narrow(model, blocks, plan.narrowings)
+    narrow(model, blocks, plan.narrowings, weights)
     swaps: dict[int, tuple[nn.Module, nn.Module]] = {}
     for entry, map_module in zip(plan, maps, strict=True):
         for index in entry.span.blocks:

@@ -283,6 +283,7 @@ def curves(
             if index not in whole:
                 prefix = ".".join(filter(None, (originals.blocks.path, names[index])))
                 out += _block_curves(originals, held_out, index, wanted, prefix, multiple, failed)
+                originals.tidy()
             progress(index + 1, depth)
     return out
 

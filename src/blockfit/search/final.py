@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -287,16 +286,9 @@ def final_figures(
         BlockfitError: where an output is NaN or infinite, or no image can be read.
     """
     if isinstance(small, Solution):
-        small = built(original, small, blocks)
+        small = small.built(original, blocks, own=False)
     found = outcomes(original, small, blocks, images, progress)
     if not len(found):
         raise BlockfitError("none of the images of the final figures can be read; give others")
     where = f"{images.records.source}, {apart}" if apart else images.records.source
     return final_of(found, where, seed)
-
-
-def built(original: nn.Module, solution: Solution, blocks: Blocks) -> nn.Module:
-    """A copy of the original with a solution in it."""
-    small = copy.deepcopy(original)
-    solution.apply(small, blocks)
-    return small

@@ -316,7 +316,7 @@ def observe_solution(
 
         functions[entry.span.stop - 1] = apply
     with (
-        narrowed(model, blocks, solution.plan.narrowings),
+        narrowed(model, blocks, solution.plan.narrowings, solution.weights),
         swapped(model, solution.weights),
         overridden(model, blocks, functions, seen.rests),
     ):

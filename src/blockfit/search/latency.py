@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from dataclasses import asdict, dataclass
@@ -59,8 +58,7 @@ def way_of(model: nn.Module, inputs: Batch) -> dict[str, Any]:
 
 def latency_of(model: nn.Module, blocks: Blocks, solution: Solution, inputs: Batch) -> Latency:
     """Build the small model beside the original and time both."""
-    small = copy.deepcopy(model)
-    solution.apply(small, blocks)
+    small = solution.built(model, blocks)
     pair = {"original": model, "compressed": small}
     once = sum(statistics.median(timing.seconds) for timing in alternate(pair, inputs, 2).values())
     rounds = min(max(ROUNDS, int(LEAST_S / once)), MOST_ROUNDS)

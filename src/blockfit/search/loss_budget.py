@@ -31,7 +31,6 @@ from blockfit.search.final import (
     NOTHING,
     Outcomes,
     Parts,
-    built,
     labels_of_head,
     outcomes,
 )
@@ -172,7 +171,8 @@ class Judge:
 
     def verdict(self, solution: Solution) -> Verdict:
         """Whether the original with ``solution`` in it keeps the budget."""
-        small, seen, start = built(self.model, solution, self.blocks), NOTHING, 0
+        small = solution.built(self.model, self.blocks, own=False)
+        seen, start = NOTHING, 0
         for look, stop in enumerate(self._ends):
             part = self.images.between(start, stop)
             found = outcomes(

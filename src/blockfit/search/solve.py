@@ -146,15 +146,35 @@ class Solution:
         Raises:
             BlockfitError: where plan, maps or weights do not fit the model.
         """
-        with narrowed(model, blocks, self.plan.narrowings):
+        with narrowed(model, blocks, self.plan.narrowings, self.weights):
             known = dict(model.named_parameters(remove_duplicate=False))
             for name, value in self.weights.items():
                 if name not in known or known[name].shape != value.shape:
                     raise BlockfitError(f"the model has no parameter {name!r} of the solved shape")
-        apply_plan(model, blocks, self.plan, self.maps)
+        apply_plan(model, blocks, self.plan, self.maps, self.weights)
         known = dict(model.named_parameters(remove_duplicate=False))
         for name, value in self.weights.items():
             known[name].data = value.to(known[name]).clone()
+
+    def built(self, model: nn.Module, blocks: Blocks, own: bool = True) -> nn.Module:
+        """A copy of ``model`` with the solution in it; what goes is not copied first.
+
+        Args:
+            own: copy the parameters that stay as they are too. Without it they are the model's:
+                for a copy that is looked at and never written to.
+
+        Raises:
+            BlockfitError: where plan, maps or weights do not fit the model.
+        """
+        plain = [value for value in model.parameters() if type(value) is nn.Parameter]
+        memo = {id(v): nn.Parameter(v.detach(), requires_grad=v.requires_grad) for v in plain}
+        small = copy.deepcopy(model, {**memo})
+        self.apply(small, blocks)
+        theirs = {value.data_ptr() for value in plain} if own else set()
+        for value in small.parameters():
+            if type(value) is nn.Parameter and value.data_ptr() in theirs:
+                value.data = value.data.clone()
+        return small
 
 
 def solve(
@@ -246,6 +266,7 @@ class _Walk:
             else:
                 self._replace(entry)
                 index = entry.span.stop
+            self.originals.tidy()
             progress(index - first, end - first)
         return Solution(self.plan, tuple(self.maps[e] for e in self.plan), self.weights)
 
@@ -370,7 +391,7 @@ class _Walk:
     ) -> Iterator[None]:
         """Block ``index`` with these parts narrowed and these weights until the ``with`` ends."""
         block = self.originals.modules[index]
-        with narrowed_block(block, cuts), swapped(block, weights):
+        with narrowed_block(block, cuts, weights), swapped(block, weights):
             yield
 
     def _narrow_keys(self, index: int, cut: Narrowing, rewritten: Rewritten) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable
@@ -61,6 +63,12 @@ class Shelf:
                 "room, name another folder by TMPDIR, or raise max_memory="
             ) from error
         return mapped.reshape(tensor.shape)
+
+    def tidy(self) -> None:
+        """Give the system back what was freed but kept for later, where its C library can."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:  # glibc; others keep less
+            trim(0)
 
     def hold_batch(self, inputs: Batch) -> Batch:
         """``hold`` for what a model is called with."""

@@ -209,6 +209,11 @@ class TracedImages:
         """Where a tensor of every batch lies: in memory, or on the shelf."""
         return tensor if self._shelf is None else self._shelf.hold(tensor)
 
+    def tidy(self) -> None:
+        """Between blocks: under a limit, memory that was freed goes back to the system."""
+        if self._shelf is not None:
+            self._shelf.tidy()
+
     def checks(self, batch: int, every: int) -> bool:
         """Whether a batch is of the one part in ``every`` that a ridge is chosen by.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +38,6 @@ from blockfit.search.final import (
     APART,
     FINAL_IMAGES,
     Parts,
-    built,
     final_of,
     outcomes,
     set_apart,
@@ -462,7 +460,7 @@ class _Looks:
             return {"final": None}
         self._say(f"final figures of {point.solution.plan}")
         model, blocks = self._setting.model, self._setting.blocks
-        small = built(model, point.solution, blocks)
+        small = point.solution.built(model, blocks, own=False)
         found = [
             outcomes(model, small, blocks, images, self._progress, kept)
             for images, kept in zip((parts.final, parts.judge), self._original, strict=True)
@@ -618,8 +616,11 @@ def from_sweep(
     original, blocks = frontier.original(model), content.blocks
     solution = _read_point(frontier.folder, entry, blocks)
     source = source_with(original, content.source.preprocessing)
-    small = copy.deepcopy(original) if given else original
-    solution.apply(small, blocks)
+    if given:
+        small = solution.built(original, blocks)
+    else:
+        small = original
+        solution.apply(small, blocks)
     report = Report.of(
         content.original,
         entry,
