@@ -184,8 +184,14 @@ def test_commands_options_targets_and_scripts_exist(page: Path) -> None:
     assert faults == []
 
 
+RUN = [p for p in PAGES if any(b.language not in DATA for b in blocks_of(p))]
+"""Pages with blocks to run."""
+
+
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if any(b.language not in DATA for b in blocks_of(p))], ids=named
+    "page",
+    [pytest.param(p, marks=[pytest.mark.views] if p.name == "README.md" else []) for p in RUN],
+    ids=map(named, RUN),
 )
 @pytest.mark.usefixtures("here")
 def test_every_block_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
