@@ -20,6 +20,8 @@ from blockfit.search.session import Session
 from blockfit.search.setting import Setting
 from blockfit.search.sweep import POINTS
 
+MEASURES = ["curves", "budget", "sweep"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -27,7 +29,8 @@ def main() -> None:
     parser.add_argument("--images", default=TRAIN)
     parser.add_argument("--limit", type=int, default=512)
     parser.add_argument("--params", default="62%")
-    parser.add_argument("--points", type=float, nargs="*", default=list(POINTS))
+    parser.add_argument("--points", type=float, nargs="+", default=list(POINTS))
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=MEASURES)
     parser.add_argument("--out", type=Path, help="a new folder that keeps the sweep")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -41,17 +44,19 @@ def main() -> None:
         say(f"{what}: {seconds:.0f} s of the processor, {passes:.1f} passes ({aim})")
 
     say(f"plain forward pass of {len(images)} images: {once[0]:.1f} s, one thread")
-    session = Session(Setting.of(model, images), RECIPES["default"])
-    told("curves and effects", timed(session.cuts.measure)[1], "aim: at most 8")
-    del session
+    if "curves" in args.measure:
+        session = Session(Setting.of(model, images), RECIPES["default"])
+        told("curves and effects", timed(session.cuts.measure)[1], "aim: at most 8")
+        del session
     with tempfile.TemporaryDirectory() as folder:
 
         def one() -> None:
             small = blockfit.compress(model, images, params=args.params, final=0)
             blockfit.save(small, Path(folder) / "small")
 
-        told(f"one budget, {args.params}", timed(one)[1], "aim: at most 15")
-        if args.points:
+        if "budget" in args.measure:
+            told(f"one budget, {args.params}", timed(one)[1], "aim: at most 15")
+        if "sweep" in args.measure:
             target = args.out or Path(folder) / "sweep"
 
             def several() -> None:
