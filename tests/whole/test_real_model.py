@@ -22,7 +22,7 @@ def model(shared_model):
 
 @pytest.fixture(scope="module")
 def images(model, cifar10_train):
-    return blockfit.images(cifar10_train, model, limit=32, seed=0)
+    return blockfit.images(cifar10_train, model, limit=60, seed=0)
 
 
 def test_three_blocks_go_at_a_small_loss_and_the_folder_says_so(model, images, tmp_path):
