@@ -173,6 +173,16 @@ def named_blocks(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
     )
 
 
+def block_paths(model: nn.Module, blocks: Blocks) -> list[str]:
+    """Dotted paths of the blocks from the model on, in order: what their parameters' names begin
+    with.
+
+    Raises:
+        BlockfitError: as ``named_blocks``.
+    """
+    return [".".join(filter(None, (blocks.path, name))) for name in named_blocks(model, blocks)]
+
+
 def _block_at(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError
 from blockfit.fit.plan import Narrowing
-from blockfit.models.blocks import Blocks, block_modules, named_blocks
+from blockfit.models.blocks import Blocks, block_modules, block_paths
 
 HOOKS = (
     "_forward_hooks",
@@ -286,7 +286,7 @@ def narrow(
         BlockfitError: before anything is changed, where a cut does not fit its block.
     """
     modules = block_modules(model, blocks)
-    own = _by_block(model, blocks, weights)
+    own = _own_weights(model, blocks, weights)
     made = {n: _layers(modules[n], some, own.get(n)) for n, some in by_block(cuts).items()}
     for number, layers in made.items():
         block = modules[number]
@@ -311,16 +311,17 @@ def by_block(cuts: Iterable[Narrowing]) -> dict[int, list[Narrowing]]:
     return {block: list(some) for block, some in groupby(ordered, key=lambda cut: cut.block)}
 
 
-def _by_block(
+def _own_weights(
     model: nn.Module, blocks: Blocks, weights: Mapping[str, Tensor] | None
 ) -> dict[int, dict[str, Tensor]]:
-    """Values by the number of their block, with their names in it."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for number, name in enumerate(named_blocks(model, blocks) if weights else ()):
-        start = ".".join(filter(None, (blocks.path, name))) + "."
-        own = {k.removeprefix(start): v for k, v in (weights or {}).items() if k.startswith(start)}
-        found[number] = own
-    return found
+    """Values by the number of their block, with their names in it; nothing without any."""
+    if not weights:
+        return {}
+    starts = [f"{path}." for path in block_paths(model, blocks)]
+    return {
+        number: {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+        for number, start in enumerate(starts)
+    }
 
 
 @contextmanager
@@ -353,7 +354,7 @@ def narrowed(
         weights: values of the narrower layers, by their names in the model, as in
             ``narrowed_block``.
     """
-    modules, own = block_modules(model, blocks), _by_block(model, blocks, weights)
+    modules, own = block_modules(model, blocks), _own_weights(model, blocks, weights)
     with ExitStack() as undo:
         for number, some in by_block(cuts).items():
             undo.enter_context(narrowed_block(modules[number], some, own.get(number)))

@@ -131,10 +131,7 @@ def _find_towers(
             f"images and texts run through the same blocks at {chain['image'].where}; give images "
             "or texts alone"
         )
-    stages = tuple(
-        tuple(".".join(filter(None, (one.path, name))) for name in chains.named_blocks(model, one))
-        for one in chain.values()
-    )
+    stages = tuple(tuple(chains.block_paths(model, one)) for one in chain.values())
     blocks = Blocks(
         path="",
         depth=sum(map(len, stages)),

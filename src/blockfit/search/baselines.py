@@ -27,7 +27,7 @@ from blockfit.fit.published import (
     mean_into_bias,
     variance,
 )
-from blockfit.models.blocks import named_blocks
+from blockfit.models.blocks import block_paths
 from blockfit.models.forward import evaluating
 from blockfit.models.narrowed import Layer
 from blockfit.models.padding import real_rows
@@ -142,12 +142,13 @@ class Baseline:
         """The weights of a plan of narrowed MLPs."""
         originals = self._neurons.originals
         weights: dict[str, Tensor] = {}
-        names = list(named_blocks(originals.model, originals.blocks))
+        paths = block_paths(originals.model, originals.blocks)
         with evaluating(originals.model), torch.no_grad():
             for cut in plan.narrowings:
-                prefix = ".".join(filter(None, (originals.blocks.path, names[cut.block])))
                 layers = self._layers(cut)
-                weights |= {f"{prefix}.{name}": originals.hold(v) for name, v in layers.items()}
+                weights |= {
+                    f"{paths[cut.block]}.{name}": originals.hold(v) for name, v in layers.items()
+                }
         ranks.share(weights.values())
         return Solution(plan, (), weights)
 

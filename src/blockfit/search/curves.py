@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from blockfit.fit.moments import Spread
 from blockfit.fit.plan import Narrowing, Plan
-from blockfit.models.blocks import named_blocks
+from blockfit.models.blocks import block_paths
 from blockfit.models.forward import evaluating
 from blockfit.models.narrowed import Layer
 from blockfit.models.padding import real_rows
@@ -276,13 +276,14 @@ def curves(
     failed = {} if failed is None else failed
     wanted, whole = set(parts), set(whole_blocks)
     depth = originals.blocks.depth
-    names = list(named_blocks(originals.model, originals.blocks))
+    paths = block_paths(originals.model, originals.blocks)
     out: list[Curve] = []
     with evaluating(originals.model), torch.no_grad():
         for index in range(depth):
             if index not in whole:
-                prefix = ".".join(filter(None, (originals.blocks.path, names[index])))
-                out += _block_curves(originals, held_out, index, wanted, prefix, multiple, failed)
+                out += _block_curves(
+                    originals, held_out, index, wanted, paths[index], multiple, failed
+                )
                 originals.tidy()
             progress(index + 1, depth)
     return out

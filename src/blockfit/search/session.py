@@ -11,7 +11,7 @@ from blockfit.checkpoint import Checkpoint
 from blockfit.errors import BlockfitError, first_line
 from blockfit.fit.moments import Moments
 from blockfit.fit.plan import PARTS, Narrowing, Plan, Span, spans_up_to
-from blockfit.models.blocks import named_blocks
+from blockfit.models.blocks import block_paths
 from blockfit.models.forward import FORWARD_ERRORS
 from blockfit.models.load import source_of
 from blockfit.models.stock import Stock
@@ -299,9 +299,7 @@ class Session:
 
     def repaired_blocks(self, point: Point) -> list[int]:
         """The kept blocks of which a solution holds weights that were solved again."""
-        blocks = self.setting.blocks
-        names = named_blocks(self.setting.model, blocks)
-        starts = [".".join(filter(None, (blocks.path, name))) + "." for name in names]
+        starts = [f"{path}." for path in block_paths(self.setting.model, self.setting.blocks)]
         changed = point.solution.weights
         return [i for i, start in enumerate(starts) if any(n.startswith(start) for n in changed)]
 

@@ -21,7 +21,7 @@ from blockfit.fit.maps import empty_map
 from blockfit.fit.moments import Moments, Regression, Spread
 from blockfit.fit.narrow import Basis, Kept
 from blockfit.fit.plan import Narrowing, Plan, Replacement
-from blockfit.models.blocks import Blocks, named_blocks
+from blockfit.models.blocks import Blocks, block_paths
 from blockfit.models.forward import evaluating
 from blockfit.models.narrowed import narrowed, narrowed_block
 from blockfit.models.padding import real_rows
@@ -242,7 +242,7 @@ class _Walk:
         self.beginnings = beginnings if options.repair == "none" else None
         self.blocks, self.hold = originals.blocks, originals.hold
         self.by_start = {entry.span.start: entry for entry in plan}
-        self.names = list(named_blocks(originals.model, originals.blocks))
+        self.paths = block_paths(originals.model, originals.blocks)
         self.maps: dict[Replacement, nn.Module] = {}
         self.weights: dict[str, Tensor] = {}
         self.hidden: list[Tensor] | None = None
@@ -363,8 +363,9 @@ class _Walk:
                     seen.run(block, index, hidden)
                     for seen, hidden in zip(self.originals.traces, self.hidden, strict=True)
                 ]
-        prefix = ".".join(filter(None, (self.blocks.path, self.names[index])))
-        self.weights.update({f"{prefix}.{name}": self.hold(v) for name, v in solved.items()})
+        self.weights.update(
+            {f"{self.paths[index]}.{name}": self.hold(v) for name, v in solved.items()}
+        )
         if index in self.blocks.ends:
             self._cross(index)
 
