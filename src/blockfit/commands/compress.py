@@ -65,28 +65,14 @@ def compress(
         raise BlockfitError(f"give a model and --images (or --from a sweep): {USAGE}")
     written.need_data(images, report)
     _check_what(span, amount, method, judging)
-    how: dict[str, Any] = {
-        **asdict(amount),
-        **method.changes(),
-        "recipe": method.named(),
-        **judging.how(),
-        "seed": reading.seed,
-        "max_memory": running.max_memory,
-        "resume": running.state(output),
-    }
+    how = {**asdict(amount), **method.changes(), "recipe": method.named(), **judging.how()}
+    how |= {"max_memory": running.max_memory, "resume": running.state(output)}
+    how |= {"seed": reading.seed, "spans": span or None, "blocks": blocks}
+    how |= {"say": out.say, "progress": out.count}
     out.expect(outlook.of_compress(method.chosen(), amount.budget()))
     with out.working(), keeping(lambda: _unfinished(how["resume"])):
         original, pictures = opt.opened(out, model, images, reading, loading, True, written)
-        result = blockfit.compress(
-            page.kept(original),
-            pictures,
-            spans=span or None,
-            blocks=blocks,
-            inplace=True,
-            say=out.say,
-            progress=out.count,
-            **how,
-        )
+        result = blockfit.compress(page.kept(original), pictures, inplace=True, **how)
         if processes.is_first():
             out.say(f"saving to {output}")
             blockfit.save(result, output, overwrite=overwrite)

@@ -11,7 +11,6 @@ from blockfit.commands import options as opt
 from blockfit.commands import outlook
 from blockfit.commands.command import command
 from blockfit.commands.output import Output
-from blockfit.errors import BlockfitError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,15 +77,10 @@ def evaluate(
     from blockfit.commands.protocols import Wanted
     from blockfit.data.paths import check_there
     from blockfit.evaluation.summaries import evaluation
-    from blockfit.models.load import source_of
 
     wanted = Wanted(tuple(dict.fromkeys(protocol or ())), train, classes, prompt, masks)
-    wanted.check()
+    wanted.check(by_images=images is not None and written.texts is None)
     written.need_data(images)
-    if wanted.protocols and (images is None or written.texts is not None):
-        raise BlockfitError(
-            "--protocol judges by labelled images alone; give --images without --texts"
-        )
     if images is not None:
         check_there(images)
     out.expect(outlook.of_pass("evaluating"))
@@ -94,12 +88,8 @@ def evaluate(
         out.say(f"loading {small}")
         compressed, where = loading.load_small(small)
         original = None if against is None else loading.load(against)
-        # The small model's own preprocessing; the original's where it has none.
-        own = source_of(compressed).preprocessing is not None or original is None
-        prepared = compressed if own else original
-        if written.texts is not None and original is not None:
-            prepared = original  # whose folder has the tokenizer
-        pictures = written.open(images, prepared or compressed, reading)
+        prepared = _says_how(compressed, original, written)
+        pictures = written.open(images, prepared, reading)
         out.show_images(pictures, loading.place())
         out.warn(_known(compressed, pictures))
         if blocks is not None:
@@ -125,6 +115,17 @@ def evaluate(
             checkpoint.forget()
     out.show(evaluation(worth))
     out.result(worth)
+
+
+def _says_how(compressed: nn.Module, original: nn.Module | None, written: opt.Written) -> nn.Module:
+    """Whose preprocessing is used: the small model's own; the original's where it has none."""
+    from blockfit.models.load import source_of
+
+    if original is None:
+        return compressed
+    if written.texts is not None:
+        return original  # whose folder has the tokenizer
+    return compressed if source_of(compressed).preprocessing is not None else original
 
 
 def _known(compressed: nn.Module, pictures: Images) -> list[str]:

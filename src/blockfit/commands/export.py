@@ -79,29 +79,14 @@ def export(
 
     It is compared with the model before it is kept.
     """
-    from blockfit.formats.card import Origin
-    from blockfit.formats.onnx_file import OPSET, onnx_dtype
-    from blockfit.formats.traced import Resolution
-
-    card = {"base_model": base_model, "license": license}
     form = _form(plain=plain, onnx=onnx, pt2=pt2, hub=hub)
-    traced = {"--resolution": resolution, "--fixed-batch": fixed_batch}
-    if form in FOLDERS:
-        opt.refuse(traced, f"has no use with --{form}: the folder takes what the model takes")
-    if form != "onnx":
-        only_onnx = {"--opset": opset, "--compare-levels": compare_levels}
-        opt.refuse(only_onnx, "goes with --onnx only")
-    if form not in ("plain", "onnx"):
-        opt.refuse({"--weights": weights}, "goes with --plain and --onnx only")
-    if form in FOLDERS:
-        Origin(**card)  # refused before the model is loaded
-    else:
-        told = {"--base-model": base_model, "--license": license}
-        opt.refuse(told, "goes with --plain and --hub only: a file has no model card")
-    shape = None if resolution is None else Resolution.parse(resolution)
     _check_output(form, output, overwrite)
-    if form == "onnx":
-        onnx_dtype(weights)  # refused before the model is loaded
+    how = {
+        **_of_card(form, base_model, license),
+        **_of_tracing(form, resolution, fixed_batch),
+        **_of_weights(form, weights),
+        **_of_onnx(form, opset, compare_levels),
+    }
     with out.working():
         out.say(f"loading {model}")
         saved = _saved(model, code, form)
@@ -111,16 +96,7 @@ def export(
             pictures = reading.open(images, saved.model)
             out.show_images(pictures)
         out.say(f"writing {output} and comparing it with the model")
-        how: dict[str, Any] = {"images": pictures, "overwrite": overwrite}
-        if form in FOLDERS:
-            how |= card
-        else:
-            how |= {"resolution": shape, "batch": fixed_batch}
-        if form in ("plain", "onnx"):
-            how |= {"dtype": weights}
-        if form == "onnx":
-            how |= {"opset": OPSET if opset is None else opset, "compare_levels": compare_levels}
-        done = _WRITE[form](saved, output, **how)
+        done = _WRITE[form](saved, output, images=pictures, overwrite=overwrite, **how)
     _SHOW[form](out, done)
     out.result({"form": form, **done.to_json(), "output": str(output)})
 
@@ -132,6 +108,52 @@ _WRITE: dict[str, Callable[..., Any]] = {
     "onnx": lambda *what, **how: blockfit.export_onnx(*what, **how),
 }
 """Forms by the functions that write them, looked up when they are called: they import torch."""
+
+
+def _of_card(form: str, base_model: str | None, license: str | None) -> dict[str, Any]:
+    """What the model card of a folder is told; refused before a model is loaded, as all below."""
+    from blockfit.formats.card import Origin
+
+    if form in FOLDERS:
+        Origin(base_model, license)
+        return {"base_model": base_model, "license": license}
+    told = {"--base-model": base_model, "--license": license}
+    opt.refuse(told, "goes with --plain and --hub only: a file has no model card")
+    return {}
+
+
+def _of_tracing(form: str, resolution: str | None, batch: int | None) -> dict[str, Any]:
+    """The shapes that a traced file takes."""
+    from blockfit.formats.traced import Resolution
+
+    if form in FOLDERS:
+        traced = {"--resolution": resolution, "--fixed-batch": batch}
+        opt.refuse(traced, f"has no use with --{form}: the folder takes what the model takes")
+        return {}
+    shape = None if resolution is None else Resolution.parse(resolution)
+    return {"resolution": shape, "batch": batch}
+
+
+def _of_weights(form: str, dtype: str | None) -> dict[str, Any]:
+    """The dtype of the weights, where it is not the model's."""
+    from blockfit.formats.onnx_file import onnx_dtype
+
+    if form not in ("plain", "onnx"):
+        opt.refuse({"--weights": dtype}, "goes with --plain and --onnx only")
+        return {}
+    if form == "onnx":
+        onnx_dtype(dtype)
+    return {"dtype": dtype}
+
+
+def _of_onnx(form: str, opset: int | None, compare_levels: bool) -> dict[str, Any]:
+    """What only ONNX files have."""
+    from blockfit.formats.onnx_file import OPSET
+
+    if form != "onnx":
+        opt.refuse({"--opset": opset, "--compare-levels": compare_levels}, "goes with --onnx only")
+        return {}
+    return {"opset": OPSET if opset is None else opset, "compare_levels": compare_levels}
 
 
 def _check_output(form: str, output: Path, overwrite: bool) -> None:

@@ -31,9 +31,13 @@ class Wanted:
     prompts: list[str] | None
     masks: str | None
 
-    def check(self) -> None:
+    def check(self, by_images: bool) -> None:
         """Refuse what does not go together, before anything is loaded."""
         check_protocols(self.protocols)
+        if self.protocols and not by_images:
+            raise BlockfitError(
+                "--protocol judges by labelled images alone; give --images without --texts"
+            )
         if (self.train is None) == bool(self._learning):
             raise BlockfitError(
                 "--protocol and --train go together: k-NN, probes and retrieval learn from "

@@ -63,12 +63,8 @@ def quantize(
     """Bring the weights of a compressed model to int8."""
     import torch
 
-    from blockfit.evaluation.stages import quantize as quantize_model
     from blockfit.evaluation.stages import stages
-    from blockfit.files import resolved
     from blockfit.formats.folder import load_saved
-    from blockfit.formats.onnx_file import Session
-    from blockfit.formats.quantize_onnx import ONNX_KINDS, quantize_onnx
     from blockfit.models.cost import parameters, size_bytes
 
     _check(int8, output, overwrite, images, against, test)
@@ -77,17 +73,10 @@ def quantize(
         saved = load_saved(small)
         out.note("device: cpu")
         out.say(f"writing {output}")
-        if int8 in ONNX_KINDS:
-            used = _calibration(saved, images, images_limit, reading) if "static" in int8 else None
-            if used is not None:
-                out.show_images(used)
-            quantize_onnx(saved, output, int8, used, overwrite=overwrite)
-            tiny: nn.Module = Session(resolved(output))
-            after = resolved(output).stat().st_size
-        else:
-            _save(quantize_model(saved, int8), output, overwrite)
-            tiny = blockfit.load(output)
-            after = size_bytes(tiny)
+        used = _calibration(saved, images, images_limit, reading) if "static" in int8 else None
+        if used is not None:
+            out.show_images(used)
+        tiny, after = _written(saved, int8, output, used, overwrite)
         before = size_bytes(saved.model)
         found: list[Stage] = []
         if against is not None and test is not None:
@@ -144,13 +133,27 @@ def _check(
         )
 
 
-def _save(tiny: Saved, output: Path, overwrite: bool) -> None:
+def _written(
+    saved: Saved, int8: str, output: Path, used: Images | None, overwrite: bool
+) -> tuple[nn.Module, int]:
+    """The model as it was written, and its bytes."""
+    from blockfit.evaluation.stages import quantize as quantize_model
+    from blockfit.files import resolved
     from blockfit.formats.folder import save
+    from blockfit.formats.onnx_file import Session
+    from blockfit.formats.quantize_onnx import ONNX_KINDS, quantize_onnx
+    from blockfit.models.cost import size_bytes
 
+    if int8 in ONNX_KINDS:
+        quantize_onnx(saved, output, int8, used, overwrite=overwrite)
+        return Session(resolved(output)), resolved(output).stat().st_size
+    tiny = quantize_model(saved, int8)
     save(
         output, tiny.model, tiny.blocks, tiny.plan,
         source=tiny.source, report=tiny.report, overwrite=overwrite,
     )  # fmt: skip
+    loaded = blockfit.load(output)
+    return loaded, size_bytes(loaded)
 
 
 def _calibration(

@@ -86,7 +86,7 @@ def sweep(
     page = Reporter(report)
     chosen = method.chosen()
     chosen.check_use("a sweep")
-    protected, hold_out = judging.protected(), judging.part()
+    how = judging.how()
     given: dict[str, Any] = {} if points is None else {"points": shares(points)}
     out.expect(outlook.of_sweep(chosen, len(given.get("points", POINTS))))
     with out.working(), keeping(lambda: _finished(output)):
@@ -96,14 +96,10 @@ def sweep(
             pictures,
             output,
             recipe=chosen,
-            protect=protected,
-            whole=judging.kept_whole(),
-            multiple_of=judging.multiple_of,
-            **given,
             blocks=blocks,
-            hold_out=hold_out,
-            final=judging.final,
             seed=reading.seed,
+            **given,
+            **how,
             say=out.say,
             progress=out.count,
             resume=running.state(output),

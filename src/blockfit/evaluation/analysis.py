@@ -15,7 +15,7 @@ from blockfit import drawing
 from blockfit import processes as ranks
 from blockfit.arguments import at_least, checked
 from blockfit.checkpoint import Checkpoint, settled
-from blockfit.data.images import prepared_images
+from blockfit.data.images import Images, prepared_images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import summaries
 from blockfit.files import FolderForm, check_target, new_folder
@@ -182,12 +182,7 @@ def analyze(
     patches = _tokens(model, where, example) - where.prefix_tokens
     taken = min(TOKENS_PER_IMAGE, patches)
     groups = _groups(where, room)
-    checkpoint = None
-    if resume is not None:
-        told = settled(images.description(), images.digest())
-        run = {"model": fingerprint(model), "calibration": told, "seed": seed}
-        how = {"batch_size": images.batch_size, "blocks": where.to_json()}
-        checkpoint = Checkpoint(resume, {**run, **how})
+    checkpoint = None if resume is None else _checkpoint(resume, model, where, images, seed)
     parts = []
     for number, spans in enumerate(groups):
         say("hidden states" + (f", pass {number + 1} of {len(groups)}" if groups[1:] else ""))
@@ -218,6 +213,15 @@ def analyze(
     if checkpoint is not None:
         checkpoint.forget()
     return result
+
+
+def _checkpoint(
+    folder: str | Path, model: nn.Module, blocks: Blocks, images: Images, seed: int
+) -> Checkpoint:
+    """Where the sums are saved from time to time, for this run alone."""
+    told = settled(images.description(), images.digest())
+    run = {"model": fingerprint(model), "calibration": told, "seed": seed}
+    return Checkpoint(folder, {**run, "batch_size": images.batch_size, "blocks": blocks.to_json()})
 
 
 def write(result: Analysis, folder: str | Path, overwrite: bool = False) -> Analysis:

@@ -127,15 +127,14 @@ def save(
     Raises:
         BlockfitError: before anything is written, where ``folder`` is taken, the rebuilt model has
             other outputs on one batch, the model has adapters that are not merged, or the report
-            is not JSON; later, where the file
-            system refuses. ``folder`` is then as it was.
+            is not JSON; later, where the file system refuses. ``folder`` is then as it was.
     """
     check_folder(folder, overwrite)
     check_merged(model, TO_SAVE)
-    if removed_plan(model, blocks) != plan:
+    if (made_by := removed_plan(model, blocks)) != plan:
         raise BlockfitError(
-            f"the model was compressed by the plan {removed_plan(model, blocks)}, not by {plan}; "
-            "give the plan that it was compressed by"
+            f"the model was compressed by the plan {made_by}, not by {plan}; give the plan that it "
+            "was compressed by"
         )
     tensors = storable(model)
     source, bare = settled(model, tensors, source, partial(_rebuilt, blocks=blocks, plan=plan))
@@ -152,13 +151,9 @@ def save(
         source = replace(source, arguments=told)
     manifest = _manifest(tensors, blocks, plan, source, report)
     texts = {MARK: manifest.dumps(), **_library_files(source)}
-    values = {
-        name: tensor.detach().to(stored_dtype(tensor)).cpu().contiguous()
-        for name, tensor in held(tensors, manifest.int8_stored).items()
-        if name not in manifest.tied
-    }
+    values = _stored(tensors, manifest)
     with new_folder(folder, FORM, overwrite) as unfinished:
-        save_file(_own_memory(values), unfinished / WEIGHTS, metadata={"format": "blockfit"})
+        save_file(values, unfinished / WEIGHTS, metadata={"format": "blockfit"})
         for name in reversed(texts):  # the mark comes last: without it the folder does not load
             (unfinished / name).write_text(texts[name], encoding="utf-8")
 
@@ -314,8 +309,13 @@ def _library_files(source: Source) -> dict[str, str]:
     return files
 
 
-def _own_memory(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory: views of one tensor are copied."""
+def _stored(tensors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
+    """What the file holds; safetensors refuses views of one tensor, which are copied."""
+    values = {
+        name: tensor.detach().to(stored_dtype(tensor)).cpu().contiguous()
+        for name, tensor in held(tensors, manifest.int8_stored).items()
+        if name not in manifest.tied
+    }
     seen = Counter(tensor.untyped_storage().data_ptr() for tensor in values.values())
     return {
         name: tensor.clone() if seen[tensor.untyped_storage().data_ptr()] > 1 else tensor

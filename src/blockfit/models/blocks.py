@@ -280,18 +280,7 @@ def find_chain(
         BlockfitError: no list, two lists of the same greatest length, a ``path`` that is not
             there or is no list of blocks, an example that is not finite or does not fit.
     """
-    if path is None:
-        watches = candidates(model)
-        if not watches:
-            raise BlockfitError(
-                f"found no blocks: {type(model).__name__} has no list of same-class modules; {HINT}"
-            )
-    else:
-        watches = watches_at(path, container_at(model, path))
-        if not watches:
-            raise BlockfitError(
-                f"{place(path)} holds no two modules of one class in a row; correct blocks="
-            )
+    watches = _lists(model, path)
     two = two_different(model, example_input(model) if example is None else example)
     watch_forward(model, watches, two)
     watch = _choose(model, watches, path)
@@ -322,6 +311,21 @@ def find_chain(
             "keep the blocks in an nn.ModuleList of their own"
         )
     return blocks
+
+
+def _lists(model: nn.Module, path: str | None) -> Sequence[Watch]:
+    """Lists of like modules: all of the model's, or those at ``path``."""
+    if path is None:
+        if watches := candidates(model):
+            return watches
+        raise BlockfitError(
+            f"found no blocks: {type(model).__name__} has no list of same-class modules; {HINT}"
+        )
+    if watches := watches_at(path, container_at(model, path)):
+        return watches
+    raise BlockfitError(
+        f"{place(path)} holds no two modules of one class in a row; correct blocks="
+    )
 
 
 def _choose(model: nn.Module, watches: Sequence[Watch], path: str | None) -> Watch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,52 +103,71 @@ def trace(
         BlockfitError: where a hidden state is NaN or infinite; the message names the block and
             the image.
     """
-    wanted = set(keep)
-    out = Trace(blocks, inputs, [])
-    labels = list(names)
-
-    def before(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = blocks.hidden_in(args, kwargs)
-            rest = {k: v for k, v in kwargs.items() if args or k != blocks.input_name}
-            out.calls.append((args[1:], rest, bool(args)))
-            keep_state(index, hidden)
-
-        return hook
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep_state(blocks.depth, blocks.hidden_out(output))
-
-    def keep_state(index: int, hidden: Tensor) -> None:
-        check_finite(hidden, index, labels)
-        if index == 0 and not blocks.stages:
-            out.real = real_tokens(inputs, hidden)
-        if blocks.towers and index == blocks.first_of_texts:
-            found = real_tokens(inputs, hidden, of_texts=True)
-            out.real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if found is None else found
-        if index in wanted:
-            own = hidden.detach().clone()
-            out.states[index] = own if hold is None else hold(own)
-
-    def in_stage(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            several = isinstance(output, tuple)
-            out.rests[index] = tuple(output[1:]) if several else None
-            if index in ends and wanted:
-                own = blocks.hidden_out(output).detach().clone()
-                out.outputs[index] = own if hold is None else hold(own)
-
-        return hook
-
-    modules, ends = block_modules(model, blocks), blocks.ends
+    recorder = _Recorder(Trace(blocks, inputs, []), set(keep), list(names), hold)
+    modules = block_modules(model, blocks)
     with ExitStack() as undo, torch.no_grad():
         for index, module in enumerate(modules if blocks.stages else ()):
-            undo.enter_context(module.register_forward_hook(in_stage(index)))
+            undo.enter_context(module.register_forward_hook(partial(recorder.in_stage, index)))
         for index, module in enumerate(modules):
-            undo.enter_context(module.register_forward_pre_hook(before(index), with_kwargs=True))
-        undo.enter_context(modules[-1].register_forward_hook(after))
+            hook = partial(recorder.before, index)
+            undo.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        undo.enter_context(modules[-1].register_forward_hook(recorder.after_last))
         call(model, inputs)
-    return out
+    return recorder.out
+
+
+@dataclass
+class _Recorder:
+    """The hooks of one ``trace``: they write down what passes through the blocks.
+
+    Args:
+        wanted: boundaries whose states are kept.
+        names: of the images, for messages.
+        hold: where a kept state lies; a copy of it where ``None``.
+    """
+
+    out: Trace
+    wanted: set[int]
+    names: list[str]
+    hold: Callable[[Tensor], Tensor] | None
+
+    def before(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """What block ``index`` is given."""
+        blocks = self.out.blocks
+        hidden = blocks.hidden_in(args, kwargs)
+        rest = {k: v for k, v in kwargs.items() if args or k != blocks.input_name}
+        self.out.calls.append((args[1:], rest, bool(args)))
+        self._keep_state(index, hidden)
+
+    def after_last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """What the last block returns."""
+        blocks = self.out.blocks
+        self._keep_state(blocks.depth, blocks.hidden_out(output))
+
+    def in_stage(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """What block ``index`` of blocks in stages returns."""
+        blocks = self.out.blocks
+        several = isinstance(output, tuple)
+        self.out.rests[index] = tuple(output[1:]) if several else None
+        if index in blocks.ends and self.wanted:
+            self.out.outputs[index] = self._held(blocks.hidden_out(output))
+
+    def _keep_state(self, index: int, hidden: Tensor) -> None:
+        out, blocks = self.out, self.out.blocks
+        check_finite(hidden, index, self.names)
+        if index == 0 and not blocks.stages:
+            out.real = real_tokens(out.inputs, hidden)
+        if blocks.towers and index == blocks.first_of_texts:
+            found = real_tokens(out.inputs, hidden, of_texts=True)
+            out.real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if found is None else found
+        if index in self.wanted:
+            out.states[index] = self._held(hidden)
+
+    def _held(self, hidden: Tensor) -> Tensor:
+        own = hidden.detach().clone()
+        return own if self.hold is None else self.hold(own)
 
 
 def check_finite(hidden: Tensor, index: int, names: list[str]) -> None:
