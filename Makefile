@@ -34,8 +34,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(MAKE) --no-print-directory --jobs=2 lint tests
 
+# What is compiled once is read by the hundreds of processes that tests start.
 tests: browser
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Tests look at reports in Chromium and are skipped without it. Nothing fails where it cannot be had.
 browser: $(STAMP)
