@@ -121,6 +121,7 @@ class _Recorder:
     """The hooks of one ``trace``: they write down what passes through the blocks.
 
     Args:
+        out: what is written.
         wanted: boundaries whose states are kept.
         names: of the images, for messages.
         hold: where a kept state lies; a copy of it where ``None``.
