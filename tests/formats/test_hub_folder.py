@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -106,6 +107,19 @@ def test_every_kind_of_map_is_rebuilt(tmp_path: Path) -> None:
         plan = Plan((Replacement(Span(1, 3), kind, **options),))  # type: ignore[arg-type]
         small = saved(tmp_path / kind, "vit-classifier", plan)
         assert export_hub(small, tmp_path / f"{kind}-hub").parity.max_abs_error < 1e-5
+
+
+def test_reading_back_leaves_no_bytecode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # as it is for most users
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    small = saved(tmp_path / "small", "vit-classifier", MAPS)
+    export_hub(small, tmp_path / "hub")
+    export_hub(small, tmp_path / "hub", overwrite=True)
+    small.model.save_pretrained(tmp_path / "own")  # type: ignore[operator]
+    for folder in ("hub", "own"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == [
+            "README.md", "config.json", "model.safetensors", "modeling_blockfit.py",
+        ]  # fmt: skip
 
 
 def test_the_stock_class_does_not_take_it_for_its_own(tmp_path: Path) -> None:

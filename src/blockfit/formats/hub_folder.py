@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -248,13 +249,20 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+class _Loader(SourceFileLoader):
+    """Writes no ``__pycache__`` into the folder that it reads."""
+
+    def set_data(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 def _read_back(saved: Saved, folder: Path) -> nn.Module:
     """The model as the folder's own code makes it, without transformers' cache of foreign code."""
-    spec = importlib.util.spec_from_file_location("blockfit_read_back", folder / CODE)
+    loader = _Loader("blockfit_read_back", str(folder / CODE))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
-    assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     model, info = getattr(module, _made(saved)).from_pretrained(folder, output_loading_info=True)
     if wrong := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
         raise BlockfitError(
