@@ -19,6 +19,7 @@ import pytest
 from commandline import FEW, blockfit_command
 
 from blockfit import api
+from blockfit.commands.app import WAITING_TOLD
 from blockfit.commands.output import Output, guarded
 from blockfit.search.span_search import Search
 
@@ -141,6 +142,24 @@ def test_verbose_logs_what_is_done_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert (logger.handlers, logger.level, logger.propagate) == ([], logging.NOTSET, True)
     quiet = blockfit_command("doctor")
     assert quiet.err == ""
+
+
+@pytest.mark.parametrize(
+    ("told", "command", "spins"),
+    [
+        ({}, "compress", "1000"),
+        ({}, "bench", None),
+        ({"GOMP_SPINCOUNT": "300000"}, "compress", "300000"),
+        ({"OMP_WAIT_POLICY": "active"}, "compress", None),
+    ],
+)
+def test_threads_do_not_spin_for_long_unless_the_user_says_so(
+    told: dict[str, str], command: str, spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {name: value for name, value in os.environ.items() if name not in WAITING_TOLD}
+    monkeypatch.setattr(os, "environ", {**own, **told})
+    assert blockfit_command(command, "--help").code == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_the_shell_completes_commands_and_options() -> None:

@@ -36,6 +36,14 @@ QUIET_LIBRARIES = {
 }
 """Keeps other libraries' bars and warnings off the screen; what the user has set stays."""
 
+WAITING = {"GOMP_SPINCOUNT": "1000"}
+"""How often a thread of PyTorch looks whether the others are done before it sleeps, by default
+300,000 times: beside another program it looks on for as long as the thread that it waits for has
+no core, and a run takes twenty times as long. libgomp reads it when torch is imported."""
+
+WAITING_TOLD = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+"""By these a user says how threads wait."""
+
 QUIET_LOGGERS = ("torch.utils._pytree", "torch.utils.cpp_extension")
 """Warn of what no user of this command can change, when torchao or a compiler is loaded."""
 
@@ -78,11 +86,13 @@ for _command in COMMANDS:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; see ``output.guarded``."""
+    command = list(arguments) or ["--help"]
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    if command[0] != "bench" and not any(name in os.environ for name in WAITING_TOLD):
+        os.environ.update(WAITING)  # bench times models as other programs run them
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    command = list(arguments) or ["--help"]
     try:
         return guarded(
             lambda: app(command, prog_name="blockfit", standalone_mode=False), "--debug" in command
