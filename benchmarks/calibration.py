@@ -32,7 +32,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def resident(field: str) -> int:
     """Bytes of this process: ``VmRSS`` now, ``VmHWM`` the most since the last reset."""
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if field in s)
+    line = next(s for s in Path("/proc/self/status").read_text("utf-8").splitlines() if field in s)
     return 1024 * int(line.split()[1])
 
 
@@ -52,7 +52,7 @@ def child(args: argparse.Namespace) -> None:
     blocks = blockfit.find_blocks(model)
     with torch.inference_mode():
         model(next(iter(images)))
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM counts from here
     before = resident("VmRSS")
     spans = spans_up_to(blocks.depth, args.longest)
     calibrate(model, blocks, images, spans, tokens_per_image=TOKENS_PER_IMAGE)

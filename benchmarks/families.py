@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", metavar="FAMILY=FILE", help="of quality.py")
     for pair in parser.parse_args().tables:
         name, _, file = pair.partition("=")
-        print(show(name, json.loads(Path(file).read_text())), end="\n\n")
+        print(show(name, json.loads(Path(file).read_text(encoding="utf-8"))), end="\n\n")
 
 
 if __name__ == "__main__":

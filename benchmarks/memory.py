@@ -68,7 +68,7 @@ def vit(width: int, depth: int, heads: int, ratio: float, side: int) -> torch.nn
 
 def memory(name: str) -> int:
     """Bytes that /proc says of this process: VmHWM (most), VmRSS (now) or RssAnon (no files)."""
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         line = next(line for line in file if line.startswith(name + ":"))
     return 1024 * int(line.split()[1])
 

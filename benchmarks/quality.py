@@ -187,7 +187,7 @@ def opened(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The cells of a run that was stopped; an empty table where there is none."""
     if not path.is_file():
         return {"settings": settings, "original": None, "rows": []}
-    table: dict[str, Any] = json.loads(path.read_text())
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if table["settings"] != settings:
         raise SystemExit(f"{path} is of another run ({table['settings']}); name another --out")
     return table

@@ -84,13 +84,20 @@ def resolved(path: str | Path) -> Path:
     """The one path that a target stands for: absolute, without ``~``, ``..`` and links.
 
     Raises:
-        BlockfitError: where a path holds what no path can hold, or the working folder is gone.
+        BlockfitError: where a path holds what no path can hold or is no UTF-8, or the working
+            folder is gone.
     """
     try:
         before, real = "", os.path.realpath(expanded(path))  # resolve() fails on links in a circle
         while before != real:  # after such links, further ones are left as they are
             before, real = real, os.path.realpath(real)
+        real.encode("utf-8")
         return Path(real)
+    except UnicodeEncodeError as error:
+        raise BlockfitError(
+            f"cannot write {path}: weights are not read from a path that is not UTF-8 (its bytes "
+            "are those of another encoding); give another path"
+        ) from error
     except (OSError, ValueError) as error:
         raise BlockfitError(
             f"cannot write {path}: {first_line(error)}; give another path"
@@ -291,6 +298,19 @@ def kept_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8, with the line ends of ``text``.
+
+    Bytes of file names that are no UTF-8 become ``\\udc80`` to ``\\udcff``, which JSON reads back.
+    """
+    path.write_bytes(encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    """What ``write_text`` writes."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 _SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")

@@ -238,7 +238,7 @@ def test_a_result_goes_up_in_the_form_that_can_hold_it(
         def create_commit(self, *, operations: list[Any], **told: Any) -> None:
             (config,) = (o for o in operations if o.path_in_repo == "config.json")
             (card,) = (o for o in operations if o.path_in_repo == "README.md")
-            kind = json.loads(Path(config.path_or_fileobj).read_text())["model_type"]
+            kind = json.loads(Path(config.path_or_fileobj).read_text("utf-8"))["model_type"]
             data = ModelCard(card.path_or_fileobj.decode()).data
             Api.said.append((kind, data.base_model, data.license))
 

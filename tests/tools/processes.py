@@ -107,6 +107,6 @@ def _child(
 
 
 def _enter(namespace: str) -> None:
-    with open(f"/run/netns/{namespace}") as file:
+    with open(f"/run/netns/{namespace}", encoding="utf-8") as file:
         if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")

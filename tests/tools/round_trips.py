@@ -227,7 +227,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 def read_all(listed: Path) -> None:
     """Load every folder of the list, and write what came of it."""
     rows = []
-    for case in json.loads(listed.read_text()):
+    for case in json.loads(listed.read_text(encoding="utf-8")):
         try:
             rows.append(loaded(case))
         except Exception as error:  # anything but a refusal is a fault

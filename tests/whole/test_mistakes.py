@@ -41,7 +41,7 @@ def test_a_mistake_gets_its_sentence_before_any_work(
     photos(Path("PHOTOS"), 4, 0)
     Path("empty").mkdir()
     Path("letters").mkdir()
-    Path("letters/dear.txt").write_text("mine")
+    Path("letters/dear.txt").write_text("mine", encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))
     done = blockfit_command(*shlex.split(typed))
     assert done.code == 2, done.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 from commandline import FEW, blockfit_command
+from PIL import Image
 
 from blockfit import api
 from blockfit.commands.app import WAITING_TOLD
@@ -160,6 +162,48 @@ def test_threads_do_not_spin_for_long_unless_the_user_says_so(
     monkeypatch.setattr(os, "environ", {**own, **told})
     assert blockfit_command(command, "--help").code == 0
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_a_pipe_without_a_character_shows_its_number() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "blockfit", "doctor"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2013" in done.stdout
+
+
+@pytest.fixture
+def latin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder in the working folder, named in Latin-1: its last byte is no UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(OSError):
+        os.mkdir(b"caf\xe9")
+        return os.fsdecode(b"caf\xe9")
+    pytest.skip("this file system takes only names in UTF-8")
+
+
+def test_names_in_another_encoding_are_read(latin: str) -> None:
+    for index in range(20):
+        Image.new("L", (8, 8), 12 * index).save(Path(latin, f"{index}.png"))
+    done = blockfit_command(
+        "compress", "demo", "--images", latin, "--params", "80%", "--final", "4", "-o", "small"
+    )
+    assert done.code == 0, done.err
+    text = Path("small/blockfit.json").read_text("utf-8")
+    assert "caf\\udce9" in text
+    assert repr(latin)[1:-1] in repr(json.loads(text))  # as it was told
+    assert blockfit_command("report", "small", "-o", "small.html").code == 0
+
+
+def test_names_in_another_encoding_are_not_written_before_any_work(latin: str) -> None:
+    for target in (f"{latin}/small", f"{latin}2"):
+        command = ("compress", "absent/model", "--images", "digits", "--remove", "1", "-o", target)
+        assert "is not UTF-8" in blockfit_command(*command).error
+    os.chdir(latin)
+    assert "is not UTF-8" in blockfit_command("analyze", "absent/model", "--images", "digits").error
+    assert os.listdir() == []
 
 
 def test_the_shell_completes_commands_and_options() -> None:

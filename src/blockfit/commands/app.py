@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -46,6 +47,9 @@ WAITING_TOLD = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 QUIET_LOGGERS = ("torch.utils._pytree", "torch.utils.cpp_extension")
 """Warn of what no user of this command can change, when torchao or a compiler is loaded."""
+
+UNWRITABLE = ("strict", "surrogateescape")
+"""What Python does by default where a terminal or pipe has no such character: it raises."""
 
 COMMANDS = (
     demo, compress, sweep, doctor,
@@ -103,4 +107,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point of ``blockfit`` and ``python -m blockfit``."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in UNWRITABLE:
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python has it for standard error
     sys.exit(run(sys.argv[1:]))

@@ -64,7 +64,7 @@ def bench(
 
     from blockfit.evaluation.engines import DTYPES, ENGINES
     from blockfit.evaluation.speed import BATCH_SIZES, Settings
-    from blockfit.files import check_file, new_file
+    from blockfit.files import check_file, new_file, write_text
     from blockfit.reports import bench_page as page
 
     for file, suffix in ((markdown_file, ".md"), (picture, ".png")):
@@ -87,7 +87,7 @@ def bench(
         result = blockfit.bench(original, models, settings, blocks=blocks, say=out.say)
     if markdown_file is not None:
         with new_file(markdown_file, page.FORMS[".md"], overwrite) as partial:
-            partial.write_text(page.markdown(result), encoding="utf-8")
+            write_text(partial, page.markdown(result))
     if picture is not None:
         with new_file(picture, page.FORMS[".png"], overwrite) as partial:
             page.draw(result, partial)

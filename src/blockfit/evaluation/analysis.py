@@ -18,7 +18,7 @@ from blockfit.checkpoint import Checkpoint, settled
 from blockfit.data.images import Images, prepared_images
 from blockfit.errors import BlockfitError
 from blockfit.evaluation import summaries
-from blockfit.files import FolderForm, check_target, new_folder
+from blockfit.files import FolderForm, check_target, new_folder, write_text
 from blockfit.fit.plan import Span, spans_up_to
 from blockfit.fit.similarity import COLUMNS, Tables, merged, part
 from blockfit.formats.folder import module_of
@@ -233,7 +233,7 @@ def write(result: Analysis, folder: str | Path, overwrite: bool = False) -> Anal
         except BlockfitError as error:
             result = dataclasses.replace(result, warnings=(*result.warnings, str(error)))
         text = json.dumps(result.to_json(), indent=1, allow_nan=False)
-        (partial / MARK).write_text(text + "\n", encoding="utf-8")
+        write_text(partial / MARK, text + "\n")
         files = tuple(name for name in FILES if (partial / name).exists())
     return dataclasses.replace(result, files=files)
 

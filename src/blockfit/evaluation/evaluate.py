@@ -19,7 +19,7 @@ from blockfit.errors import BlockfitError
 from blockfit.evaluation import summaries
 from blockfit.evaluation.answers import Answer, Answers, answers_of, answers_of_batch
 from blockfit.fields import fields_written
-from blockfit.files import FileForm, new_file
+from blockfit.files import FileForm, new_file, write_text
 from blockfit.fit.intervals import CONFIDENCE, Interval, wilson
 from blockfit.models.blocks import Batch, Blocks, block_modules
 from blockfit.models.cost import (
@@ -206,7 +206,7 @@ class Evaluation:
         """
         with new_file(path, FORM, overwrite) as partial:
             text = json.dumps(self.to_json(), indent=1, allow_nan=False)
-            partial.write_text(text + "\n", encoding="utf-8")
+            write_text(partial, text + "\n")
 
 
 class Accuracy:

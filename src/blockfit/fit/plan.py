@@ -13,7 +13,7 @@ from blockfit import drawing
 from blockfit.arguments import check_fields, fitted, one_of
 from blockfit.errors import BlockfitError
 from blockfit.fields import LEFT_OUT, fields_written, object_of, read, written
-from blockfit.files import FileForm, expanded, new_file
+from blockfit.files import FileForm, expanded, new_file, write_text
 from blockfit.summary import Summary, frame
 from blockfit.untrusted import read_json
 
@@ -537,7 +537,7 @@ class Plan:
         """
         with new_file(path, PLAN_FORM, overwrite) as partial:
             text = json.dumps({PLAN_KEY: self.to_json()}, indent=1)
-            partial.write_text(text + "\n", encoding="utf-8")
+            write_text(partial, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

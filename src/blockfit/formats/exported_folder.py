@@ -16,7 +16,7 @@ from torch import nn
 from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError, first_line, need
-from blockfit.files import SAVED, FolderForm, expanded
+from blockfit.files import SAVED, FolderForm, expanded, write_text
 from blockfit.formats.card import Origin, with_origin
 from blockfit.formats.folder import WEIGHTS, Saved
 from blockfit.formats.manifest import read_manifest
@@ -73,7 +73,7 @@ def write_preprocessor(source: Source, folder: Path) -> None:
 
 def write_json(values: Any, path: Path) -> None:
     """Write values that people may want to read."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def narrow(weights: Path) -> None:

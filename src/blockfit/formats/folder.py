@@ -16,7 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockfit.errors import BlockfitError, first_line
-from blockfit.files import PARTIAL, SAVED, FolderForm, check_target, expanded, new_folder
+from blockfit.files import (
+    PARTIAL,
+    SAVED,
+    FolderForm,
+    check_target,
+    expanded,
+    new_folder,
+    write_text,
+)
 from blockfit.fit.maps import empty_map
 from blockfit.fit.plan import Plan
 from blockfit.formats.int8 import put_int8
@@ -155,7 +163,7 @@ def save(
     with new_folder(folder, FORM, overwrite) as unfinished:
         save_file(values, unfinished / WEIGHTS, metadata={"format": "blockfit"})
         for name in reversed(texts):  # the mark comes last: without it the folder does not load
-            (unfinished / name).write_text(texts[name], encoding="utf-8")
+            write_text(unfinished / name, texts[name])
 
 
 def load(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
-from blockfit.files import check_target, new_folder
+from blockfit.files import check_target, new_folder, write_text
 from blockfit.formats import hub_code
 from blockfit.formats.card import Origin, model_card
 from blockfit.formats.exported_folder import (
@@ -121,13 +121,13 @@ def export_hub(
     load = f'transformers.{loader}.from_pretrained("{{}}", trust_remote_code=True)'
     with new_folder(folder, FORM, overwrite) as partial:
         text = dumps(_config(saved, auto), "the config")
-        (partial / CONFIG).write_text(text, encoding="utf-8")
-        (partial / CODE).write_text(_code(saved), encoding="utf-8")
+        write_text(partial / CONFIG, text)
+        write_text(partial / CODE, _code(saved))
         save_file(_weights(saved.model), partial / WEIGHTS, metadata={"format": "pt"})
         write_preprocessor(saved.source, partial)
         parity = compared(saved, _read_back(saved, partial), images, "Hub folder")
         card = model_card(saved, parity, load.format("OWNER/NAME"), True, origin)
-        (partial / CARD).write_text(card, encoding="utf-8")
+        write_text(partial / CARD, card)
     count = sum(parameter.numel() for parameter in saved.model.parameters())
     return ExportedFolder(
         target, "transformers", kept_blocks(saved), count, parity, load.format(folder)

@@ -22,7 +22,7 @@ from torch import nn
 from blockfit.arguments import checked
 from blockfit.data.images import Images
 from blockfit.errors import BlockfitError
-from blockfit.files import check_target, new_folder
+from blockfit.files import check_target, new_folder, write_text
 from blockfit.formats.card import Origin, model_card
 from blockfit.formats.exported_folder import (
     CARD,
@@ -88,10 +88,8 @@ def export_plain(
         narrow(partial / form.weights)
         held = next(p.dtype for p in model.parameters() if p.is_floating_point())
         parity = compared(saved, form.read(partial), images, "plain checkpoint", held)
-        (partial / CARD).write_text(
-            model_card(saved, parity, load.replace("{name}", form.online), origin=origin),
-            encoding="utf-8",
-        )
+        card = model_card(saved, parity, load.replace("{name}", form.online), origin=origin)
+        write_text(partial / CARD, card)
     count = sum(parameter.numel() for parameter in model.parameters())
     local = form.local.replace("{folder}", str(folder))
     return ExportedFolder(

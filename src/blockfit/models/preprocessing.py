@@ -212,7 +212,7 @@ def read_preprocessing(given: str | int) -> Preprocessing:
 
 def _in_file(file: Path) -> Preprocessing:
     try:
-        told = json.loads(file.read_text())
+        told = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BlockfitError(f"{file} cannot be read as JSON ({first_line(error)})") from error
     if isinstance(told, dict) and "image_processor_type" in told:

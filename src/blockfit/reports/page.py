@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from blockfit.errors import BlockfitError, need
-from blockfit.files import FileForm, check_file, check_kept, new_file
+from blockfit.files import FileForm, check_file, check_kept, encoded, new_file, write_text
 from blockfit.provenance import installed_versions
 from blockfit.reports.content import Content
 from blockfit.reports.views import all_plots, views
@@ -46,7 +46,7 @@ def render(content: Content) -> str:
         for name in ("page.html.j2", "style.css", "page.js")
     )
     shown = views(content)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    digest = base64.b64encode(hashlib.sha256(encoded(script)).digest()).decode("ascii")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {
         "drawn": Markup,  # SVG of our own plots: no text from files is in it
@@ -111,7 +111,7 @@ def write_report(content: Content, path: str | Path, pictures: str | Path | None
     check_report(path)
     page = render(content)
     with new_file(path, FORM, overwrite=True) as partial:
-        partial.write_text(page, encoding="utf-8")
+        write_text(partial, page)
     if pictures is not None:
         write_pictures(content, pictures)
 

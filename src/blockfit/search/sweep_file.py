@@ -15,7 +15,7 @@ from torch import Tensor
 from blockfit.checkpoint import same
 from blockfit.errors import BlockfitError
 from blockfit.fields import LEFT_OUT, read, written
-from blockfit.files import check_kept, is_unfinished, kept_file
+from blockfit.files import check_kept, is_unfinished, kept_file, write_text
 from blockfit.models.blocks import Blocks
 from blockfit.models.source import Source
 from blockfit.search.report import Entry, Original
@@ -167,7 +167,7 @@ def write_sweep_file(path: Path, content: SweepFile) -> None:
         BlockfitError: where it cannot be written.
     """
     with kept_file(path) as partial:
-        partial.write_text(json.dumps(written(content), indent=1), encoding="utf-8")
+        write_text(partial, json.dumps(written(content), indent=1))
 
 
 def read_point_file(folder: Path, name: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from blockfit.evaluation.paper.experiments import EXPERIMENTS, Experiment
 from blockfit.evaluation.paper.lab import Lab, Row, stopwatch
 from blockfit.evaluation.paper.pages import as_csv, as_table, similarity_table
 from blockfit.evaluation.paper.writeup import finding
-from blockfit.files import check_kept, is_unfinished, kept_file, resolved
+from blockfit.files import check_kept, encoded, is_unfinished, kept_file, resolved, write_text
 from blockfit.progress import Say, silent
 from blockfit.provenance import command_line
 from blockfit.untrusted import read_json
@@ -266,10 +266,10 @@ def _is_own(path: Path) -> bool:
 
 
 def _mark_of(text: str) -> str:
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    digest = hashlib.sha256(encoded(text)).hexdigest()
     return f"<!-- written by blockfit reproduce {digest[:16]} -->"
 
 
 def _write_text(path: Path, text: str) -> None:
-    with kept_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
+    with kept_file(path) as partial:
+        write_text(partial, text)
