@@ -202,7 +202,8 @@ def test_names_in_another_encoding_are_not_written_before_any_work(latin: str) -
         command = ("compress", "absent/model", "--images", "digits", "--remove", "1", "-o", target)
         assert "is not UTF-8" in blockfit_command(*command).error
     os.chdir(latin)
-    assert "is not UTF-8" in blockfit_command("analyze", "absent/model", "--images", "digits").error
+    command = ("analyze", "absent/model", "--images", "digits", "-o", "here")
+    assert "is not UTF-8" in blockfit_command(*command).error
     assert os.listdir() == []
 
 
