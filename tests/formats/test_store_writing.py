@@ -90,13 +90,13 @@ def test_an_interrupted_run_cleans_up(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_mark_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    real = Path.write_text
+    real = Path.write_bytes
 
     def note(path: Path, *args: Any, **kwargs: Any) -> int:
         written.extend(p.name for p in path.parent.iterdir())
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "write_text", note)
+    monkeypatch.setattr(Path, "write_bytes", note)
     saved(tmp_path / "small", "vit-classifier")
     assert sorted(written) == ["config.json", "model.safetensors", "model.safetensors"]
 
