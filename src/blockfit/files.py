@@ -95,8 +95,8 @@ def resolved(path: str | Path) -> Path:
         return Path(real)
     except UnicodeEncodeError as error:
         raise BlockfitError(
-            f"cannot write {path}: weights are not read from a path that is not UTF-8 (its bytes "
-            "are those of another encoding); give another path"
+            f"cannot write {path}: the path is not UTF-8, and not all that is written could be "
+            "read again from it; give another path"
         ) from error
     except (OSError, ValueError) as error:
         raise BlockfitError(

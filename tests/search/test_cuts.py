@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,21 +181,24 @@ def test_a_budget_of_latency_is_used_up_where_parts_save_other_than_they_add_up(
     assert 0.66 <= ratio(None, small) <= 0.7
 
 
+def clock(monkeypatch: pytest.MonkeyPatch, told: Callable[[int, float], float]) -> None:
+    """``told`` gives the latency, of how often it was asked for and how much of the parts is gone."""
+    from blockfit.search.session import Session
+
+    times = itertools.count(1)
+
+    def ratio(self: Session, solution: Any) -> float:
+        gone = sum(1 - c.kept / c.size for c in solution.plan.narrowings) / 36
+        return told(next(times), gone)
+
+    monkeypatch.setattr(Session, "latency_ratio", ratio)
+
+
 def test_one_slow_time_does_not_end_a_budget_of_latency(
     model: Any, images: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside another program a plan may be timed at twice its time: less is then asked for."""
-    from blockfit.search.session import Session
-
-    times = 0
-
-    def ratio(self: Session, solution: Any) -> float:
-        nonlocal times
-        times += 1
-        gone = sum(1 - c.kept / c.size for c in solution.plan.narrowings)
-        return 1 - gone / 36 + (1.0 if times == 4 else 0.0)  # three prices come first
-
-    monkeypatch.setattr(Session, "latency_ratio", ratio)
+    clock(monkeypatch, lambda time, gone: 1 - gone + (time == 4))  # three prices come first
     small = blockfit.compress(model, images, latency=0.7, cuts="mlp,values,keys")
     assert sum(1 - c.kept / c.size for c in small.plan.narrowings) >= 0.3 * 36 - 1e-9
 
@@ -201,19 +206,8 @@ def test_one_slow_time_does_not_end_a_budget_of_latency(
 def test_a_latency_out_of_reach_is_told_by_the_number_that_was_asked_for(
     model: Any, images: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from blockfit.search.session import Session
-
-    times = 0
-
-    def ratio(self: Session, solution: Any) -> float:
-        nonlocal times
-        times += 1
-        return 0.6 if times < 4 else 1.9 - times / 100
-
-    monkeypatch.setattr(Session, "latency_ratio", ratio)
-    with pytest.raises(
-        blockfit.BlockfitError, match=r"latency 70\.0% cannot be .* takes 1[78]\d\.\d%"
-    ):
+    clock(monkeypatch, lambda time, _: 0.6 if time < 4 else 1.7 + time / 100)
+    with pytest.raises(blockfit.BlockfitError, match=r"latency 70\.0% cannot be .* takes 174\.0%"):
         blockfit.compress(model, images, latency=0.7, cuts="mlp,values,keys")
 
 
