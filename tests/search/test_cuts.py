@@ -182,7 +182,7 @@ def test_a_budget_of_latency_is_used_up_where_parts_save_other_than_they_add_up(
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, told: Callable[[int, float], float]) -> None:
-    """``told`` gives the latency, of how often it was asked for and how much of the parts is gone."""
+    """Latency is what ``told`` makes of how often it was asked for and what part is gone."""
     from blockfit.search.session import Session
 
     times = itertools.count(1)
