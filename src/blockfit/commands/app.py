@@ -40,7 +40,7 @@ QUIET_LIBRARIES = {
 WAITING = {"GOMP_SPINCOUNT": "1000"}
 """How often a thread of PyTorch looks whether the others are done before it sleeps, by default
 300,000 times: beside another program it looks on for as long as the thread that it waits for has
-no core, and a run takes twenty times as long. libgomp reads it when torch is imported."""
+no core, and a run may take twenty times as long. libgomp reads it when torch is imported."""
 
 WAITING_TOLD = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """By these a user says how threads wait."""
